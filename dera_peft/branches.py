@@ -1,0 +1,194 @@
+"""Which rows of a batch belong to which branch, and with which weight they are joined."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from dera_peft.errors import DeRaError
+
+REFERENCE = "reference"
+ALIGNED = "aligned"
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A run of rows that see the same adapters, each added to the base; no adapters means the base itself."""
+
+    name: str
+    adapters: tuple[str, ...] = ()
+
+
+def read_lam(lam, batch_size: int, aligned: Sequence[str]) -> torch.Tensor:
+    """
+    λ as a caller may write it, as one row of weights per sequence.
+
+    Args:
+        lam: a number for all sequences; one per sequence as a list or a 1-D tensor of length B; a `[B, K]` tensor with
+            one per sequence and aligned branch; or a dict from the branch's name to a number or one per sequence.
+            A 1-D λ is for a model with one aligned branch.
+        batch_size: B, the number of prompts, before beams or return sequences expand it.
+        aligned: the K names of the aligned branches.
+
+    Returns:
+        `[B, K]` float64 on the CPU.
+
+    Raises:
+        DeRaError: λ is not a finite number, or its count fits neither the prompts nor the branches.
+    """
+    if isinstance(lam, Mapping):
+        unknown = [name for name in lam if name not in aligned]
+        if unknown:
+            raise DeRaError(f"lam names {unknown[0]!r}, which is not an aligned branch; there are: {list(aligned)}.")
+        columns = [read_lam(lam.get(name, 0.0), batch_size, [name]) for name in aligned]
+        return torch.cat(columns, dim=1)
+    try:
+        values = torch.as_tensor(lam, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise DeRaError(f"lam must be a number, or one per sequence; got {lam!r}.") from None
+    if not torch.isfinite(values).all():
+        raise DeRaError(f"lam must be finite; got {lam!r}.")
+    if values.ndim < 2 and len(aligned) != 1:
+        raise DeRaError(
+            f"lam={lam!r} gives one weight, and the model has {len(aligned)} aligned branches {list(aligned)}: "
+            "pass a dict by name, or a [B, K] tensor."
+        )
+    if values.ndim == 0:
+        values = values.expand(batch_size)
+    if values.ndim == 1:
+        values = values[:, None]
+    if values.shape != (batch_size, len(aligned)):
+        raise DeRaError(
+            f"lam has shape {list(values.shape)} (sequences, aligned branches), and the batch needs "
+            f"[{batch_size}, {len(aligned)}]: give one λ for all, or exactly one per prompt (before beams and return "
+            "sequences expand them)."
+        )
+    return values
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The contiguous rows `start:stop` of one branch, and the sequences they stand for."""
+
+    branch: Branch
+    start: int
+    stop: int
+    sequences: torch.Tensor  # [n] int64, ascending: row start+i belongs to sequence sequences[i]
+    weights: torch.Tensor  # [n] float32
+
+
+class BatchPlan:
+    """
+    The rows that a forward pass computes for B sequences, made once on the host and then fixed.
+
+    Each branch owns a contiguous run of the R rows, with one row for each sequence that gives it a weight other than
+    zero (for every sequence with `every_branch`). The join is z[b] = Σ_k weights[b, k] · z_k[b], for which the weights
+    of a sequence sum to one: z_λ = (1-Σλ_k)·z_ref + Σ λ_k·z_k (Liu et al., arXiv 2402.02992).
+
+    Args:
+        branches: K+1 branches, the reference first.
+        lam: `[B, K]` float64, from `read_lam`.
+        device: where the index and weight tensors live.
+        every_branch: compute all branches for all sequences, also at weight zero.
+    """
+
+    def __init__(
+        self,
+        branches: Sequence[Branch],
+        lam: torch.Tensor,
+        device: torch.device | str = "cpu",
+        every_branch: bool = False,
+    ):
+        self.branches = tuple(branches)
+        self.lam = lam
+        self.device = torch.device(device)
+        self.every_branch = every_branch
+        self.batch_size = lam.shape[0]
+
+        weights = torch.cat([1.0 - lam.sum(dim=1, keepdim=True), lam], dim=1)  # [B, K+1]
+        computed = torch.ones_like(weights, dtype=torch.bool) if every_branch else weights != 0
+        self.segments: list[Segment] = []
+        self.row_of = torch.zeros(len(self.branches), self.batch_size, dtype=torch.long)  # only read where computed
+        start = 0
+        for index, branch in enumerate(self.branches):
+            sequences = computed[:, index].nonzero()[:, 0]
+            stop = start + len(sequences)
+            if stop > start:
+                self.row_of[index, sequences] = torch.arange(start, stop)
+                branch_weights = weights[sequences, index].to(self.device, torch.float32)
+                self.segments.append(Segment(branch, start, stop, sequences.to(self.device), branch_weights))
+            start = stop
+        self.num_rows = start
+        self.pattern = tuple(map(tuple, computed.tolist()))  # two plans with one pattern can share a KV cache
+
+        source = torch.cat([segment.sequences for segment in self.segments])
+        self.is_identity = len(self.segments) == 1 and len(source) == self.batch_size
+        self.source = source  # [R] int64: the sequence of each row
+
+    def expand(self, repeats: int) -> "BatchPlan":
+        """The plan for a batch in which each sequence stands `repeats` times in a row, as for beams."""
+        if repeats == 1:
+            return self
+        return BatchPlan(self.branches, self.lam.repeat_interleave(repeats, dim=0), self.device, self.every_branch)
+
+    def fork(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`[B, ...]` to the rows of the branches, `[R, ...]`."""
+        return tensor if self.is_identity else tensor.index_select(0, self.source.to(tensor.device))
+
+    def join(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[R, ...]` to the weighted sums over each sequence's branches, `[B, ...]`; summed in fp32."""
+        if self.is_identity and not self.every_branch:
+            return rows  # one branch at weight one
+        mixed = rows.new_zeros((self.batch_size, *rows.shape[1:]), dtype=torch.float32)
+        for segment in self.segments:
+            weights = segment.weights.to(rows.device).view(-1, *[1] * (rows.ndim - 1))
+            # no sequence stands twice in a segment, so this sum has one order and is reproducible on a GPU too
+            mixed.index_add_(0, segment.sequences.to(rows.device), rows[segment.start : segment.stop].float() * weights)
+        return mixed.to(rows.dtype)
+
+    def split(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`[R, ...]` to one `[B, ...]` per branch, of a plan with `every_branch`."""
+        return {segment.branch.name: rows[segment.start : segment.stop] for segment in self.segments}
+
+    def reorder(self, sequences: torch.Tensor) -> torch.Tensor:
+        """
+        Row indices `[R]` that move each branch's row of sequence `sequences[b]` (`[B]` int64) to sequence b.
+
+        Beams of one prompt share its λ, and so have rows in the same branches.
+        """
+        row_of = self.row_of.to(sequences.device)
+        branch = self._branch_of_row.to(sequences.device)
+        return row_of[branch, sequences[self.source.to(sequences.device)]]
+
+    @cached_property
+    def _branch_of_row(self) -> torch.Tensor:
+        lengths = torch.tensor([segment.stop - segment.start for segment in self.segments])
+        indices = torch.tensor([self.branches.index(segment.branch) for segment in self.segments])
+        return indices.repeat_interleave(lengths)
+
+    @cached_property
+    def adapter_rows(self) -> dict[str, list[slice]]:
+        """Adapter name -> the rows that it touches, in few slices; `slice(None)` for one that all branches share."""
+        common = set.intersection(*(set(branch.adapters) for branch in self.branches))
+        rows: dict[str, list[slice]] = {name: [slice(None)] for name in common}
+        for segment in self.segments:
+            for name in set(segment.branch.adapters) - common:
+                slices = rows.setdefault(name, [])
+                if slices and slices[-1].stop == segment.start:
+                    slices[-1] = slice(slices[-1].start, segment.stop)
+                else:
+                    slices.append(slice(segment.start, segment.stop))
+        return rows
+
+    def __repr__(self) -> str:
+        runs = ", ".join(f"{s.branch.name}: {s.stop - s.start}" for s in self.segments)
+        return f"BatchPlan({self.batch_size} sequences in {self.num_rows} rows; {runs})"
+
+
+def check_default_lam(lam: float) -> float:
+    """A model's default λ: one finite number."""
+    if isinstance(lam, bool) or not isinstance(lam, (int, float)) or not math.isfinite(lam):
+        raise DeRaError(f"the default λ must be one finite number; got {lam!r}.")
+    return float(lam)

@@ -1,0 +1,5 @@
+"""The error that a user's input causes, as against a defect of this package."""
+
+
+class DeRaError(ValueError):
+    """Bad input: the message names the argument, its value and the way out. A command prints it and exits with 2."""

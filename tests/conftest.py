@@ -1,0 +1,115 @@
+"""Tiny models made on the spot, and the real stories260k where it stands beside the project."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dera_peft import DeRaModel
+
+STORIES = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260k"
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CORPUS = [
+    "The old lighthouse keeper counted the ships and wrote their names into a blue book.",
+    "A fox crossed the frozen river at night, and nobody but the moon saw it go.",
+    "My sister repairs bicycles; she says that every wheel wants to be round again.",
+    "Rain fell on the market, so the baker sold his bread from under an umbrella.",
+] * 8
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 320 tokens with <s>, </s> and <pad>, and a minimal chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )
+    fast.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    return fast
+
+
+def make_adapter(base: str | Path, folder: Path, seed: int = 1, scale: float = 1.0, **config) -> Path:
+    """A LoRA adapter with random factors, strong enough that its branch decodes another text than the base."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    torch.manual_seed(seed)
+    config = {"r": 4, "lora_alpha": 8, "target_modules": LINEAR, "task_type": "CAUSAL_LM", **config}
+    peft_model = get_peft_model(model, LoraConfig(**config))
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1 * scale)
+    peft_model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    """A random fp32 Llama of six layers, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny-base")
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(tiny_base, tmp_path_factory) -> Path:
+    """A LoRA adapter on all linear layers of `tiny_base`."""
+    return make_adapter(tiny_base, tmp_path_factory.mktemp("tiny-adapter"))
+
+
+@pytest.fixture(scope="session")
+def top_adapter(tiny_base, tmp_path_factory) -> Path:
+    """A LoRA adapter on the top three of the six layers of `tiny_base`."""
+    return make_adapter(tiny_base, tmp_path_factory.mktemp("top-adapter"), layers_to_transform=[3, 4, 5], scale=2.0)
+
+
+@pytest.fixture
+def tiny_model(tiny_base, tiny_adapter) -> DeRaModel:
+    return DeRaModel.from_pretrained(tiny_base, tiny_adapter)
+
+
+@pytest.fixture(scope="session")
+def stories() -> Path:
+    if not STORIES.is_dir():
+        pytest.skip("stories260k is not beside the project")
+    return STORIES
+
+
+@pytest.fixture(scope="session")
+def stories_adapter(stories, tmp_path_factory) -> Path:
+    return make_adapter(stories, tmp_path_factory.mktemp("stories-adapter"), scale=0.5)

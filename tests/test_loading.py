@@ -1,0 +1,195 @@
+"""Loading, saving, and the errors of bases and adapters that don't fit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_adapter
+from peft import IA3Config, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from dera_peft import DeRaError, DeRaModel
+from dera_peft.loading import load_tokenizer
+from dera_peft.record import Record
+
+IDS = torch.arange(3, 15).view(2, 6)
+
+
+@torch.no_grad()
+def test_save_and_load_one_folder(tiny_base, tiny_adapter, tmp_path):
+    model = DeRaModel.from_pretrained(tiny_base, tiny_adapter, lam=0.25)
+    expected = model(IDS).logits
+    assert not torch.equal(expected, model(IDS, lam=1).logits)
+    model.save_pretrained(tmp_path / "dera")
+    files = {file.name for file in (tmp_path / "dera").iterdir()}
+    assert {"dera.json", "adapter_config.json", "adapter_model.safetensors"} <= files
+    assert "model.safetensors" not in files, "never a copy of the base"
+    assert torch.equal(DeRaModel.from_pretrained(tmp_path / "dera")(IDS).logits, expected)
+    assert torch.equal(DeRaModel.from_pretrained(adapter=tmp_path / "dera")(IDS).logits, expected)
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    plain = PeftModel.from_pretrained(base, tmp_path / "dera").eval()  # it is a plain PEFT adapter too
+    assert torch.equal(plain(IDS).logits, model(IDS, lam=1).logits)
+
+
+@torch.no_grad()
+def test_a_saved_tree_can_be_moved(tiny_base, tiny_adapter, tmp_path):
+    shutil.copytree(tiny_base, tmp_path / "a" / "base")
+    model = DeRaModel.from_pretrained(tmp_path / "a" / "base", tiny_adapter)
+    model.save_pretrained(tmp_path / "a" / "dera")
+    values = json.loads((tmp_path / "a" / "dera" / "dera.json").read_text())
+    assert values["base"] == "../base"
+    assert values["adapters"] == {"default": "."}
+    assert str(tmp_path) not in (tmp_path / "a" / "dera" / "dera.json").read_text()
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert torch.equal(DeRaModel.from_pretrained(tmp_path / "b" / "dera")(IDS).logits, model(IDS).logits)
+
+
+@torch.no_grad()
+def test_an_adapter_of_another_name_and_a_frozen_one_below_it(tiny_base, tiny_adapter, top_adapter, tmp_path):
+    """A record may name any branches: here an SFT adapter under both, with DPO's on the top layers."""
+    record = Record(
+        str(tiny_base),
+        {"sft": str(tiny_adapter), "dpo": str(top_adapter)},
+        {"reference": ["sft"], "aligned": ["sft", "dpo"]},
+    )
+    record.save(tmp_path / "made")
+    model = DeRaModel.from_pretrained(tmp_path / "made")
+    assert model.fork_layer == 3, "the fork is where the branches differ, not where the first adapter is"
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    z_ref = PeftModel.from_pretrained(base, tiny_adapter).merge_and_unload()(IDS).logits
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    sft = PeftModel.from_pretrained(base, tiny_adapter).merge_and_unload()
+    z_aligned = PeftModel.from_pretrained(sft, top_adapter).merge_and_unload()(IDS).logits
+    assert (z_ref - z_aligned).abs().max() > 1
+    for lam in (0.0, 0.4, 1.0):
+        expected = (1 - lam) * z_ref + lam * z_aligned
+        torch.testing.assert_close(model(IDS, lam=lam).logits, expected, atol=2e-4, rtol=1e-5)
+    model.save_pretrained(tmp_path / "saved")
+    again = DeRaModel.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again(IDS, lam=0.4).logits, model(IDS, lam=0.4).logits)
+
+
+def test_the_adapter_is_cast_once_to_the_bases_dtype(tiny_base, tiny_adapter):
+    model = DeRaModel.from_pretrained(tiny_base, tiny_adapter, dtype="bfloat16")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert not model.training
+
+
+def test_the_tokenizer_pads_on_the_left(tiny_base, tiny_adapter):
+    tokenizer = load_tokenizer(tiny_base, tiny_adapter)
+    assert tokenizer.padding_side == "left"
+    assert tokenizer.pad_token_id is not None
+
+
+def broken_adapter(source: Path, folder: Path, tensors=None, **config) -> Path:
+    """A copy of an adapter with some tensors or settings replaced."""
+    shutil.copytree(source, folder)
+    if tensors is not None:
+        found = load_file(folder / "adapter_model.safetensors")
+        save_file(tensors(found), folder / "adapter_model.safetensors")
+    values = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**values, **config}))
+    return folder
+
+
+def error(*args, **kwargs) -> str:
+    with pytest.raises(DeRaError) as caught:
+        DeRaModel.from_pretrained(*args, **kwargs)
+    return str(caught.value)
+
+
+def test_missing_folders_are_named(tiny_base, tiny_adapter, tmp_path):
+    assert error("./no/such/base", tiny_adapter) == "base='./no/such/base': there is no such folder."
+    assert error(tiny_base, "./no/such/adapter") == "adapter='./no/such/adapter': there is no such folder."
+    assert "base='some-org/no-such-base'" in error("some-org/no-such-base", tiny_adapter)
+    assert "adapter='some-org/no-such-adapter'" in error(tiny_base, "some-org/no-such-adapter")
+    assert "without a config.json" in error(tmp_path, tiny_adapter)
+    assert "pass it as the adapter" in error(tiny_adapter, tiny_adapter)
+    assert "without an adapter_config.json" in error(tiny_base, tiny_base)
+    assert "adapter" in error(tiny_base)
+    assert "give the base too" in error(None, tiny_adapter)
+    assert "no model is named" in error()
+
+
+def test_an_adapter_for_another_base(tiny_base, tiny_adapter, stories, stories_adapter, tmp_path):
+    message = error(stories, tiny_adapter)
+    assert "is for another base" in message
+    assert "model.layers.0" in message
+    renamed = broken_adapter(
+        tiny_adapter, tmp_path / "renamed", lambda ts: {k.replace("q_proj", "query"): v.clone() for k, v in ts.items()}
+    )
+    assert "has no module 'model.layers.0.self_attn.query'" in error(tiny_base, renamed)
+    wider = broken_adapter(
+        tiny_adapter,
+        tmp_path / "wider",
+        lambda ts: {k: torch.zeros(4, 65) if "layers.1.mlp.up_proj.lora_A" in k else v.clone() for k, v in ts.items()},
+    )
+    assert "'model.layers.1.mlp.up_proj' has 65 inputs" in error(tiny_base, wider)
+
+
+def test_an_incomplete_adapter(tiny_base, tiny_adapter, tmp_path):
+    for dropped in ("layers.2.mlp.up_proj.lora_B", "layers.2.mlp.up_proj"):
+        folder = tmp_path / dropped
+        broken_adapter(tiny_adapter, folder, lambda ts, d=dropped: {k: v.clone() for k, v in ts.items() if d not in k})
+        message = error(tiny_base, folder)
+        assert "incomplete" in message
+        assert "layers.2.mlp.up_proj" in message
+
+
+def test_adapters_that_are_not_plain_lora_are_refused_by_name(tiny_base, tiny_adapter, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    config = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(tmp_path / "ia3")
+    assert "IA3" in error(tiny_base, tmp_path / "ia3")
+    for config in ({"bias": "all"}, {"init_lora_weights": "pissa"}, {"modules_to_save": ["lm_head"]}):
+        message = error(tiny_base, broken_adapter(tiny_adapter, tmp_path / next(iter(config)), **config))
+        assert repr(next(iter(config.values()))) in message
+    assert "lora_magnitude" in error(tiny_base, make_adapter(tiny_base, tmp_path / "dora", use_dora=True))
+    embedding = make_adapter(tiny_base, tmp_path / "embedding", target_modules=["q_proj", "embed_tokens"])
+    assert "embed_tokens" in error(tiny_base, embedding)
+
+
+def test_files_that_cannot_be_read(tiny_base, tiny_adapter, tmp_path):
+    corrupt = broken_adapter(tiny_adapter, tmp_path / "corrupt")
+    (corrupt / "adapter_model.safetensors").write_bytes(b"not a tensor")
+    assert "adapter_model.safetensors is corrupt" in error(tiny_base, corrupt)
+    pickled = broken_adapter(tiny_adapter, tmp_path / "pickled")
+    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
+    assert "has no adapter_model.safetensors" in error(tiny_base, pickled)
+    shutil.copytree(tiny_base, tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00not json")
+    assert "corrupt" in error(tmp_path / "base", tiny_adapter)
+    (tiny := broken_adapter(tiny_adapter, tmp_path / "config") / "adapter_config.json").write_text("{")
+    assert "adapter_config.json can't be read" in error(tiny_base, tiny.parent)
+    (tmp_path / "record").mkdir()
+    (tmp_path / "record" / "dera.json").write_text("{")
+    assert "not valid JSON" in error(tmp_path / "record")
+    (tmp_path / "record" / "dera.json").write_text('{"format": 99}')
+    assert "format 1" in error(tmp_path / "record")
+
+
+def test_settings_that_are_not_known(tiny_base, tiny_adapter):
+    assert "'int3'" in error(tiny_base, tiny_adapter, quantization="int3")
+    assert "'float31'" in error(tiny_base, tiny_adapter, dtype="float31")
+    assert "default λ" in error(tiny_base, tiny_adapter, lam=float("nan"))
+
+
+def test_a_base_that_cannot_be_quantized_here_is_refused_before_it_is_loaded(stories, stories_adapter):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    if not functional.has_avx512bf16() or torch.accelerator.is_available():
+        pytest.skip("bitsandbytes' packed kernel is not used on this machine")
+    message = error(stories, stories_adapter, quantization="nf4")
+    assert "'model.layers.0.mlp.gate_proj' has 64 inputs and 172 outputs" in message
+
+
+@torch.no_grad()
+def test_int8_loads_and_decodes(tiny_base, tiny_adapter):
+    pytest.importorskip("bitsandbytes")
+    model = DeRaModel.from_pretrained(tiny_base, tiny_adapter, quantization="int8")
+    assert type(model.base.model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear8bitLt"
+    full = DeRaModel.from_pretrained(tiny_base, tiny_adapter)
+    close, far = (model(IDS, lam=0.5).logits.float() - full(IDS, lam=lam).logits for lam in (0.5, 1.0))
+    assert close.abs().mean() < 0.3 * far.abs().mean()
