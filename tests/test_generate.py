@@ -5,6 +5,7 @@ import torch
 from scipy import stats
 from transformers import (
     AutoTokenizer,
+    CompileConfig,
     GenerationConfig,
     LogitsProcessorList,
     SuppressTokensLogitsProcessor,
@@ -111,6 +112,23 @@ def test_beams_of_each_prompt_alone(setting):
 )
 def test_caches(setting, kwargs):
     assert setting.generate(**kwargs).tolist() == setting.by_hand().tolist()
+
+
+def test_the_decode_step_is_one_graph_for_every_lam(setting):
+    """Compiled with a static cache: no break in the graph, and another λ with the same rows compiles nothing anew."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    config = CompileConfig(backend=count, fullgraph=True, mode=None)
+    config._compile_all_devices = True
+    for lam in ([0.0, 0.5, 1.0, 1.5], [0.0, 0.7, 1.0, -1.0]):
+        found = setting.generate(lam, cache_implementation="static", compile_config=config)
+        assert found.tolist() == setting.by_hand(lam).tolist()
+        assert len(graphs) == 1
 
 
 def test_static_cache_with_beams(setting):
