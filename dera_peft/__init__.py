@@ -1,7 +1,19 @@
 """Decoding-time realignment (DeRa, arXiv 2402.02992) with one base model and a LoRA adapter."""
 
+from typing import TYPE_CHECKING
+
 from dera_peft.errors import DeRaError
-from dera_peft.model import DeRaModel
+
+if TYPE_CHECKING:
+    from dera_peft.model import DeRaModel
 
 __all__ = ["DeRaError", "DeRaModel"]
-__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    # torch and transformers take seconds to import, which `dera --help` should not
+    if name == "DeRaModel":
+        from dera_peft.model import DeRaModel
+
+        return DeRaModel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

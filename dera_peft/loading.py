@@ -119,8 +119,13 @@ def load_tokenizer(base: str | os.PathLike | None, adapter: str | os.PathLike | 
         DeRaError: neither has one.
     """
     record = resolve(base, adapter)
+    return load_tokenizer_of(record.base, *record.adapters.values())
+
+
+def load_tokenizer_of(*sources: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of the first of `sources` (hub ids or folders) that has one; see `load_tokenizer`."""
     errors = []
-    for source in (record.base, *record.adapters.values()):
+    for source in sources:
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
         except (OSError, ValueError, HFValidationError) as error:

@@ -1,0 +1,98 @@
+"""`dera info`: what would run, without running it."""
+
+import json
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dera_peft.loading import load, resolve
+from dera_peft.model import DeRaModel
+
+EXAMPLES = (0.0, 0.5, 1.0, 2.0)
+
+
+def describe(model: DeRaModel, base: str, adapters: dict[str, str]) -> dict:
+    """
+    Branches, fork, join, rows and memory of a loaded model.
+
+    Bytes of the KV cache are per token of context, for each of a batch's B sequences below the fork and for each of its
+    R rows above it; measured on a cache that one token filled.
+    """
+    import torch
+
+    parameters = list(model.parameters())
+    lora = sum(p.nbytes for name, p in model.named_parameters() if "lora_" in name)
+    depth = model.config.get_text_config().num_hidden_layers
+    with torch.no_grad():
+        ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        cache = model(ids, lam=0.0, use_cache=True).past_key_values
+    per_layer = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
+    return {
+        "base": base,
+        "architecture": type(model.base).__name__,
+        "adapters": adapters,
+        "branches": {branch.name: list(branch.adapters) for branch in model.branches},
+        "default_lambda": model.lam,
+        "fork_layer": model.fork_layer,
+        "layers": depth,
+        "join": "before the head" if model.joins_before_head else "after the head",
+        "rows_per_sequence": {f"{lam:g}": model.plan(lam, 1).num_rows for lam in EXAMPLES},
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "base_bytes": sum(p.nbytes for p in parameters) - lora,
+        "adapter_bytes": lora,
+        "cache_bytes_per_token": {
+            "below_fork_per_sequence": sum(per_layer[: model.fork_layer]),
+            "above_fork_per_row": sum(per_layer[model.fork_layer :]),
+        },
+    }
+
+
+def info(
+    base: str | None,
+    adapter: str | None,
+    quantization: str | None,
+    dtype: str | None,
+    device_map: str | None,
+    as_json: bool,
+) -> None:
+    """See `dera info --help`."""
+    record = resolve(base, adapter)
+    model = load(base, adapter, quantization=quantization, dtype=dtype, device_map=device_map)
+    facts = describe(model, record.base, record.adapters)
+    if as_json:
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    branches = "\n".join(f"{name}: {' + '.join(['base', *adapters])}" for name, adapters in facts["branches"].items())
+    rows = ", ".join(f"λ={lam}: {count}" for lam, count in facts["rows_per_sequence"].items())
+    fork = facts["fork_layer"]
+    where = "at the input" if fork == 0 else f"at layer {fork} (layers 0 to {fork - 1} run once)"
+    cache = facts["cache_bytes_per_token"]
+    lines = {
+        "base": f"{facts['base']} ({facts['architecture']})",
+        "adapter": "\n".join(f"{name}: {folder}" for name, folder in facts["adapters"].items()),
+        "branches": branches,
+        "fork": f"{where}, of {facts['layers']} layers",
+        "join": facts["join"],
+        "rows per sequence": rows,
+        "default λ": f"{facts['default_lambda']:g}",
+        "runs on": f"{facts['device']}, {facts['dtype']}",
+        "weights": f"base {_size(facts['base_bytes'])}, adapter {_size(facts['adapter_bytes'])}",
+        "KV cache per token": f"{_size(cache['below_fork_per_sequence'])} a sequence below the fork, "
+        f"{_size(cache['above_fork_per_row'])} a row above it",
+    }
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in lines.items():
+        table.add_row(name, Text(value))
+    Console().print(table)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"

@@ -1,0 +1,177 @@
+"""Prompts as users have them: texts, files, chats; and the token ids that they become."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from dera_peft.errors import DeRaError
+from dera_peft.objects import is_object_path, load_object
+
+Chat = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """
+    One prompt.
+
+    Attributes:
+        index: its place in the list, from 0; random numbers and results belong to it.
+        content: a text, or chat messages (`[{"role": …, "content": …}, …]`).
+        source: where it stands, for messages to the user: "prompts.txt, line 3".
+        lam: λ of its own, which replace the run's.
+        columns: further values of its row, for rewards and results.
+    """
+
+    index: int
+    content: str | Chat
+    source: str
+    lam: tuple[float, ...] | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if is_chat(self.content):
+            texts = [message["content"] for message in self.content]
+        elif isinstance(self.content, str):
+            texts = [self.content]
+        else:
+            raise DeRaError(f"{self.source}: a prompt must be a text or a list of chat messages; got {self.content!r}.")
+        if not any(text.strip() for text in texts):
+            raise DeRaError(f"{self.source}: the prompt is empty.")
+
+    @property
+    def text(self) -> str:
+        """What a person is shown: the text, or the last message."""
+        return self.content if isinstance(self.content, str) else self.content[-1]["content"]
+
+
+def is_chat(content: Any) -> bool:
+    return (
+        isinstance(content, list)
+        and bool(content)
+        and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in content
+        )
+    )
+
+
+def from_texts(texts: Sequence[str], source: str = "--prompt") -> list[Prompt]:
+    return [Prompt(index, text, f"{source} {index + 1}") for index, text in enumerate(texts)]
+
+
+def from_lines(stream: TextIO, source: str) -> list[Prompt]:
+    """One prompt a line."""
+    lines = stream.read().splitlines()
+    return [Prompt(index, line, f"{source}, line {index + 1}") for index, line in enumerate(lines)]
+
+
+def from_file(name: str) -> list[Prompt]:
+    """
+    Prompts from a file: `.txt` (one a line), `.jsonl` (rows with "prompt", perhaps "lambda", and further columns), or
+    `path.py:name`, a Python function that returns prompts or such rows (a `datasets.Dataset` too).
+
+    Raises:
+        DeRaError: no such file, or a line that is malformed or empty, with its number.
+    """
+    if is_object_path(name):
+        made = load_object(name)()
+        rows = [{"prompt": row} if isinstance(row, str) or is_chat(row) else row for row in made]
+        return _from_rows(rows, [f"{name}, prompt {index + 1}" for index in range(len(rows))])
+    path = Path(name)
+    if path.suffix not in (".txt", ".jsonl"):
+        raise DeRaError(f"prompts={name!r}: give a .txt or .jsonl file, or a function as path.py:name.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DeRaError(f"prompts={name!r}: there is no such file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DeRaError(f"prompts={name!r} can't be read: {error}") from None
+    lines = text.splitlines()
+    sources = [f"{name}, line {index + 1}" for index in range(len(lines))]
+    if path.suffix == ".txt":
+        rows = [{"prompt": line} for line in lines]
+    else:
+        rows = [_parse(line, source) for line, source in zip(lines, sources, strict=True)]
+    if not rows:
+        raise DeRaError(f"prompts={name!r} has no prompts in it.")
+    return _from_rows(rows, sources)
+
+
+def _parse(line: str, source: str) -> dict:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DeRaError(f"{source}: not valid JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise DeRaError(f"{source}: a row must be a JSON object with a prompt; got {type(row).__name__}.")
+    return row
+
+
+def _from_rows(rows: Sequence[dict], sources: Sequence[str]) -> list[Prompt]:
+    prompts = []
+    for index, (row, source) in enumerate(zip(rows, sources, strict=True)):
+        columns = dict(row)
+        if "prompt" not in columns:
+            raise DeRaError(f"{source}: has no key 'prompt'; its keys are {sorted(columns)}.")
+        content, lam = columns.pop("prompt"), columns.pop("lambda", None)
+        prompts.append(Prompt(index, content, source, None if lam is None else _read_lambdas(lam, source), columns))
+    return prompts
+
+
+def _read_lambdas(lam: Any, source: str) -> tuple[float, ...]:
+    values = lam if isinstance(lam, list) else [lam]
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise DeRaError(f"{source}: lambda must be a finite number or a list of such; got {lam!r}.")
+    if not values:
+        raise DeRaError(f"{source}: lambda is an empty list.")
+    return tuple(map(float, values))
+
+
+def encode(
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    max_new_tokens: int,
+    chat: bool = False,
+) -> list[list[int]]:
+    """
+    Token ids of each prompt, checked to fit the context with what will be generated; nothing is ever cut.
+
+    Args:
+        chat: render with the tokenizer's chat template; a text becomes one user message.
+
+    Raises:
+        DeRaError: a prompt does not fit (with its length), or the tokenizer has no chat template.
+    """
+    if chat and not tokenizer.chat_template:
+        raise DeRaError(
+            "the tokenizer has no chat template: leave --chat away, or use a model that was trained for chat."
+        )
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    result = []
+    for prompt in prompts:
+        if chat:
+            messages = (
+                [{"role": "user", "content": prompt.content}] if isinstance(prompt.content, str) else prompt.content
+            )
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        elif isinstance(prompt.content, str):
+            ids = tokenizer(prompt.content)["input_ids"]
+        else:
+            raise DeRaError(f"{prompt.source}: the prompt is a chat; pass --chat to render it with the chat template.")
+        if context is not None and len(ids) + max_new_tokens > context:
+            room = context - len(ids)
+            way_out = f"at most {room} new tokens fit after it (--max-new-tokens)" if room > 0 else "shorten it"
+            raise DeRaError(
+                f"{prompt.source}: the prompt has {len(ids)} tokens, which with {max_new_tokens} new ones is more than "
+                f"the model's context of {context}; {way_out}."
+            )
+        result.append(list(ids))
+    return result

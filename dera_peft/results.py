@@ -1,0 +1,84 @@
+"""Results that survive an interruption: one JSON object a line, written as each is finished."""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from dera_peft.decoding import Request
+from dera_peft.errors import DeRaError
+from dera_peft.prompts import Prompt
+
+
+class Results:
+    """
+    A `.jsonl` file that a run appends to and a later run continues.
+
+    Each row carries the run's fingerprint under "run". A last line that was torn by an interruption is dropped and made
+    again; a file of another run, or one that is damaged elsewhere, is an error and stays as it is.
+
+    Args:
+        file: is made, with its folder, if it is not there; it must be possible to write it.
+        run: from `fingerprint`.
+
+    Raises:
+        DeRaError: the file is of another run or damaged.
+        OSError: it can't be read or written.
+    """
+
+    def __init__(self, file: str | os.PathLike, run: str):
+        self.file = Path(file)
+        self.run = run
+        self.rows: list[dict] = []
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("ab"):  # can it be written at all? Better known now than after an hour of decoding
+            pass
+        self._read()
+
+    def _read(self) -> None:
+        data = self.file.read_bytes()
+        whole, _, torn = data.rpartition(b"\n")
+        for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
+            try:
+                row = json.loads(line)
+                run = row["run"]
+            except (ValueError, KeyError, TypeError):
+                raise DeRaError(
+                    f"{str(self.file)!r}, line {number}, is not a row of results: move the file away or name another "
+                    "output."
+                ) from None
+            if run != self.run:
+                raise DeRaError(
+                    f"{str(self.file)!r} holds the results of other settings (run {run}, this one is {self.run}): "
+                    "move it away or name another output."
+                )
+            self.rows.append(row)
+        if torn:
+            with self.file.open("r+b") as stream:
+                stream.truncate(len(data) - len(torn))
+
+    def finished(self, prompts: Sequence[Prompt]) -> dict[Request, dict]:
+        """
+        The rows so far by the request that they answer.
+
+        Raises:
+            DeRaError: they are of other prompts than these.
+        """
+        rows = {}
+        for row in self.rows:
+            index = row["index"]
+            if index < len(prompts) and prompts[index].content != row["prompt"]:
+                raise DeRaError(
+                    f"{str(self.file)!r} holds the results of other prompts: {row['prompt']!r}, where "
+                    f"{prompts[index].source} is {prompts[index].content!r}. Move the file away or name another output."
+                )
+            rows[Request(index, row["lambda"], row["sample"])] = row
+        return rows
+
+    def append(self, rows: Iterable[dict]) -> list[dict]:
+        """Writes rows, each with this run's fingerprint, and returns them so."""
+        rows = [{"run": self.run, **row} for row in rows]
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        self.rows.extend(rows)
+        return rows

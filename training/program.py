@@ -1,0 +1,124 @@
+"""What the training programs share: how they are started, and how they treat what an earlier run left."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from dera_peft.errors import DeRaError
+
+FILE_NAME = "run.json"
+
+
+@dataclass
+class ProgramArguments:
+    """Arguments of every program, beside those of TRL."""
+
+    overwrite: bool = field(
+        default=False, metadata={"help": "Do the work again where its results are there already, and replace them."}
+    )
+    traceback: bool = field(default=False, metadata={"help": "Show where an error arose."})
+
+
+def parse(parser, arguments: list[str] | None = None) -> tuple:
+    """
+    TRL's parser: command line over YAML (`--config`) over defaults.
+
+    Raises:
+        DeRaError: the YAML can't be read, or has a key that there is not.
+    """
+    try:
+        return parser.parse_args_and_config(args=arguments)
+    except (OSError, ValueError, TypeError) as error:
+        raise DeRaError(str(error)) from error
+
+
+def start(main: Callable[[], None]) -> None:
+    """Runs a program. An error that a user can mend is one line and exit code 2; `--traceback` shows where it arose."""
+    try:
+        main()
+    except (DeRaError, OSError) as error:
+        if "--traceback" in sys.argv:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is saved", file=sys.stderr)
+        sys.exit(130)
+
+
+def settings_of(*arguments: Any, ignore: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The fields of dataclasses that are not at their defaults, as JSON would hold them; without those to `ignore`."""
+    settings = {}
+    for group in arguments:
+        values = group.to_dict() if hasattr(group, "to_dict") else asdict(group)
+        for f in fields(group):
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            if f.name in values and values[f.name] != default:
+                settings[f.name] = values[f.name]
+    for name in (*ignore, "output_dir", "overwrite", "traceback"):
+        settings.pop(name, None)
+    return json.loads(json.dumps(settings, default=str))
+
+
+class OutputFolder:
+    """
+    A folder of results, and `run.json` in it: which settings and inputs made them, and whether they are complete.
+
+    Args:
+        folder: is made if it is not there.
+        settings, inputs: of this run, as JSON-like values; inputs are fingerprints.
+        overwrite: forget what is there.
+
+    Raises:
+        DeRaError: it holds the results of other settings or inputs.
+    """
+
+    def __init__(self, folder: str | os.PathLike, settings: dict, inputs: dict, overwrite: bool = False):
+        self.folder = Path(folder)
+        self.file = self.folder / FILE_NAME
+        self.record = {"settings": settings, "inputs": inputs}
+        self.is_complete = False
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            self.file.unlink(missing_ok=True)
+        if self.file.is_file():
+            self._compare()
+        else:
+            self._write(complete=False)
+
+    def _compare(self) -> None:
+        try:
+            found = json.loads(self.file.read_text(encoding="utf-8"))
+            self.is_complete = found["complete"]
+            for kind in ("settings", "inputs"):
+                for name in sorted({*self.record[kind], *found[kind]}):
+                    now, before = self.record[kind].get(name, "the default"), found[kind].get(name, "the default")
+                    if now != before:
+                        raise DeRaError(
+                            f"{str(self.folder)!r} was made with {name}={before!r}, and now it is {now!r}: pass "
+                            "--overwrite true to make it again, or another --output_dir."
+                        )
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, DeRaError):
+                raise
+            raise DeRaError(
+                f"{str(self.file)!r} is damaged ({error}); pass --overwrite true to start again."
+            ) from error
+
+    def _write(self, complete: bool) -> None:
+        text = json.dumps({"complete": complete, **self.record}, indent=2, ensure_ascii=False) + "\n"
+        temporary = self.file.with_suffix(".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, self.file)
+
+    def say_reused(self) -> None:
+        print(f"{self.folder} is complete: reusing it (--overwrite true makes it again)")
+
+    def complete(self) -> None:
+        """Marks the results as whole; to be called last."""
+        self.is_complete = True
+        self._write(complete=True)
