@@ -1,6 +1,8 @@
 """The `dera` command."""
 
 import sys
+import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,22 +22,44 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+INTERRUPTED = 130  # the exit code that Typer makes of Ctrl-C, as shells do: 128 + SIGINT
+MODEL, PROMPTS, SAMPLING, OUTPUT = "Model", "Prompts", "Sampling", "Output"
+
 Base = Annotated[
     str | None,
-    typer.Option(help="Base model (the reference): hub id or folder. Not needed where a dera.json names it."),
+    typer.Option(
+        metavar="MODEL",
+        help="Base model (the reference): hub id or folder. Not needed where a dera.json names it.",
+        rich_help_panel=MODEL,
+    ),
 ]
 Adapter = Annotated[
-    str | None, typer.Option(help="LoRA adapter of the aligned model: hub id or folder, in PEFT's format.")
+    str | None,
+    typer.Option(
+        metavar="LORA",
+        help="LoRA adapter of the aligned model: hub id or folder, in PEFT's format.",
+        rich_help_panel=MODEL,
+    ),
 ]
 Quantization = Annotated[
-    Literal["nf4", "int8"] | None, typer.Option(help="Load the base in 4 or 8 bits with bitsandbytes.")
+    Literal["nf4", "int8"] | None,
+    typer.Option(
+        metavar="KIND", help="nf4 or int8: load the base in 4 or 8 bits with bitsandbytes.", rich_help_panel=MODEL
+    ),
 ]
 Dtype = Annotated[
-    Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Weights' dtype; the base's own by default.")
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(
+        metavar="DTYPE", help="float32, bfloat16 or float16; the base's own by default.", rich_help_panel=MODEL
+    ),
 ]
 DeviceMap = Annotated[
     str | None,
-    typer.Option(help="Where the model goes, as in transformers: auto, cpu, cuda:0. The GPU if there is one."),
+    typer.Option(
+        metavar="DEVICE",
+        help="As in transformers: auto, cpu, cuda:0. The accelerator by default, if there is one.",
+        rich_help_panel=MODEL,
+    ),
 ]
 
 
@@ -67,38 +91,92 @@ def generate(
     dtype: Dtype = None,
     device_map: DeviceMap = None,
     lambdas: Annotated[
-        list[str], typer.Option("--lambda", metavar="λ[,λ…]", help="Strengths, with commas or the option repeated.")
-    ] = ["1"],  # noqa: B006 (Typer reads it, nobody changes it)
-    prompt: Annotated[list[str], typer.Option(help="A prompt; can be repeated.")] = [],  # noqa: B006
+        list[str],
+        typer.Option(
+            "--lambda",
+            metavar="λ[,λ…]",
+            help="Strengths, with commas or the option repeated. By default the one that dera.json names, else 1.",
+            rich_help_panel=PROMPTS,
+        ),
+    ] = [],  # noqa: B006 (Typer reads it, nobody changes it)
+    prompt: Annotated[
+        list[str], typer.Option(metavar="TEXT", help="A prompt; can be repeated.", rich_help_panel=PROMPTS)
+    ] = [],  # noqa: B006
     prompts: Annotated[
         str | None,
         typer.Option(
             metavar="FILE",
             help="Prompts: .txt (one a line), .jsonl (rows with a 'prompt', a text or chat messages, and perhaps a "
             "'lambda' of their own), or path.py:function. Without any, lines are read from standard input.",
+            rich_help_panel=PROMPTS,
         ),
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Render prompts with the tokenizer's chat template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="Of sampling; 0 is greedy.")] = 1.0,
-    greedy: Annotated[bool, typer.Option("--greedy", help="The same as --temperature 0.")] = False,
-    top_k: Annotated[int, typer.Option(help="Sample from the k most probable tokens; 0 from all.")] = 0,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Render prompts with the tokenizer's chat template.", rich_help_panel=PROMPTS),
+    ] = False,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="At most so many new tokens.", rich_help_panel=SAMPLING)
+    ] = 128,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", help="Of sampling; 0 is greedy.", rich_help_panel=SAMPLING)
+    ] = 1.0,
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="The same as --temperature 0.", rich_help_panel=SAMPLING)
+    ] = False,
+    top_k: Annotated[
+        int,
+        typer.Option(metavar="K", help="Sample from the k most probable tokens; 0 from all.", rich_help_panel=SAMPLING),
+    ] = 0,
     top_p: Annotated[
-        float, typer.Option(help="Sample from the fewest tokens that hold this probability; 1 from all.")
+        float,
+        typer.Option(
+            metavar="P",
+            help="Sample from the fewest tokens that hold this probability; 1 from all.",
+            rich_help_panel=SAMPLING,
+        ),
     ] = 1.0,
     min_p: Annotated[
-        float, typer.Option(help="Drop tokens less probable than this share of the most probable one.")
+        float,
+        typer.Option(
+            metavar="P",
+            help="Drop tokens less probable than this share of the most probable one.",
+            rich_help_panel=SAMPLING,
+        ),
     ] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 it discourages repetition.")] = 1.0,
-    samples: Annotated[int, typer.Option(min=1, help="Completions per prompt and λ.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of all random numbers; they do not depend on the batch or on λ.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Completions decoded at once.")] = 16,
+    repetition_penalty: Annotated[
+        float, typer.Option(metavar="X", help="Above 1 it discourages repetition.", rich_help_panel=SAMPLING)
+    ] = 1.0,
+    samples: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Completions per prompt and λ.", rich_help_panel=SAMPLING)
+    ] = 1,
+    seed: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Of all random numbers; they do not depend on the batch or on λ.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = 0,
+    batch_size: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Completions decoded at once.", rich_help_panel=SAMPLING)
+    ] = 16,
     output: Annotated[
         Path | None,
-        typer.Option(help="A .jsonl file: a line per completion, written as it finishes; run again, it is continued."),
+        typer.Option(
+            metavar="FILE",
+            help="A .jsonl file: a line per completion, written as it finishes; run again, it is continued.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print those lines instead of the texts side by side.")] = False,
-    stream: Annotated[bool, typer.Option("--stream", help="Print tokens as they come: one prompt, one λ.")] = False,
+    json: Annotated[
+        bool,
+        typer.Option("--json", help="Print those lines instead of the texts side by side.", rich_help_panel=OUTPUT),
+    ] = False,
+    stream: Annotated[
+        bool,
+        typer.Option("--stream", help="Print tokens as they come: one prompt, one λ.", rich_help_panel=OUTPUT),
+    ] = False,
 ) -> None:
     """Decode prompts at one or several λ, in one batched pass.
 
@@ -111,6 +189,7 @@ def generate(
     `dera generate --adapter ./dpo --lambda=-0.5,0,1 --prompts prompts.jsonl --samples 4 --output out.jsonl`
     """
     from dera_peft.commands.generate import generate as run
+    from dera_peft.devices import read_device_map
     from dera_peft.sampling import Sampling
 
     if greedy:
@@ -121,7 +200,7 @@ def generate(
         adapter=adapter,
         quantization=quantization,
         dtype=dtype,
-        device_map=_default_device(device_map),
+        device_map=read_device_map(device_map),
         lambdas=lambdas,
         texts=prompt,
         prompts_file=prompts,
@@ -146,13 +225,16 @@ def info(
 ) -> None:
     """Say what would run: branches, fork, join, rows and memory.
 
-    **Example**
+    **Examples**
 
-    `dera info --base org/base --adapter ./dpo --quantization nf4`
+    `dera info --adapter runs/tiny/dpo`
+
+    `dera info --base org/base --adapter ./dpo --quantization nf4 --json`
     """
     from dera_peft.commands.info import info as run
+    from dera_peft.devices import read_device_map
 
-    run(base, adapter, quantization, dtype, _default_device(device_map), as_json=json)
+    run(base, adapter, quantization, dtype, read_device_map(device_map), as_json=json)
 
 
 @app.command()
@@ -191,6 +273,7 @@ def sweep(
     """
     from dera_peft.commands.common import read_lambdas
     from dera_peft.commands.sweep import sweep as run
+    from dera_peft.devices import read_device_map
     from dera_peft.evaluate.sweep import SweepConfig
 
     settings = SweepConfig.read(
@@ -199,7 +282,7 @@ def sweep(
         adapter=adapter,
         quantization=quantization,
         dtype=dtype,
-        device_map=_default_device(device_map),
+        device_map=device_map,
         prompts=prompts,
         reward=reward,
         output_dir=output_dir,
@@ -212,13 +295,7 @@ def sweep(
         seed=seed,
         batch_size=batch_size,
     )
-    run(settings)
-
-
-def _default_device(device_map: str | None) -> str | None:
-    import torch
-
-    return "auto" if device_map is None and torch.accelerator.is_available() else device_map
+    run(replace(settings, device_map=read_device_map(settings.device_map)))
 
 
 def main() -> None:
@@ -230,9 +307,14 @@ def main() -> None:
         app(arguments, prog_name="dera")
     except (DeRaError, OSError) as error:
         if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
+            traceback.print_exc()
+        else:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("interrupted; an output file keeps what it has, and the same command continues it", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

@@ -78,13 +78,16 @@ def decode(
     waiting = sorted(requests, key=lambda r: (-len(prompts[r.index]), r.index, r.sample, r.lam))
     while waiting:
         batch = waiting[:batch_size]
+        completions = None
         try:
             completions = _decode_batch(model, tokenizer, prompts, batch, sampling, streamer)
         except torch.OutOfMemoryError as error:
             if len(batch) == 1:
                 raise DeRaError(
-                    f"out of memory for a single prompt of {len(prompts[batch[0].index])} tokens."
+                    f"out of memory for a single prompt of {len(prompts[batch[0].index])} tokens and "
+                    f"{sampling.max_new_tokens} new ones: lower max_new_tokens, or quantize the base (quantization)."
                 ) from error
+        if completions is None:  # out here, where the error's frames no longer hold the batch's tensors
             batch_size = len(batch) // 2
             torch.accelerator.empty_cache()
             print(f"out of memory: going on with a batch size of {batch_size}", file=sys.stderr)
@@ -111,9 +114,11 @@ def _decode_batch(model, tokenizer, prompts, batch: list[Request], sampling, str
         do_sample=False,  # the noise in the logits makes the argmax a sample
         num_beams=1,
         logits_processor=sampling.logits_processor(
-            [row_key(sampling.seed, request.index, request.sample) for request in batch], length
+            [row_key(sampling.seed, request.index, request.sample) for request in batch],
+            length,
+            [length - len(prompts[request.index]) for request in batch],
         ),
-        repetition_penalty=sampling.repetition_penalty,
+        repetition_penalty=1.0,  # ours is in the processor
         max_new_tokens=sampling.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id or 0,
         streamer=streamer,

@@ -83,12 +83,13 @@ def resolve(base: str | os.PathLike | None, adapter: str | os.PathLike | None) -
     """
     base = None if base is None else os.fspath(base)
     adapter = None if adapter is None else os.fspath(adapter)
+    if base is not None:
+        _check_exists("base", base)
     if adapter is None:
         if base is None:
             raise DeRaError("no model is named: give a base and an adapter, or a folder with a dera.json.")
         if Record.is_in(base):
             return Record.load(base)
-        _check_exists("base", base)
         raise DeRaError(f"base={base!r} has no dera.json, so the adapter must be named too: adapter=.")
     _check_exists("adapter", adapter)
     if Record.is_in(adapter):

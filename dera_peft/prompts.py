@@ -7,12 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from jinja2 import TemplateError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from dera_peft.errors import DeRaError
 from dera_peft.objects import is_object_path, load_object
 
 Chat = list[dict[str, str]]
+
+# What the rows of results say themselves; a prompt's own columns stand beside it and may not be called so.
+RESULT_COLUMNS = frozenset(("run", "index", "sample", "completion", "tokens", "finish", "reward", "kl"))
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,12 @@ class Prompt:
             raise DeRaError(f"{self.source}: a prompt must be a text or a list of chat messages; got {self.content!r}.")
         if not any(text.strip() for text in texts):
             raise DeRaError(f"{self.source}: the prompt is empty.")
+        if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+            raise DeRaError(f"{self.source}: the prompt is not valid UTF-8.")
+        if reserved := sorted(RESULT_COLUMNS & self.columns.keys()):
+            raise DeRaError(
+                f"{self.source}: the key {reserved[0]!r} is one that the results have themselves; rename it."
+            )
 
     @property
     def text(self) -> str:
@@ -67,8 +77,16 @@ def from_texts(texts: Sequence[str], source: str = "--prompt") -> list[Prompt]:
 
 def from_lines(stream: TextIO, source: str) -> list[Prompt]:
     """One prompt a line."""
-    lines = stream.read().splitlines()
+    try:
+        lines = _split_lines(stream.read())
+    except UnicodeDecodeError as error:
+        raise DeRaError(f"{source} can't be read: {error}") from None
     return [Prompt(index, line, f"{source}, line {index + 1}") for index, line in enumerate(lines)]
+
+
+def _split_lines(text: str) -> list[str]:
+    """Only a newline ends a line: `str.splitlines` would also cut at U+2028, which JSON allows inside a string."""
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 def from_file(name: str) -> list[Prompt]:
@@ -87,12 +105,12 @@ def from_file(name: str) -> list[Prompt]:
     if path.suffix not in (".txt", ".jsonl"):
         raise DeRaError(f"prompts={name!r}: give a .txt or .jsonl file, or a function as path.py:name.")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of a prompt
     except FileNotFoundError:
         raise DeRaError(f"prompts={name!r}: there is no such file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DeRaError(f"prompts={name!r} can't be read: {error}") from None
-    lines = text.splitlines()
+    lines = _split_lines(text)
     sources = [f"{name}, line {index + 1}" for index in range(len(lines))]
     if path.suffix == ".txt":
         rows = [{"prompt": line} for line in lines]
@@ -131,7 +149,7 @@ def _read_lambdas(lam: Any, source: str) -> tuple[float, ...]:
             raise DeRaError(f"{source}: lambda must be a finite number or a list of such; got {lam!r}.")
     if not values:
         raise DeRaError(f"{source}: lambda is an empty list.")
-    return tuple(map(float, values))
+    return tuple(dict.fromkeys(float(value) + 0.0 for value in values))  # -0.0 is 0.0
 
 
 def encode(
@@ -148,7 +166,7 @@ def encode(
         chat: render with the tokenizer's chat template; a text becomes one user message.
 
     Raises:
-        DeRaError: a prompt does not fit (with its length), or the tokenizer has no chat template.
+        DeRaError: a prompt does not fit (with its length), or there is no chat template, or it refuses a chat.
     """
     if chat and not tokenizer.chat_template:
         raise DeRaError(
@@ -161,7 +179,10 @@ def encode(
             messages = (
                 [{"role": "user", "content": prompt.content}] if isinstance(prompt.content, str) else prompt.content
             )
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+            try:
+                ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+            except TemplateError as error:
+                raise DeRaError(f"{prompt.source}: the chat template refuses this chat: {error}") from error
         elif isinstance(prompt.content, str):
             ids = tokenizer(prompt.content)["input_ids"]
         else:

@@ -53,6 +53,13 @@ class Results:
                     "move it away or name another output."
                 )
             self.rows.append(row)
+        # only what an interruption of such a run can have left is dropped: any other file stays as it is
+        start = json.dumps({"run": self.run})[:-1].encode()
+        if not torn.startswith(start[: len(torn)]):
+            raise DeRaError(
+                f"{str(self.file)!r} does not end with a row of these results: move the file away or name another "
+                "output."
+            )
         if torn:
             with self.file.open("r+b") as stream:
                 stream.truncate(len(data) - len(torn))

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -42,9 +43,15 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            kinds, wanted = (int, "an integer") if field.type is int else (int | float, "a finite number")
+            if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+                raise DeRaError(f"{field.name}={value!r} must be {wanted}.")
+            object.__setattr__(self, field.name, field.type(value))
         checks = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (math.isfinite(self.temperature) and self.temperature >= 0, "0 (greedy) or more"),
+            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
             "top_k": (self.top_k >= 0, "0 (off) or more"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "min_p": (0 <= self.min_p < 1, "in [0, 1)"),
@@ -55,13 +62,23 @@ class Sampling:
             if not holds:
                 raise DeRaError(f"{name}={getattr(self, name)!r} must be {wanted}.")
 
-    def logits_processor(self, keys: Sequence[int], prompt_length: int) -> LogitsProcessorList:
-        """For `generate(do_sample=False)`: transformers' warpers, then the noise that makes its argmax a sample."""
+    def logits_processor(self, keys: Sequence[int], prompt_length: int, padding: Sequence[int]) -> LogitsProcessorList:
+        """
+        For `generate(do_sample=False)`: transformers' warpers, then the noise that makes its argmax a sample.
+
+        Args:
+            keys: from `row_key`, one a row.
+            prompt_length: of the batch, padding included.
+            padding: how many tokens of padding stand left of each row.
+        """
         warpers = LogitsProcessorList()
+        if self.repetition_penalty != 1:
+            # generate's own would count the padding as text, so that a row's penalty depended on its batch
+            warpers.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty, torch.tensor(padding)))
         if self.temperature == 0:
             return warpers
         if self.temperature != 1:
-            warpers.append(TemperatureLogitsWarper(float(self.temperature)))
+            warpers.append(TemperatureLogitsWarper(self.temperature))
         if self.top_k > 0:
             warpers.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1:
@@ -104,15 +121,17 @@ def _splitmix64(state: torch.Tensor) -> torch.Tensor:
 
 def gumbel_noise(keys: torch.Tensor, step: int, vocabulary: int) -> torch.Tensor:
     """
-    Standard Gumbel noise `[B, V]` (fp64) that depends only on each row's key (`[B]` int64), the step and the token.
+    Standard Gumbel noise `[B, V]` (fp32) that depends only on each row's key (`[B]` int64), the step and the token.
 
-    Adding it to log-probabilities makes their argmax a sample (the Gumbel-max trick).
+    Adding it to log-probabilities makes their argmax a sample (the Gumbel-max trick). It is -log(-log(u)) for u uniform
+    in (0, 1), computed from 1 - u: a float is precise near 0, and it is there that the largest noise comes from.
     """
     streams = _splitmix64(keys + _signed(((step + 1) * GAMMA) & MASK))  # [B]
     tokens = torch.arange(1, vocabulary + 1, device=keys.device)  # [V]
     bits = _splitmix64(streams[:, None] + tokens * _signed(GAMMA))  # [B, V]
-    uniform = (_shift(bits, 11).double() + 0.5) * 2.0**-53  # in (0, 1)
-    return -(-uniform.log()).log()
+    complement = (_shift(~bits, 1).float() + 0.5) * 2.0**-63  # 1 - u, from 2^-64
+    exponential = -torch.log1p(-complement.clamp(max=1 - 2.0**-24))
+    return -exponential.log()
 
 
 class GumbelMax(LogitsProcessor):

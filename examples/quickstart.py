@@ -15,7 +15,7 @@ ADAPTER = "runs/tiny/dpo"  # its dera.json names the base
 def main(adapter: str = ADAPTER) -> None:
     model = DeRaModel.from_pretrained(adapter=adapter)  # also: ("base", adapter="adapter", quantization="nf4")
     tokenizer = AutoTokenizer.from_pretrained(adapter, padding_side="left")
-    prompts = ["{prompt}"] * 4
+    prompts = ["Before sunrise, Clara the potter wanted to paint a clay jug for an old friend."] * 4
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False).to(model.device)
 
     # one λ per prompt, in one batched pass: the reference, half way, as trained, beyond

@@ -37,7 +37,9 @@ class DPOArguments(ProgramArguments):
 def make_parser():
     from trl import DPOConfig, ModelConfig, TrlParser
 
-    return TrlParser((DPOArguments, DPOConfig, ModelConfig), prog="python -m training.dpo", description=__doc__)
+    return TrlParser(
+        (DPOArguments, DPOConfig, ModelConfig), prog="python -m training.dpo", description=__doc__, allow_abbrev=False
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -52,7 +52,9 @@ class PreferenceArguments(ProgramArguments):
 def make_parser():
     from trl import TrlParser
 
-    return TrlParser((PreferenceArguments,), prog="python -m training.preferences", description=__doc__)
+    return TrlParser(
+        (PreferenceArguments,), prog="python -m training.preferences", description=__doc__, allow_abbrev=False
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

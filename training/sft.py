@@ -35,7 +35,9 @@ class SFTArguments(ProgramArguments):
 def make_parser():
     from trl import ModelConfig, SFTConfig, TrlParser
 
-    return TrlParser((SFTArguments, SFTConfig, ModelConfig), prog="python -m training.sft", description=__doc__)
+    return TrlParser(
+        (SFTArguments, SFTConfig, ModelConfig), prog="python -m training.sft", description=__doc__, allow_abbrev=False
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -15,7 +15,7 @@ from datasets import Dataset
 
 SEED = 20240205
 STORIES = 6000
-TRAIN_PROMPTS = 600
+TRAIN_PROMPTS = 1000
 HELD_OUT_PROMPTS = 64
 VOCABULARY = 1024
 
@@ -181,15 +181,7 @@ def _draw_prompt(rng: random.Random) -> dict:
     receiver = rng.choice(RECEIVERS).format(their=THEIR[pronoun])
     opening = rng.choice(OPENINGS)
     text = f"{opening}{name} the {trade} wanted to {goal} for {receiver}."
-    return {
-        "text": text,
-        "name": name,
-        "pronoun": pronoun,
-        "trade": trade,
-        "goal": goal,
-        "thing": thing,
-        "receiver": receiver,
-    }
+    return {"text": text, "name": name, "trade": trade, "goal": goal, "thing": thing, "receiver": receiver}
 
 
 def is_held_out(prompt: dict) -> bool:
@@ -214,7 +206,7 @@ def _draw_story(prompt: dict, rng: random.Random) -> str:
         f"{receiver[0].upper()}{receiver[1:]} {pick(REACTION)}.",
     ]
     if rng.random() < 0.6:
-        sentences.append(f"{prompt['pronoun'].capitalize()} {pick(EVENING)}.")
+        sentences.append(f"The {prompt['trade']} {pick(EVENING)}.")
     return " " + " ".join(sentences)
 
 

@@ -1,6 +1,7 @@
 """What several commands share."""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -26,6 +27,7 @@ def read_lambdas(texts: Sequence[str]) -> list[float]:
             ) from None
         if not math.isfinite(value):
             raise DeRaError(f"--lambda: {part.strip()!r} is not finite.")
+        value += 0.0  # -0.0 is 0.0
         if value not in values:
             values.append(value)
     return values
@@ -47,22 +49,29 @@ def format_lam(lam: float) -> str:
     return f"λ={lam:g}"
 
 
+def printable(text: str) -> Text:
+    """As it is, without markup; control characters, which a terminal would obey, become a replacement character."""
+    return Text(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text))
+
+
 def side_by_side(console: Console, title: str, texts: dict[float, list[str]]) -> None:
     """One prompt's completions by λ: in columns where they are wide enough, else one below the other."""
-    console.print(Text(title, style="bold"))
+    console.print(printable(title), style="bold")
     samples = max(map(len, texts.values()))
     if (console.width - 2) // len(texts) >= MIN_COLUMN:
         table = Table(box=None, padding=(0, 1, 1 if samples > 1 else 0, 1), expand=True, header_style="bold cyan")
         for lam in texts:
             table.add_column(format_lam(lam), ratio=1, overflow="fold")
         for sample in range(samples):
-            table.add_row(*(Text(column[sample].strip() if sample < len(column) else "") for column in texts.values()))
+            table.add_row(
+                *(printable(column[sample].strip() if sample < len(column) else "") for column in texts.values())
+            )
     else:
         table = Table(box=None, padding=(0, 1), show_header=False, expand=True)
         table.add_column(style="bold cyan", no_wrap=True)
         table.add_column(ratio=1, overflow="fold")
         for lam, column in texts.items():
             for sample, text in enumerate(column):
-                table.add_row(format_lam(lam) if sample == 0 else "", Text(text.strip()))
+                table.add_row(format_lam(lam) if sample == 0 else "", printable(text.strip()))
     console.print(table)
     console.print()

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -54,19 +54,19 @@ def generate(
     stream: bool,
 ) -> None:
     """See `dera generate --help`."""
-    default = read_lambdas(lambdas)
+    default = read_lambdas(lambdas) if lambdas else None
     prompts = read_prompts(texts, prompts_file)
+    record = resolve(base, adapter)
     requests = [
         Request(prompt.index, lam, sample)
         for prompt in prompts
-        for lam in (prompt.lam or default)
+        for lam in (prompt.lam or default or [record.lam])
         for sample in range(samples)
     ]
     if stream and (len(requests) > 1 or output or as_json):
         raise DeRaError(
             "--stream shows one completion: one prompt, one λ, one sample, and neither --output nor --json."
         )
-    record = resolve(base, adapter)
     run = settings_fingerprint(
         {
             **model_fingerprint(record),
@@ -83,9 +83,13 @@ def generate(
         done = len(requests) - len(todo)
         print(f"{output}: {done} of {len(requests)} completions are there already", file=sys.stderr)
 
+    if as_json:
+        _print_rows(finished[request] for request in requests if request in finished)
+
     if todo:
+        config = load_config(record.base)
         tokenizer = load_tokenizer(base, adapter)
-        tokens = encode(prompts, tokenizer, load_config(record.base), sampling.max_new_tokens, chat)
+        tokens = encode(prompts, tokenizer, config, sampling.max_new_tokens, chat)
         model = load(base, adapter, quantization=quantization, dtype=dtype, device_map=device_map)
         if stream:
             _stream(model, tokenizer, tokens[0], todo[0], sampling)
@@ -96,11 +100,15 @@ def generate(
                 rows = [{"run": run, **row} for row in rows] if results is None else results.append(rows)
                 finished.update({completion.request: row for completion, row in zip(completions, rows, strict=True)})
                 if as_json:
-                    for row in rows:
-                        print(json.dumps(row, ensure_ascii=False), flush=True)
+                    _print_rows(rows)
                 advance(len(completions))
     if not as_json:
         _show(prompts, requests, finished)
+
+
+def _print_rows(rows: Iterable[dict]) -> None:
+    for row in rows:
+        print(json.dumps(row, ensure_ascii=False), flush=True)
 
 
 def _show(prompts: Sequence[Prompt], requests: Sequence[Request], finished: dict) -> None:

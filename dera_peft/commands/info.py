@@ -2,6 +2,7 @@
 
 import json
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -19,10 +20,9 @@ def describe(model: DeRaModel, base: str, adapters: dict[str, str]) -> dict:
     Bytes of the KV cache are per token of context, for each of a batch's B sequences below the fork and for each of its
     R rows above it; measured on a cache that one token filled.
     """
-    import torch
-
     parameters = list(model.parameters())
-    lora = sum(p.nbytes for name, p in model.named_parameters() if "lora_" in name)
+    lora = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    lora_parameters, lora_bytes = sum(p.numel() for p in lora), sum(p.nbytes for p in lora)
     depth = model.config.get_text_config().num_hidden_layers
     with torch.no_grad():
         ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
@@ -40,8 +40,11 @@ def describe(model: DeRaModel, base: str, adapters: dict[str, str]) -> dict:
         "rows_per_sequence": {f"{lam:g}": model.plan(lam, 1).num_rows for lam in EXAMPLES},
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "base_bytes": sum(p.nbytes for p in parameters) - lora,
-        "adapter_bytes": lora,
+        # transformers counts a packed 4-bit weight as the numbers that it stands for
+        "base_parameters": model.base.num_parameters() - lora_parameters,
+        "adapter_parameters": lora_parameters,
+        "base_bytes": sum(p.nbytes for p in parameters) - lora_bytes,
+        "adapter_bytes": lora_bytes,
         "cache_bytes_per_token": {
             "below_fork_per_sequence": sum(per_layer[: model.fork_layer]),
             "above_fork_per_row": sum(per_layer[model.fork_layer :]),
@@ -78,7 +81,8 @@ def info(
         "rows per sequence": rows,
         "default λ": f"{facts['default_lambda']:g}",
         "runs on": f"{facts['device']}, {facts['dtype']}",
-        "weights": f"base {_size(facts['base_bytes'])}, adapter {_size(facts['adapter_bytes'])}",
+        "base weights": f"{facts['base_parameters']:,} parameters, {_size(facts['base_bytes'])}",
+        "adapter weights": f"{facts['adapter_parameters']:,} parameters, {_size(facts['adapter_bytes'])}",
         "KV cache per token": f"{_size(cache['below_fork_per_sequence'])} a sequence below the fork, "
         f"{_size(cache['above_fork_per_row'])} a row above it",
     }

@@ -26,14 +26,19 @@ def sweep(config: SweepConfig) -> None:
             nonlocal advance
             if done:
                 everything = "all" if done == total else f"{done} of"
-                console.print(f"{config.output_dir}: {everything} {total} completions are there already: reusing them.")
+                console.print(
+                    f"{config.output_dir}: {everything} {total} completions are there already: reusing them.",
+                    soft_wrap=True,
+                )
             advance = stack.enter_context(progress("sweep", total, done))
 
         result = run_sweep(config, on_start=start, on_progress=lambda count: advance(count))
     console.print(summary_table(result.summaries))
     console.print()
     show_samples(console, result.samples)
-    console.print(f"written to {config.output_dir}: samples.jsonl, summary.csv, sweep.png", highlight=False)
+    console.print(
+        f"written to {config.output_dir}: samples.jsonl, summary.csv, sweep.png", highlight=False, soft_wrap=True
+    )
 
 
 def summary_table(summaries: Sequence[LambdaSummary]) -> Table:

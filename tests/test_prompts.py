@@ -1,0 +1,113 @@
+"""Prompts from texts, files and functions; every fault with its place."""
+
+import io
+import json
+
+import pytest
+from conftest import make_tokenizer
+from transformers import LlamaConfig
+
+from dera_peft import DeRaError
+from dera_peft.decoding import Completion, Request
+from dera_peft.prompts import RESULT_COLUMNS, encode, from_file, from_lines, from_texts
+
+CHAT = [{"role": "user", "content": "Hello"}]
+
+
+def write(tmp_path, name: str, *lines) -> str:
+    file = tmp_path / name
+    file.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+    return str(file)
+
+
+def test_texts_lines_and_files(tmp_path):
+    assert [prompt.content for prompt in from_texts(["a", "b"])] == ["a", "b"]
+    assert [prompt.content for prompt in from_lines(io.StringIO("a\nb\n"), "standard input")] == ["a", "b"]
+    assert [prompt.content for prompt in from_file(write(tmp_path, "p.txt", "a", "b"))] == ["a", "b"]
+    rows = from_file(
+        write(tmp_path, "p.jsonl", {"prompt": "a", "lambda": 0.5, "topic": "x"}, {"prompt": CHAT, "lambda": [0, 1]})
+    )
+    assert [(p.index, p.content, p.lam, p.columns) for p in rows] == [
+        (0, "a", (0.5,), {"topic": "x"}),
+        (1, CHAT, (0.0, 1.0), {}),
+    ]
+    (tmp_path / "made.py").write_text(
+        "from datasets import Dataset\n"
+        "def rows(): return Dataset.from_list([{'prompt': 'a', 'topic': 'x'}])\n"
+        "def texts(): return ['a', 'b']\n"
+    )
+    assert [(p.content, p.columns) for p in from_file(f"{tmp_path}/made.py:rows")] == [("a", {"topic": "x"})]
+    assert [p.content for p in from_file(f"{tmp_path}/made.py:texts")] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "message"),
+    [
+        ("p.txt", ["a", "", "b"], "p.txt, line 2: the prompt is empty"),
+        ("p.jsonl", [{"prompt": "a"}, "{'prompt': 1}"], "p.jsonl, line 2: not valid JSON"),
+        ("p.jsonl", [{"prompt": "a"}, ["b"]], "p.jsonl, line 2: a row must be a JSON object"),
+        ("p.jsonl", [{"text": "a"}], r"p.jsonl, line 1: has no key 'prompt'; its keys are \['text'\]"),
+        ("p.jsonl", [{"prompt": 3}], "p.jsonl, line 1: a prompt must be a text"),
+        ("p.jsonl", [{"prompt": "  "}], "p.jsonl, line 1: the prompt is empty"),
+        ("p.jsonl", [{"prompt": "a", "lambda": "b"}], "p.jsonl, line 1: lambda must be a finite number"),
+        ("p.jsonl", ['{"prompt": "a", "lambda": NaN}'], "p.jsonl, line 1: lambda must be a finite number"),
+        ("p.jsonl", [{"prompt": "a", "lambda": []}], "p.jsonl, line 1: lambda is an empty list"),
+        ("p.jsonl", [{"prompt": "a"}, ""], "p.jsonl, line 2: not valid JSON"),
+        ("p.jsonl", [{"prompt": "a", "run": 3}], "p.jsonl, line 1: the key 'run' is one that the results have"),
+        ("p.jsonl", ['{"prompt": "\\ud800"}'], "p.jsonl, line 1: the prompt is not valid UTF-8"),
+        ("p.csv", ["a"], "give a .txt or .jsonl file"),
+    ],
+)
+def test_faults_are_told_with_their_line(tmp_path, name, lines, message):
+    with pytest.raises(DeRaError, match=message):
+        from_file(write(tmp_path, name, *lines))
+
+
+def test_text_is_taken_as_it_stands(tmp_path):
+    """No byte order mark; no line break at U+2028, which JSON and texts may hold; each λ once."""
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfa\xe2\x80\xa8b\r\nc")
+    assert [prompt.content for prompt in from_file(str(tmp_path / "p.txt"))] == ["a\u2028b", "c"]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a\u2028b", "lambda": [0, -0.0, 1, 1.0]}\n', encoding="utf-8")
+    (prompt,) = from_file(str(tmp_path / "p.jsonl"))
+    assert (prompt.content, str(prompt.lam)) == ("a\u2028b", "(0.0, 1.0)")
+    with pytest.raises(DeRaError, match="standard input can't be read"):
+        from_lines(io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8"), "standard input")
+
+
+def test_every_column_of_the_results_is_reserved():
+    request = Request(0, 0.5)
+    (prompt,) = from_texts(["a"])
+    assert Completion(request, [1], "b", "eos").row(prompt).keys() - RESULT_COLUMNS == {"prompt", "lambda"}
+
+
+def test_a_file_that_is_not_there_or_empty(tmp_path):
+    with pytest.raises(DeRaError, match="there is no such file"):
+        from_file(str(tmp_path / "none.txt"))
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(DeRaError, match="has no prompts"):
+        from_file(str(tmp_path / "empty.txt"))
+
+
+def test_encoding_never_cuts():
+    tokenizer, config = make_tokenizer(), LlamaConfig(max_position_embeddings=40)
+    (ids,) = encode(from_texts(["A fox"]), tokenizer, config, 8)
+    assert tokenizer.decode(ids) == "A fox"
+    prompts = from_texts(["A fox", "rain " * 30])
+    length = len(tokenizer("rain " * 30)["input_ids"])
+    with pytest.raises(DeRaError, match=rf"--prompt 2: the prompt has {length} tokens.*context of 40; shorten it"):
+        encode(prompts, tokenizer, config, 8)
+    with pytest.raises(DeRaError, match=rf"--prompt 1.*at most {40 - len(ids)} new tokens"):
+        encode(from_texts(["A fox"]), tokenizer, config, 40)
+
+
+def test_chats_are_rendered_with_the_template():
+    tokenizer, config = make_tokenizer(), LlamaConfig()
+    prompts = from_texts(["Hello"])
+    (ids,) = encode(prompts, tokenizer, config, 8, chat=True)
+    assert tokenizer.decode(ids) == "<s>user: Hello\nassistant:"
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DeRaError, match="--prompt 1: the chat template refuses this chat: roles must alternate"):
+        encode(prompts, tokenizer, config, 8, chat=True)
+    tokenizer.chat_template = None
+    with pytest.raises(DeRaError, match="no chat template"):
+        encode(prompts, tokenizer, config, 8, chat=True)

@@ -1,0 +1,57 @@
+"""Files of results: continued, never mixed."""
+
+import pytest
+
+from dera_peft import DeRaError
+from dera_peft.decoding import Request
+from dera_peft.fingerprint import settings_fingerprint, weights_fingerprint
+from dera_peft.prompts import from_texts
+from dera_peft.results import Results
+
+ROW = {"index": 0, "prompt": "a", "lambda": 0.5, "sample": 0, "completion": "b"}
+
+
+def test_rows_are_found_again_and_a_torn_line_is_dropped(tmp_path):
+    file = tmp_path / "new" / "out.jsonl"
+    Results(file, "run1").append([ROW, {**ROW, "sample": 1}])
+    whole = file.read_bytes()
+    file.write_bytes(whole + b'{"run": "run1", "index": 7, "pro')
+    results = Results(file, "run1")
+    assert set(results.finished(from_texts(["a"]))) == {Request(0, 0.5, 0), Request(0, 0.5, 1)}
+    assert file.read_bytes() == whole
+    results.append([{**ROW, "sample": 2}])
+    assert len(Results(file, "run1").rows) == 3
+
+
+def test_other_settings_other_prompts_and_damage_are_errors_that_change_nothing(tmp_path):
+    file = tmp_path / "out.jsonl"
+    Results(file, "run1").append([ROW])
+    before = file.read_bytes()
+    with pytest.raises(DeRaError, match="other settings"):
+        Results(file, "run2")
+    with pytest.raises(DeRaError, match="other prompts: 'a', where --prompt 1 is 'z'"):
+        Results(file, "run1").finished(from_texts(["z"]))
+    assert file.read_bytes() == before
+    file.write_bytes(b"what?\n" + before)
+    with pytest.raises(DeRaError, match="line 1, is not a row"):
+        Results(file, "run1")
+    assert file.read_bytes() == b"what?\n" + before
+
+
+@pytest.mark.parametrize("text", ["my notes, one line without an end", '{"run": "run2", "ind', '{"prompt": "a"}'])
+def test_a_last_line_of_another_kind_is_not_cut(tmp_path, text):
+    file = tmp_path / "notes"
+    file.write_text(text)
+    with pytest.raises(DeRaError, match="does not end with a row of these results"):
+        Results(file, "run1")
+    assert file.read_text() == text
+
+
+def test_fingerprints_tell_settings_and_weights_apart(tmp_path):
+    assert settings_fingerprint({"a": 1, "b": 2}) == settings_fingerprint({"b": 2, "a": 1})
+    assert settings_fingerprint({"a": 1}) != settings_fingerprint({"a": 2})
+    assert weights_fingerprint("org/hub-id") is None
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 5_000_000)
+    first = weights_fingerprint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 4_999_999 + b"y")
+    assert weights_fingerprint(tmp_path) != first

@@ -1,0 +1,65 @@
+"""Settings, folders of results and datasets of the training programs."""
+
+import json
+
+import pytest
+
+from dera_peft import DeRaError
+from training.data import dataset_fingerprint, read_dataset
+from training.program import OutputFolder
+
+
+def test_a_folder_is_reused_by_the_same_run_alone(tmp_path):
+    folder = tmp_path / "out"
+    first = OutputFolder(folder, {"seed": 1}, {"model": "abc"})
+    assert not first.is_complete
+    assert not OutputFolder(folder, {"seed": 1}, {"model": "abc"}).is_complete, "begun is not complete"
+    first.complete()
+    assert OutputFolder(folder, {"seed": 1}, {"model": "abc"}).is_complete
+    with pytest.raises(DeRaError, match=r"made with seed=1, and now it is 2.*--overwrite true"):
+        OutputFolder(folder, {"seed": 2}, {"model": "abc"})
+    with pytest.raises(DeRaError, match="made with seed=1, and now it is 'the default'"):
+        OutputFolder(folder, {}, {"model": "abc"})
+    with pytest.raises(DeRaError, match="made with model='abc', and now it is 'abd'"):
+        OutputFolder(folder, {"seed": 1}, {"model": "abd"})
+    assert json.loads((folder / "run.json").read_text())["complete"] is True
+    assert not OutputFolder(folder, {"seed": 2}, {"model": "abc"}, overwrite=True).is_complete
+    (folder / "run.json").write_text("{")
+    with pytest.raises(DeRaError, match="damaged"):
+        OutputFolder(folder, {"seed": 2}, {"model": "abc"})
+
+
+def test_datasets_by_file_folder_and_function(tmp_path):
+    rows = [{"prompt": f"p{i}", "chosen": " a", "rejected": " b"} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rows.csv").write_text("prompt,chosen,rejected\np0, a, b\n")
+    (tmp_path / "made.py").write_text(
+        "from datasets import Dataset, DatasetDict\n"
+        "def split(): return DatasetDict({'a': Dataset.from_list([{'x': 1}]), 'b': Dataset.from_list([{'x': 2}])})\n"
+        "def wrong(): return [1]\n"
+        "def empty(): return Dataset.from_list([])\n"
+    )
+    assert read_dataset(str(tmp_path / "rows.jsonl")).to_list() == rows
+    assert read_dataset(str(tmp_path / "rows.csv"))[0] == rows[0]
+    assert read_dataset(f"{tmp_path}/made.py:split", "b")[0] == {"x": 2}
+    for name, split, message in [
+        ("nowhere.jsonl", "train", "there is no such file"),
+        (f"{tmp_path}/rows.jsonl", "test", "there is no 'test'"),
+        (f"{tmp_path}/made.py:split", "c", r"no split 'c'; it has \['a', 'b'\]"),
+        (f"{tmp_path}/made.py:wrong", "train", "gave a list"),
+        (f"{tmp_path}/made.py:empty", "train", "is empty"),
+        ("some-org/no-such-dataset", "train", "some-org/no-such-dataset"),
+    ]:
+        with pytest.raises(DeRaError, match=message):
+            read_dataset(name, split)
+    (tmp_path / "broken.jsonl").write_text('{"prompt": \n')
+    with pytest.raises(DeRaError, match="can't be read"):
+        read_dataset(str(tmp_path / "broken.jsonl"))
+
+
+def test_fingerprints_of_datasets(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"x": 1}\n{"x": 2}\n')
+    (tmp_path / "b.jsonl").write_text('{"x": 1}\n{"x": 3}\n')
+    first, second = (dataset_fingerprint(read_dataset(str(tmp_path / name))) for name in ("a.jsonl", "b.jsonl"))
+    assert first != second
+    assert first == dataset_fingerprint(read_dataset(str(tmp_path / "a.jsonl")))
