@@ -104,12 +104,9 @@ class GuardedTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            message = _unsaved(folder, error, self.args.output_dir, self.state.global_step - 1)
             shutil.rmtree(folder, ignore_errors=True)
-            raise DeRaError(
-                f"{str(folder)!r} can't be saved: {error}. "
-                f"{_last_good(self.args.output_dir, self.state.global_step - 1)}; when there is room, the same command "
-                "goes on from there."
-            ) from error
+            raise DeRaError(message) from error
 
     def take(self, checkpoint: Path) -> None:
         """
@@ -232,10 +229,7 @@ def save(trainer: GuardedTrainer) -> None:
         trainer.save_model()
     except (OSError, RuntimeError, SafetensorError) as error:
         folder = trainer.args.output_dir
-        raise DeRaError(
-            f"{str(folder)!r} can't be written: {error}. {_last_good(folder, trainer.state.global_step)}; when there "
-            "is room, the same command goes on from there."
-        ) from error
+        raise DeRaError(_unsaved(folder, error, folder, trainer.state.global_step)) from error
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -290,6 +284,15 @@ def _is_whole(checkpoint: Path) -> bool:
 def _is_finished(checkpoint: Path) -> bool:
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     return state["global_step"] >= state["max_steps"]
+
+
+def _unsaved(folder: str | Path, error: Exception, output_dir: str, good: int) -> str:
+    """That a folder can't be saved, and what to do; torch's own errors do not speak of the disk."""
+    free = shutil.disk_usage(output_dir).free
+    return (
+        f"{str(folder)!r} can't be saved: {error}. The disk has {free / 2**20:,.1f} MiB left; "
+        f"{_last_good(output_dir, good)}. When there is room, the same command goes on from there."
+    )
 
 
 def _last_good(folder: str, step: int) -> str:
