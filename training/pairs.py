@@ -1,8 +1,10 @@
 """From completions with rewards to pairs of a better and a worse one."""
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import combinations
+from random import Random
 
 from rich.table import Table
 
@@ -17,7 +19,9 @@ IDENTICAL = "all completions are the same text"
 ALIKE = "no two rewards differ by more than min_margin"
 
 
-def make_pairs(rows: Sequence[dict], pairs: str, min_margin: float) -> tuple[list[dict], Counter]:
+def make_pairs(
+    rows: Sequence[dict], pairs: str, min_margin: float, label_temperature: float = 0.0, seed: int = 0
+) -> tuple[list[dict], Counter]:
     """
     Pairs in TRL's preference format, and what became of the prompts.
 
@@ -25,6 +29,8 @@ def make_pairs(rows: Sequence[dict], pairs: str, min_margin: float) -> tuple[lis
         rows: of completions.jsonl: "index" of the prompt, "prompt", "sample", "completion", "finish" and "reward".
         pairs: "best_worst": of each prompt the best completion against the worst; "all": every two of them.
         min_margin: of a pair the better reward exceeds the worse by more than this.
+        label_temperature: T; a is chosen over b with the probability σ((r_a - r_b)/T), as Bradley and Terry have it,
+            drawn by `seed`; at 0 the better one always is.
 
     Returns:
         Rows with prompt, chosen, rejected, chosen_reward and rejected_reward, by prompt; and for each number of pairs,
@@ -36,7 +42,7 @@ def make_pairs(rows: Sequence[dict], pairs: str, min_margin: float) -> tuple[lis
     result, outcomes = [], Counter()
     for _, group in sorted(by_prompt.items()):
         usable, reason = _usable(group)
-        found = [] if reason else list(_pairs_of(usable, pairs, min_margin))
+        found = [] if reason else list(_pairs_of(usable, pairs, min_margin, label_temperature, seed))
         result.extend(found)
         outcomes[reason or len(found) or ALIKE] += 1
     return result, outcomes
@@ -56,18 +62,28 @@ def _usable(group: Sequence[dict]) -> tuple[list[dict], str | None]:
     return sorted(scored, key=lambda row: (row["reward"], row["sample"])), None
 
 
-def _pairs_of(usable: Sequence[dict], pairs: str, min_margin: float) -> Iterator[dict]:
+def _pairs_of(
+    usable: Sequence[dict], pairs: str, min_margin: float, label_temperature: float, seed: int
+) -> Iterator[dict]:
     candidates = [(usable[0], usable[-1])] if pairs == BEST_WORST else combinations(usable, 2)
+    chat = isinstance(usable[0]["prompt"], list)
     for worse, better in candidates:
-        if better["reward"] - worse["reward"] > min_margin and better["completion"] != worse["completion"]:
-            chat = isinstance(better["prompt"], list)
-            yield {
-                "prompt": better["prompt"],
-                "chosen": _as_completion(better["completion"], chat),
-                "rejected": _as_completion(worse["completion"], chat),
-                "chosen_reward": better["reward"],
-                "rejected_reward": worse["reward"],
-            }
+        margin = better["reward"] - worse["reward"]
+        if margin <= min_margin or better["completion"] == worse["completion"]:
+            continue
+        chosen, rejected = better, worse
+        if label_temperature:
+            # random numbers of this very pair, so that others neither shift nor repeat them
+            draw = Random(f"{seed} {better['index']} {better['sample']} {worse['sample']}").random()
+            if draw >= 1 / (1 + math.exp(-margin / label_temperature)):
+                chosen, rejected = worse, better
+        yield {
+            "prompt": chosen["prompt"],
+            "chosen": _as_completion(chosen["completion"], chat),
+            "rejected": _as_completion(rejected["completion"], chat),
+            "chosen_reward": chosen["reward"],
+            "rejected_reward": rejected["reward"],
+        }
 
 
 def _as_completion(text: str, chat: bool) -> str | list[dict]:

@@ -26,7 +26,9 @@ from training.pairs import ALL, BEST_WORST, EMPTY, TOO_LONG, make_pairs, outcome
 from training.program import OutputFolder, ProgramArguments, parse, settings_of, start
 
 # What does not decide a completion or its reward: where they are there already, they are reused.
-NOT_OF_A_COMPLETION = ("batch_size", "device_map", "max_prompts", "min_margin", "pairs", "samples")
+NOT_OF_A_COMPLETION = (
+    "batch_size", "device_map", "label_temperature", "max_prompts", "min_margin", "pairs", "samples",
+)  # fmt: skip
 SLOWEST = timedelta(days=7)  # how long a process may wait for the others
 
 
@@ -82,6 +84,13 @@ class PreferenceArguments(ProgramArguments):
     min_margin: float = field(
         default=0.0, metadata={"help": "In a pair, the better reward must exceed the worse one by more than this."}
     )
+    label_temperature: float = field(
+        default=0.0,
+        metadata={
+            "help": "T: of a pair, draw the chosen one with probability sigmoid(difference of rewards / T), as Bradley "
+            "and Terry have it; 0: it is always the better one."
+        },
+    )
     chat: bool = field(default=False, metadata={"help": "Render the prompts with the tokenizer's chat template."})
     max_new_tokens: int = field(default=256, metadata={"help": "At most so many new tokens."})
     temperature: float = field(default=1.0, metadata={"help": "Of sampling."})
@@ -109,6 +118,8 @@ class PreferenceArguments(ProgramArguments):
             raise DeRaError(f"samples={self.samples} must be at least 2, for one to be better than another.")
         if self.min_margin < 0:
             raise DeRaError(f"min_margin={self.min_margin} must not be negative: the chosen one would be the worse.")
+        if self.label_temperature < 0:
+            raise DeRaError(f"label_temperature={self.label_temperature} must not be negative; 0 is no noise.")
         for name in ("batch_size", "max_prompts"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise DeRaError(f"{name}={getattr(self, name)} must be at least 1.")
@@ -180,7 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     there = finished()
     rows = [there[request] for request in requests if request in there]
-    pairs, outcomes = make_pairs(rows, args.pairs, args.min_margin)
+    pairs, outcomes = make_pairs(rows, args.pairs, args.min_margin, args.label_temperature, args.seed)
     outcomes[TOO_LONG] = len(prompts) - outcomes.total()
     outcomes[EMPTY] = empty
     Console().print(outcome_table(outcomes))

@@ -4,12 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-)
+from conftest import make_reward_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification
 
 from dera_peft import DeRaError
 from dera_peft.evaluate.rewards import load_reward, reward_fingerprint, score
@@ -76,17 +72,6 @@ def test_what_is_not_a_reward(file):
 
 PROMPTS = ["A fox crossed the river.", "Rain", "My sister repairs bicycles and"]
 COMPLETIONS = [" Nobody saw it.", " fell on the market, so the baker sold his bread.", " wheels."]
-
-
-def make_reward_model(folder: Path, tokenizer, labels: int = 1, context: int = 128) -> Path:
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=context, num_labels=labels, initializer_range=0.2,
-    )  # fmt: skip
-    LlamaForSequenceClassification(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """Pairs from scored completions, worked out by hand."""
 
 import itertools
+import math
 
+import pytest
 from rich.console import Console
 
 from training.pairs import (
@@ -67,6 +69,22 @@ def test_why_a_prompt_gives_no_pair():
 def test_one_text_is_never_set_against_itself():
     pairs, _ = make_pairs(rows(0, ("a", 1.0), ("a", 3.0), ("b", 2.0)), ALL, 0.0)
     assert chosen_over_rejected(pairs) == [("b", "a"), ("a", "b")]
+
+
+def test_labels_drawn_by_bradley_and_terry():
+    """With rewards that differ by 1 and T = 0.5 the better one is chosen in σ(2) = 0.881 of the pairs."""
+    many = list(itertools.chain(*(rows(index, ("a", 0.0), ("b", 1.0)) for index in range(4000))))
+    drawn, outcomes = make_pairs(many, ALL, 0.0, label_temperature=0.5, seed=1)
+    assert outcomes == {1: 4000}
+    better = [pair["chosen_reward"] > pair["rejected_reward"] for pair in drawn]
+    assert sum(better) / 4000 == pytest.approx(1 / (1 + math.exp(-2)), abs=0.015)  # 3 standard errors
+    assert all(
+        (pair["chosen"], pair["rejected"]) == (("b", "a") if b else ("a", "b"))
+        for pair, b in zip(drawn, better, strict=True)
+    )
+    assert drawn == make_pairs(many, ALL, 0.0, label_temperature=0.5, seed=1)[0]
+    assert drawn != make_pairs(many, ALL, 0.0, label_temperature=0.5, seed=2)[0]
+    assert drawn[1000:] == make_pairs(many[2000:], ALL, 0.0, label_temperature=0.5, seed=1)[0], "each pair has its own"
 
 
 def test_pairs_of_a_chat_are_messages():
