@@ -1,6 +1,7 @@
 """Base + quantization + adapters, checked against each other before anything large is loaded; and back to a folder."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers.utils.hub import cached_file
 
 from dera_peft.branches import ALIGNED, REFERENCE, Branch
 from dera_peft.errors import DeRaError
+from dera_peft.fingerprint import base_fingerprint, cached_revision
 from dera_peft.model import DeRaModel
 from dera_peft.record import Record
 
@@ -47,6 +49,8 @@ def load(
     """`DeRaModel.from_pretrained`; see there."""
     record = resolve(base, adapter)
     base, adapters = record.base, record.adapters
+    if record.base_revision is not None:
+        kwargs.setdefault("revision", record.base_revision)
     config = load_config(base, **{name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs})
     skeleton = _skeleton(config, kwargs.get("trust_remote_code"))
     modules = {name: check_adapter(folder, base, skeleton) for name, folder in adapters.items()}
@@ -58,8 +62,13 @@ def load(
         check_quantization(quantization, base, skeleton, device_map)
         kwargs["quantization_config"] = _quantization_config(quantization, dtype, config)
     del skeleton
+    revision = kwargs.get("revision")
+    record.check_base(revision)
+    quantized = kwargs.get("quantization_config", vars(config).get("quantization_config"))
+    record.check_quantization(quantization_name(quantized))
 
     model = _load_base(base, dtype=_dtype(dtype), device_map=device_map, **kwargs)
+    record.check_base(revision)  # again: a hub model's weights may be here only now
     peft_model = None
     for name, folder in adapters.items():
         if peft_model is None:
@@ -71,7 +80,11 @@ def load(
     _cast_adapters(peft_model, model.dtype)
     peft_model.eval()
     branches = [Branch(name, tuple(names)) for name, names in record.branches.items()]
-    return DeRaModel(peft_model, branches, record.lam if lam is None else lam)
+    dera_model = DeRaModel(peft_model, branches, record.lam if lam is None else lam)
+    dera_model.record = replace(
+        record, base_fingerprint=base_fingerprint(base, revision), base_revision=cached_revision(base, revision)
+    )
+    return dera_model
 
 
 def resolve(base: str | os.PathLike | None, adapter: str | os.PathLike | None) -> Record:
@@ -94,7 +107,7 @@ def resolve(base: str | os.PathLike | None, adapter: str | os.PathLike | None) -
     _check_exists("adapter", adapter)
     if Record.is_in(adapter):
         record = Record.load(adapter)
-        return record if base is None else Record(base, record.adapters, record.branches, record.lam, record.training)
+        return record if base is None else record.with_base(base)
     if base is None:
         raise DeRaError(f"adapter={adapter!r} has no dera.json that names its base: give the base too.")
     return Record(base, {"default": adapter}, {REFERENCE: [], ALIGNED: ["default"]})
@@ -241,16 +254,19 @@ def save(model: DeRaModel, folder: str | os.PathLike) -> None:
     """`DeRaModel.save_pretrained`; see there."""
     peft_model = model.peft_model
     adapters = sorted({name for branch in model.branches for name in branch.adapters})
-    base = model.config.name_or_path or peft_model.peft_config[adapters[0]].base_model_name_or_path
-    if not base:
-        raise DeRaError("the base has no name (it was not loaded from a hub or a folder), so dera.json can't name it.")
+    record = model.record
+    if record is None:
+        base = model.config.name_or_path or peft_model.peft_config[adapters[0]].base_model_name_or_path
+        if not base:
+            raise DeRaError("the base has no name (it was not loaded from a hub or a folder): dera.json can't name it.")
+        record = Record(base, {}, {}, 1.0, base_fingerprint(base), cached_revision(base))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     peft_model.save_pretrained(folder, selected_adapters=adapters, save_embedding_layers=False)
     # PEFT writes the adapter "default" into the folder itself, any other into a folder of its name below it
     paths = {name: str(folder if name == "default" else folder / name) for name in adapters}
     branches = {branch.name: list(branch.adapters) for branch in model.branches}
-    Record(base, paths, branches, model.lam).save(folder)
+    replace(record, adapters=paths, branches=branches, lam=model.lam).save(folder)
 
 
 def _load_base(base: str, **kwargs) -> PreTrainedModel:
@@ -297,6 +313,17 @@ def _quantization_config(
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
     )
+
+
+def quantization_name(config: BitsAndBytesConfig | dict | None) -> str | None:
+    """What `quantization` is called that gives this config; another of bitsandbytes' has a longer name."""
+    if config is None:
+        return None
+    values = config if isinstance(config, dict) else config.to_dict()
+    if not values.get("load_in_4bit"):
+        return "int8" if values.get("load_in_8bit") else str(values.get("quant_method", "unknown"))
+    kind = values.get("bnb_4bit_quant_type", "fp4")
+    return kind if values.get("bnb_4bit_use_double_quant") else f"{kind} without double quantization"
 
 
 def _runs_on_cpu(device_map: Any) -> bool:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -18,6 +18,9 @@ from transformers.modeling_utils import slice_logits_to_keep
 from dera_peft.branches import ALIGNED, REFERENCE, BatchPlan, Branch, check_default_lam, read_lam
 from dera_peft.errors import DeRaError
 from dera_peft.lora import Routing, branch_forward, check_layer
+
+if TYPE_CHECKING:
+    from dera_peft.record import Record
 
 
 @dataclass
@@ -64,6 +67,7 @@ class DeRaModel(PreTrainedModel, GenerationMixin):
         super().__init__(base.config)
         self.base = base
         self.lam = check_default_lam(lam)
+        self.record: Record | None = None  # what it was loaded from
         self.branches = tuple(branches)
         self.generation_config = base.generation_config
         self._is_stateful = base._is_stateful

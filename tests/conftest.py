@@ -24,6 +24,8 @@ from transformers import (
 
 from dera_peft import DeRaModel
 
+pytest_plugins = ["small_runs"]
+
 STORIES = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260k"
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CORPUS = [

@@ -1,0 +1,101 @@
+"""DPO's reference is the SFT model, in each of the forms that it comes in; and what is recorded of it."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_runs import load_plainly, log_probs, train
+
+from dera_peft import DeRaModel
+from dera_peft.record import Record
+
+IDS = torch.arange(3, 43).view(2, 20)
+
+
+class Spy:
+    """Stands before the run of a trainer: measures policy and reference before and after."""
+
+    def __init__(self, monkeypatch):
+        import training.trainer
+
+        self.run = training.trainer.run
+        monkeypatch.setattr(training.trainer, "run", self)
+
+    def __call__(self, trainer):
+        self.batch = next(iter(trainer.get_train_dataloader()))
+        trainer.model.eval()
+        self.policy = log_probs(trainer.model, self.batch)
+        self.reference = self.reference_of(trainer)
+        metrics = self.run(trainer)
+        trainer.model.eval()
+        self.policy_after = log_probs(trainer.model, self.batch)
+        self.reference_after = self.reference_of(trainer)
+        self.losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        self.dtypes = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
+        return metrics
+
+    def reference_of(self, trainer) -> torch.Tensor:
+        return torch.cat(trainer.compute_ref_log_probs(trainer.model, self.batch))
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["full", "nf4"])
+@pytest.mark.parametrize("form", ["merged", "frozen", "continued"])
+def test_the_reference_is_the_sft_model(form, nf4, tiny_base, sft_adapter, merged, preferences, tmp_path, monkeypatch):
+    settings = {"model_name_or_path": tiny_base, "sft_adapter": sft_adapter}
+    if form == "merged":
+        settings = {"model_name_or_path": merged}
+    if form == "continued":
+        settings["continue_sft_adapter"] = True
+        settings["lora_target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    if nf4:
+        settings["load_in_4bit"] = True
+    before = {file: file.read_bytes() for folder in (tiny_base, sft_adapter, merged) for file in folder.iterdir()}
+    spy = Spy(monkeypatch)
+    folder = train("dpo", tmp_path / "dpo", dataset_name=preferences, **settings)
+
+    # before the first step
+    sft = load_plainly(merged, nf4=nf4) if form == "merged" else load_plainly(tiny_base, sft_adapter, nf4=nf4)
+    expected = log_probs(sft, spy.batch)
+    bare = log_probs(load_plainly(tiny_base, nf4=nf4), spy.batch)
+    assert (expected - bare).abs().mean() > 2, "the SFT model must differ from the bare base for this to mean something"
+    torch.testing.assert_close(spy.policy, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(spy.reference, expected, atol=1e-4, rtol=0)
+    assert spy.losses[0] == pytest.approx(math.log(2), abs=1e-5)
+
+    # after the last
+    assert (spy.policy_after - spy.policy).abs().max() > 0.05, "the policy has moved"
+    torch.testing.assert_close(spy.reference_after, spy.reference, atol=1e-5, rtol=0)
+    assert spy.dtypes == {torch.float32}
+    assert {file: file.read_bytes() for file in before} == before, "neither the base nor the SFT adapter is touched"
+    assert not (folder / "ref").exists()
+    assert not list(folder.glob("model*.safetensors")), "the base is not copied"
+    factors = load_file(folder / "adapter_model.safetensors")
+    start = load_file(sft_adapter / "adapter_model.safetensors")
+    for name, tensor in factors.items():
+        if form == "continued":
+            assert not torch.equal(tensor, start[name]), "every factor has moved"
+        else:
+            assert tensor.abs().max() > 0, "every factor has moved away from zero"
+
+    # what is decoded from the saved folder
+    quantization = {"quantization": "nf4", "dtype": torch.float32} if nf4 else {}
+    model = DeRaModel.from_pretrained(adapter=folder, **quantization)
+    for lam, expected_now in ((0.0, expected), (1.0, spy.policy_after)):
+        model.lam = lam
+        torch.testing.assert_close(log_probs(model, spy.batch), expected_now, atol=1e-3, rtol=0)
+    if not nf4:
+        below = {"merged": (merged,), "frozen": (tiny_base, sft_adapter), "continued": (tiny_base,)}[form]
+        z_ref, z_aligned = sft(IDS).logits, load_plainly(*below, folder)(IDS).logits
+        assert (z_ref - z_aligned).abs().max() > 1e-2
+        torch.testing.assert_close(model(IDS, lam=0.5).logits, (z_ref + z_aligned) / 2, atol=5e-4, rtol=1e-5)
+    record = Record.load(folder)
+    assert (
+        record.branches
+        == {
+            "merged": {"reference": [], "aligned": ["default"]},
+            "frozen": {"reference": ["sft"], "aligned": ["sft", "default"]},
+            "continued": {"reference": ["sft"], "aligned": ["default"]},
+        }[form]
+    )
+    assert record.training["quantization"] == ("nf4" if nf4 else None)
