@@ -23,7 +23,7 @@ from typing import Any
 from dera_peft.errors import DeRaError
 from dera_peft.quiet import be_quiet
 from training.pairs import ALL, BEST_WORST, EMPTY, TOO_LONG, make_pairs, outcome_table
-from training.program import OutputFolder, ProgramArguments, parse, settings_of, start
+from training.program import OutputFolder, ProgramArguments, check_processes, parse, settings_of, start
 
 # What does not decide a completion or its reward: where they are there already, they are reused.
 NOT_OF_A_COMPLETION = (
@@ -37,7 +37,8 @@ class PreferenceArguments(ProgramArguments):
     """What to sample, and how to rank it."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The SFT model, or the base of sft_adapter: hub id or folder."}
+        default=None,
+        metadata={"help": "The SFT model, a whole one or an adapter, or the base of sft_adapter: hub id or folder."},
     )
     sft_adapter: str | None = field(
         default=None, metadata={"help": "A LoRA adapter that makes the base the SFT model: hub id or folder."}
@@ -141,29 +142,32 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
     from accelerate import PartialState
     from rich.console import Console
+    from trl import ModelConfig
 
     from dera_peft.decoding import Request
     from dera_peft.evaluate.rewards import load_reward, reward_fingerprint
     from dera_peft.fingerprint import settings_fingerprint
     from dera_peft.results import Results
-    from training.models import model_fingerprint
+    from training.models import find_source
 
     # without an accelerator it must be told so, or it takes each of several processes for the only one
     processes = PartialState(cpu=not torch.accelerator.is_available(), timeout=SLOWEST)
+    check_processes(args.num_processes)
     device_map = device_map_of(args.device_map, processes)
     reward = load_reward(args.reward, device_map)
     prompts, empty = read_prompts(args)
+    source = find_source(ModelConfig(model_name_or_path=args.model_name_or_path), args.sft_adapter)
+    if source.is_function:
+        raise DeRaError(f"model_name_or_path={source.base!r} is a function; fine-tune what it makes first.")
     inputs = {
-        "model": model_fingerprint(args.model_name_or_path),
+        **source.fingerprint(),
         "reward": reward_fingerprint(args.reward),
         "prompts": settings_fingerprint([prompt.content for prompt in prompts]),
     }
-    if args.sft_adapter:
-        inputs["sft_adapter"] = model_fingerprint(args.sft_adapter)
     prompts = prompts[: args.max_prompts]
     folder = Path(args.output_dir)
+    output = OutputFolder(folder, settings_of(args, ignore=NOT_OF_A_COMPLETION), inputs, args.overwrite)
     with processes.main_process_first():
-        output = OutputFolder(folder, settings_of(args, ignore=NOT_OF_A_COMPLETION), inputs, args.overwrite)
         if args.overwrite and processes.is_main_process:
             for file in folder.glob("completions*.jsonl"):
                 file.unlink()
@@ -184,7 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
         mine = todo[processes.process_index :: processes.num_processes]
         number = f"-{processes.process_index}" if processes.process_index else ""
         results = Results(folder / f"completions{number}.jsonl", run)
-        sample(args, prompts, mine, len(requests) - len(todo), results, reward, device_map)
+        sample(args, source, prompts, mine, len(requests) - len(todo), results, reward, device_map)
         processes.wait_for_everyone()
     if not processes.is_main_process:
         return
@@ -239,9 +243,23 @@ def read_prompts(args: PreferenceArguments) -> tuple[list, int]:
 
 
 def sample(
-    args: PreferenceArguments, prompts: list, todo: Sequence, there: int, results: Any, reward: Any, device_map: Any
+    args: PreferenceArguments,
+    source: Any,
+    prompts: list,
+    todo: Sequence,
+    there: int,
+    results: Any,
+    reward: Any,
+    device_map: Any,
 ) -> None:
-    """Adds the completions of the requests `todo` to `results`, each with its reward, but for prompts too long."""
+    """
+    Adds the completions of the requests `todo` to `results`, each with its reward, but for prompts that are too long.
+
+    Args:
+        source: the SFT model, from `find_source`.
+        there: how many completions an earlier run has made, for the progress bar.
+        results, reward: a `Results` and a `Reward`.
+    """
     from dera_peft.commands.common import progress
     from dera_peft.decoding import decode
     from dera_peft.evaluate.rewards import score
@@ -251,8 +269,8 @@ def sample(
     from training.sampler import load_sft_model
 
     sampling = Sampling(args.max_new_tokens, args.temperature, top_p=args.top_p, seed=args.seed)
-    config = load_config(args.model_name_or_path)
-    tokenizer = load_tokenizer_of(args.model_name_or_path, *([args.sft_adapter] if args.sft_adapter else []))
+    config = load_config(source.base, revision=source.revision)
+    tokenizer = load_tokenizer_of(*([source.adapter] if source.adapter else []), source.base)
     tokens: dict[int, list[int]] = {}
     for index in sorted({request.index for request in todo}):
         try:
@@ -262,7 +280,7 @@ def sample(
     todo = [request for request in todo if request.index in tokens]
     if not todo:
         return
-    model = load_sft_model(args.model_name_or_path, args.sft_adapter, args.quantization, args.dtype, device_map)
+    model = load_sft_model(source, args.quantization, args.dtype, device_map)
     with progress("sampling", there + len(todo), there) as advance:
         for completions in decode(model, tokenizer, tokens, todo, sampling, args.batch_size):
             of = [prompts[completion.request.index] for completion in completions]

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dera_peft import DeRaError
 from training import preferences, sampler
+from training.models import Source
 
 ROOT = Path(__file__).resolve().parents[2]
 REWARD = """
@@ -164,7 +165,7 @@ def test_a_quantized_base_samples_other_texts(files, base):
     make(files, base, "full")
     make(files, base, "nf4", "--quantization", "nf4")
     assert completions(files / "full") != completions(files / "nf4")
-    model = sampler.load_sft_model(str(base), quantization="nf4")
+    model = sampler.load_sft_model(Source(str(base)), quantization="nf4")
     assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
 
 
@@ -200,7 +201,7 @@ def test_two_processes_make_what_one_makes(files, base):
         (["--max_prompts", "0"], "max_prompts=0 must be at least 1"),
         (["--sft_adapter", "./nowhere"], "nowhere"),
         (["--device_map", "cuda:7"], "there is no such device here"),
-        (["--model_name_or_path", "./nowhere"], "no such folder"),
+        (["--model_name_or_path", "./nowhere"], "model_name_or_path='./nowhere'"),
     ],
 )
 def test_bad_input_is_refused(files, base, arguments, message):

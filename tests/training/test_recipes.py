@@ -43,7 +43,7 @@ STAND_INS = {
     "smollm2-135m": (LlamaConfig, ["<|endoftext|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"], None),
     "qwen3-0.6b": (Qwen3Config, [None, "<|endoftext|>", "<|im_start|>", "<|im_end|>"], "qwen3.jinja"),
     "llama-3.1-8b-qlora": (
-        LlamaConfig, ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"], None,
+        LlamaConfig, ["<|begin_of_text|>", "<|end_of_text|>"], None,
     ),
     "zephyr-7b-qlora": (MistralConfig, ["<s>", "</s>"], ZEPHYR_TEMPLATE),
 }  # fmt: skip
