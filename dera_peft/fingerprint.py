@@ -108,4 +108,4 @@ def _sampled_tensors(file: Path) -> list[tuple[str, str, str]]:
                 tensors.append((name, f"{tensor['dtype']}{tensor['shape']}", sample))
             return tensors
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DeRaError(f"{str(file)!r} is corrupt: it has no safetensors header ({error}).") from error
+        raise DeRaError(f"{str(file.parent)!r}: {file.name} is corrupt: not a safetensors file ({error}).") from error

@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
         peft_config=None if script_args.continue_sft_adapter else get_peft_config(model_args),
     )
     check_decodable(trainer.model)
-    if quantization_of(trainer.model) is not None and not trainer.is_fsdp_enabled:
+    if quantization_of(trainer.model) is not None and not trainer.is_sharded:
         train_in_float32(trainer.model)
     count_cut(count, trainer.train_dataset, len(usable), training_args)
     say(str(count))

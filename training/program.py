@@ -73,17 +73,17 @@ def check_processes(expected: int | None) -> int:
     The number of processes of this run.
 
     Raises:
-        DeRaError: it is not the one expected, or not the one that accelerate's launcher was asked for. On the CPU
+        DeRaError: it is not the one expected, or not the one that the launcher was asked for. On the CPU
             `accelerate launch --num_processes N` starts one process, and says nothing.
     """
     from accelerate import PartialState
 
     running = PartialState().num_processes
-    asked = expected if expected is not None else _asked_of_accelerate()
-    if asked is not None and asked != running:
-        processes = f"{running} process" if running == 1 else f"{running} processes"
+    asked = expected or _asked_of_accelerate() or int(os.environ.get("WORLD_SIZE", running))
+    if asked != running:
+        processes = "is 1 process" if running == 1 else f"are {running} processes"
         raise DeRaError(
-            f"num_processes={asked}, but {processes} run. On the CPU accelerate's launcher starts only one; "
+            f"num_processes={asked}, but there {processes}. On the CPU accelerate's launcher starts only one; "
             f"torchrun starts them: torchrun --nproc_per_node {asked} -m training.… --config …"
         )
     return running

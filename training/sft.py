@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
         peft_config=get_peft_config(model_args),
     )
     quantization = quantization_of(trainer.model)
-    if model_args.use_peft and quantization is not None and not trainer.is_fsdp_enabled:
+    if model_args.use_peft and quantization is not None and not trainer.is_sharded:
         train_in_float32(trainer.model)
     metrics = run(trainer)
     save(trainer)

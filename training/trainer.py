@@ -1,7 +1,6 @@
 """Running TRL's trainers: from the last whole checkpoint, stopped where the loss goes wrong, measured."""
 
 import json
-import math
 import resource
 import shutil
 import sys
@@ -12,13 +11,14 @@ from typing import Any
 
 import torch
 import trl
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import is_torch_bf16_gpu_available
 
 from dera_peft.errors import DeRaError
 from training.program import say
 
+STATE = "trainer_state.json"  # of a checkpoint
 # Settings that say how a run is watched and saved, not what comes out of it.
 WATCHING = (
     "disable_tqdm", "log_level", "log_level_replica", "logging_dir", "logging_first_step", "logging_nan_inf_filter",
@@ -46,6 +46,8 @@ class RunArguments:
     )
 
     def __post_init__(self):
+        # without this accelerate runs torchrun's processes on the CPU each for itself
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         if self.disable_tqdm is None:
@@ -84,11 +86,16 @@ class ModelConfig(trl.ModelConfig):
 class GuardedTrainer(Trainer):
     """A trainer that stops at a loss that is not finite, and leaves no half-written checkpoint behind."""
 
+    @property
+    def is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if not loss.isfinite():
             raise DeRaError(
-                f"the loss is {loss.item()} {self._where()}. Lower the learning rate, or look for broken rows."
+                f"the loss is {loss.item()} {self.where(good=self.state.global_step - 1)}. Lower the learning rate, or "
+                "look for broken rows."
             )
         return loss
 
@@ -99,15 +106,26 @@ class GuardedTrainer(Trainer):
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             shutil.rmtree(folder, ignore_errors=True)
             raise DeRaError(
-                f"{str(folder)!r} can't be saved: {error}. {_last_good(self.args.output_dir)}; when there is room, the "
-                "same command goes on from there."
+                f"{str(folder)!r} can't be saved: {error}. "
+                f"{_last_good(self.args.output_dir, self.state.global_step - 1)}; when there is room, the same command "
+                "goes on from there."
             ) from error
 
-    def _where(self) -> str:
-        """At which step, learning rate and checkpoint a run went wrong."""
+    def take(self, checkpoint: Path) -> None:
+        """
+        The weights and the history of a run that had made its last step: `train` would make one more, where the steps
+        end within an epoch.
+        """
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / STATE))
+        if self.args.load_best_model_at_end:
+            self._load_best_model()
+
+    def where(self, good: int) -> str:
+        """In words: the step that is made, its learning rate, and the last checkpoint up to the step `good`."""
         rate = self.lr_scheduler.get_last_lr()[0]
         step = self.state.global_step + 1
-        return f"at step {step}, with the learning rate {rate:.3g}; {_last_good(self.args.output_dir)}"
+        return f"at step {step}, with the learning rate {rate:.3g}; {_last_good(self.args.output_dir, good)}"
 
 
 class SFTTrainer(GuardedTrainer, trl.SFTTrainer):
@@ -136,11 +154,16 @@ class Watch(TrainerCallback):
         control.should_log |= control.should_save
 
     def on_log(self, args, state: TrainerState, control: TrainerControl, **kwargs):
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        if self.stop_at_loss and len(losses) > 2 and min(losses[-2:]) > self.stop_at_loss * losses[0] > 0:
+        losses = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
+        if not self.stop_at_loss or not losses:
+            return
+        first, last = losses[0][1], losses[-1][1]
+        bound = self.stop_at_loss * first
+        if first > 0 and len(losses) > 2 and min(losses[-2][1], last) > bound:
+            good = max(step for step, loss in losses if loss <= bound)
             raise DeRaError(
-                f"the loss diverges: it began at {losses[0]:.4g} and is {losses[-1]:.4g} {self.trainer._where()}. "
-                "Lower the learning rate, or set stop_at_loss: 0 to go on in spite of it."
+                f"the loss diverges: it began at {first:.4g} and is {last:.4g} {self.trainer.where(good)}. Lower the "
+                "learning rate, or set stop_at_loss: 0 to go on in spite of it."
             )
 
 
@@ -151,18 +174,18 @@ def build(trainer_class: type[GuardedTrainer], **kwargs) -> GuardedTrainer:
     Raises:
         DeRaError: the settings, the model and the data don't fit together.
     """
+    args: RunArguments = kwargs["args"]
+    if args.early_stopping_patience and kwargs["eval_dataset"] is None:
+        raise DeRaError(
+            f"early_stopping_patience={args.early_stopping_patience} needs rows to evaluate on: set "
+            "dataset_test_split (a part of a split will do: train[95%:], with dataset_train_split: train[:95%])."
+        )
     try:
         trainer = trainer_class(**kwargs)
     except (ValueError, RuntimeError) as error:
         raise DeRaError(str(error)) from error
-    args = trainer.args
     trainer.add_callback(Watch(trainer, args.stop_at_loss))
     if args.early_stopping_patience:
-        if trainer.eval_dataset is None:
-            raise DeRaError(
-                f"early_stopping_patience={args.early_stopping_patience} needs rows to evaluate on: set "
-                "dataset_test_split (a part of a split will do: train[95%:], with dataset_train_split: train[:95%])."
-            )
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     return trainer
 
@@ -185,6 +208,9 @@ def run(trainer: GuardedTrainer) -> dict[str, float]:
     checkpoint = last_checkpoint(Path(trainer.args.output_dir))
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
+    if checkpoint is not None and _is_finished(checkpoint) and not trainer.is_sharded:
+        trainer.take(checkpoint)  # a sharded model's weights are loaded by `train` alone
+        return final_metrics(trainer.state.log_history)
     begun = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - begun
@@ -207,8 +233,8 @@ def save(trainer: GuardedTrainer) -> None:
     except (OSError, RuntimeError, SafetensorError) as error:
         folder = trainer.args.output_dir
         raise DeRaError(
-            f"{str(folder)!r} can't be written: {error}. {_last_good(folder)}; when there is room, the same command "
-            "goes on from there."
+            f"{str(folder)!r} can't be written: {error}. {_last_good(folder, trainer.state.global_step)}; when there "
+            "is room, the same command goes on from there."
         ) from error
 
 
@@ -255,23 +281,20 @@ def _checkpoints(folder: Path) -> list[Path]:
 def _is_whole(checkpoint: Path) -> bool:
     """transformers writes trainer_state.json last; with save_only_model there is no state of the random numbers."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return any(checkpoint.glob("rng_state*.pth"))
 
 
-def _last_good(folder: str) -> str:
-    """The last checkpoint whose weights are finite; those after it, which are not, are removed."""
+def _is_finished(checkpoint: Path) -> bool:
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    return state["global_step"] >= state["max_steps"]
+
+
+def _last_good(folder: str, step: int) -> str:
+    """The last whole checkpoint at or before `step`, in words."""
     for checkpoint in _checkpoints(Path(folder)):
-        if not (checkpoint / "trainer_state.json").is_file():
-            continue
-        if all(_is_finite(file) for file in checkpoint.glob("*.safetensors")):
+        if int(checkpoint.name.rpartition("-")[2]) <= step and _is_whole(checkpoint):
             return f"the last good checkpoint is {checkpoint}"
-        shutil.rmtree(checkpoint, ignore_errors=True)
     return "there is no good checkpoint yet"
-
-
-def _is_finite(file: Path) -> bool:
-    with safe_open(file, framework="pt") as tensors:
-        return all(math.isfinite(tensors.get_tensor(name).float().sum()) for name in tensors.keys())  # noqa: SIM118
