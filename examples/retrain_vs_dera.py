@@ -26,6 +26,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # training/ is a folder of programs, not installed
@@ -44,7 +45,7 @@ from dera_peft.evaluate.sweep import SweepConfig, SweepResult, sweep
 from training import dpo, preferences, sft
 from training.program import start
 
-LAMBDAS = (0.25, 0.5, 1.5, 2.0, 4.0, 8.0)
+LAMBDAS = (0.25, 0.5, 0.75, 1.5, 2.0, 4.0)
 AGREE = 2.0  # standard errors of the paired difference
 RETRAINED, DERA, NEUTRAL = "#c4572e", "#1b6ca8", "0.45"
 
@@ -85,11 +86,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--lambda", dest="lambdas", type=float, nargs="+", default=LAMBDAS, metavar="λ",
         help=f"above 0 (default: {' '.join(f'{lam:g}' for lam in LAMBDAS)})",
     )  # fmt: skip
-    parser.add_argument("--beta", type=float, default=4.0, metavar="β", help="of the first adapter (default: 4)")
+    parser.add_argument("--beta", type=float, default=1.0, metavar="β", help="of the first adapter (default: 1)")
     parser.add_argument(
-        "--temperature", type=float, default=0.25, metavar="T", help="of the preferences (default: 0.25); see above"
+        "--temperature", type=float, default=0.5, metavar="T", help="of the preferences (default: 0.5); see above"
     )
-    parser.add_argument("--steps", type=int, default=60, help="of each training (default: 60)")
+    parser.add_argument("--steps", type=int, default=50, help="of each training (default: 50)")
+    parser.add_argument("--learning-rate", type=float, default=2.5e-3, help="of each training (default: 2.5e-3)")
     parser.add_argument("--samples", type=int, default=8, help="completions per prompt and λ (default: 8)")
     parser.add_argument(
         "--output-dir", type=Path, default=Path("runs/retrain_vs_dera"), metavar="DIR",
@@ -97,7 +99,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--traceback", action="store_true", help="show where an error arose")
     args = parser.parse_args(arguments)
-    for name in ("beta", "temperature", "steps", "samples"):
+    for name in ("beta", "temperature", "steps", "learning_rate", "samples"):
         if not 0 < getattr(args, name) < math.inf:
             raise DeRaError(f"--{name} {getattr(args, name):g} must be above 0.")
     for lam in args.lambdas:
@@ -119,14 +121,22 @@ def train(args: argparse.Namespace) -> tuple[Path, dict[float, Path]]:
     sft.main(["--config", str(args.recipe / "sft.yaml")])
     print("preferences, drawn by Bradley and Terry:")
     made = args.output_dir / "preferences"
-    preferences.main(config("preferences", made, "--pairs", "all", "--label_temperature", args.temperature))
+    preferences.main(config("preferences", made, "--pairs", "best_worst", "--label_temperature", args.temperature))
 
     trainings = [(1.0, args.output_dir / f"beta-{args.beta:g}", 1)]
     trainings += [(lam, args.output_dir / f"retrained-beta-{args.beta / lam:.4g}", 2) for lam in args.lambdas]
     for number, (lam, folder, seed) in enumerate(trainings, start=1):
         print(f"[{number}/{len(trainings)}] training at β = {args.beta / lam:.4g}, seed {seed}: {folder}")
-        data = ("--dataset_name", made / "preferences.jsonl", "--max_steps", args.steps, "--save_strategy", "steps")
-        dpo.main(config("dpo", folder, *data, "--save_steps", 20, "--beta", args.beta / lam, "--seed", seed))
+        settings = {
+            "dataset_name": made / "preferences.jsonl",
+            "beta": args.beta / lam,
+            "seed": seed,
+            "max_steps": args.steps,
+            "learning_rate": args.learning_rate,
+            "save_strategy": "steps",
+            "save_steps": 10,
+        }
+        dpo.main(config("dpo", folder, *chain(*((f"--{name}", value) for name, value in settings.items()))))
     return trainings[0][1], {lam: folder for lam, folder, _ in trainings[1:]}
 
 
