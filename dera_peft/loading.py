@@ -127,13 +127,14 @@ def load_config(base: str, **hub_arguments) -> PreTrainedConfig:
 
 def load_tokenizer(base: str | os.PathLike | None, adapter: str | os.PathLike | None = None) -> PreTrainedTokenizerBase:
     """
-    The base's tokenizer, or else the adapter's. It pads on the left, with the end token if it has no padding token.
+    The adapter's tokenizer, which may have a chat template of its own, or else the base's. It pads on the left, with
+    the end token if it has no padding token.
 
     Raises:
         DeRaError: neither has one.
     """
     record = resolve(base, adapter)
-    return load_tokenizer_of(record.base, *record.adapters.values())
+    return load_tokenizer_of(*record.adapters.values(), record.base)
 
 
 def load_tokenizer_of(*sources: str) -> PreTrainedTokenizerBase:
