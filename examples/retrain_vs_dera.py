@@ -260,6 +260,9 @@ def draw(comparisons: Sequence[Comparison], dera: SweepResult, file: Path) -> No
     )
     left.set_xscale("function", functions=(_root, _square))  # a KL grows as the square of what moves it
     left.set_xlim(left=0)
+    largest = left.get_xlim()[1]
+    ticks = [tick for tick in (0.1, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if largest / 100 < tick < largest]
+    left.set_xticks([0, *ticks], ["0", *(f"{tick:g}" for tick in ticks)])
     left.set_xlabel("KL to the reference (nats per completion, square-root scale)")
     left.set_ylabel("mean reward")
     left.legend(loc="lower right", frameon=False, fontsize=9)
