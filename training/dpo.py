@@ -28,6 +28,7 @@ from pathlib import Path
 from dera_peft.errors import DeRaError
 from dera_peft.quiet import be_quiet
 from training.program import (
+    HelpFormatter,
     OutputFolder,
     ProgramArguments,
     check_processes,
@@ -80,7 +81,11 @@ def make_parser():
     from training.trainer import DPOConfig, ModelConfig
 
     return TrlParser(
-        (DPOArguments, DPOConfig, ModelConfig), prog="python -m training.dpo", description=__doc__, allow_abbrev=False
+        (DPOArguments, DPOConfig, ModelConfig),
+        prog="python -m training.dpo",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
     )
 
 
@@ -90,6 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     from trl import get_peft_config
 
+    from dera_peft.record import Record
     from training.data import dataset_fingerprint, read_splits
     from training.describe import describe, quantization_of, record_of
     from training.models import (
@@ -139,6 +145,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     init_kwargs, training_args.model_init_kwargs = training_args.model_init_kwargs, None
     model, tokenizer = load_model(source, model_args, init_kwargs)
+    if source.adapter is not None and Record.is_in(source.adapter):
+        Record.load(source.adapter).check_quantization(quantization_of(model))
     if script_args.continue_sft_adapter:
         model = continue_adapter(model, source.adapter)
     elif source.adapter is not None:

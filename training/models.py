@@ -103,7 +103,7 @@ def find_source(model_args: ModelConfig, adapter: str | None = None) -> Source:
             raise DeRaError(
                 f"{argument}={folder!r} is unfinished: the program that makes it was stopped. Run it to its end first."
             )
-    return Source(name, adapter, cached_revision(name, revision) or revision)
+    return Source(name, adapter, None if os.path.isdir(name) else cached_revision(name, revision) or revision)
 
 
 def load_model(
@@ -217,12 +217,18 @@ def check_decodable(model: PeftModel) -> None:
 
 
 def merge(source: Source, adapter: Path, dtype: str | None, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Merges an adapter into the base as it is without quantization, on the CPU, and saves model and tokenizer."""
+    """
+    Merges an adapter into the base as it is without quantization, on the CPU, and saves model and tokenizer; whole, or
+    not at all.
+    """
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
     base = AutoModelForCausalLM.from_pretrained(
         source.base, revision=source.revision, dtype=dtype, use_safetensors=True, device_map="cpu"
     )
-    PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True).save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
 
 
 def copy_adapter(adapter: str, folder: Path) -> None:

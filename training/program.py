@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from itertools import pairwise
@@ -28,6 +29,10 @@ class ProgramArguments:
     )
 
 
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows defaults, and a description as it is written."""
+
+
 def parse(parser, arguments: list[str] | None = None) -> tuple:
     """
     TRL's parser: command line over YAML (`--config`) over defaults.
@@ -45,6 +50,9 @@ def start(main: Callable[[], None]) -> None:
     """Runs a program. An error that a user can mend is one line and exit code 2; `--traceback` shows where it arose."""
     try:
         main()
+        from accelerate import PartialState
+
+        PartialState().destroy_process_group()
     except (DeRaError, OSError) as error:
         if "--traceback" in sys.argv:
             raise

@@ -21,6 +21,7 @@ from pathlib import Path
 from dera_peft.errors import DeRaError
 from dera_peft.quiet import be_quiet
 from training.program import (
+    HelpFormatter,
     OutputFolder,
     ProgramArguments,
     check_processes,
@@ -61,7 +62,11 @@ def make_parser():
     from training.trainer import ModelConfig, SFTConfig
 
     return TrlParser(
-        (SFTArguments, SFTConfig, ModelConfig), prog="python -m training.sft", description=__doc__, allow_abbrev=False
+        (SFTArguments, SFTConfig, ModelConfig),
+        prog="python -m training.sft",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
     )
 
 

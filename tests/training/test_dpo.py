@@ -7,8 +7,10 @@ import torch
 from safetensors.torch import load_file
 from small_runs import load_plainly, log_probs, train
 
-from dera_peft import DeRaModel
+from dera_peft import DeRaError, DeRaModel
+from dera_peft.fingerprint import base_fingerprint
 from dera_peft.record import Record
+from training.data import dataset_fingerprint, read_dataset
 
 IDS = torch.arange(3, 43).view(2, 20)
 
@@ -99,3 +101,71 @@ def test_the_reference_is_the_sft_model(form, nf4, tiny_base, sft_adapter, merge
         }[form]
     )
     assert record.training["quantization"] == ("nf4" if nf4 else None)
+
+
+def test_what_is_recorded(tiny_base, preferences, tmp_path):
+    folder = train("dpo", tmp_path / "dpo", model_name_or_path=tiny_base, dataset_name=preferences, beta=0.3)
+    record = Record.load(folder)
+    training = record.training
+    assert record.base_fingerprint == base_fingerprint(str(tiny_base))
+    assert record.base_revision is None
+    assert training["beta"] == 0.3
+    assert training["loss_type"] == ["sigmoid"]
+    assert (training["quantization"], training["dtype"], training["mixed_precision"]) == (None, "float32", None)
+    assert training["dataset"] == str(preferences)
+    assert training["dataset_fingerprint"] == dataset_fingerprint(read_dataset(str(preferences)))
+    assert training["rows"] == {"total": 40}
+    assert training["steps"] == 4
+    assert {"loss", "first_loss", "train_loss", "rewards/margins", "tokens_per_second", "peak_memory_bytes"} <= set(
+        training["metrics"]
+    )
+    assert set(training["versions"]) == {"dera-peft", "peft", "torch", "transformers", "trl"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_type": "ipo"}, "loss_type=ipo"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1, 0.1]}, "loss_type=sft"),
+        ({"f_divergence_type": "js_divergence"}, "f_divergence_type=js_divergence"),
+        ({"ld_alpha": 0.5}, "ld_alpha=0.5"),
+        ({"loss_type": "robust", "label_smoothing": 0.1}, None),
+        ({}, None),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_loss_that_changes_the_meaning_of_beta_warns(settings, message, tiny_base, preferences, tmp_path, capfd):
+    train(
+        "dpo", tmp_path / "dpo", model_name_or_path=tiny_base, dataset_name=preferences, max_steps=1, stop_at_loss=0,
+        **settings,
+    )  # fmt: skip
+    said = capfd.readouterr().err
+    assert ("only a heuristic" in said) == (message is not None)
+    assert message is None or f"warning: with {message} the trained model" in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"label_smoothing": 0.1}, "label_smoothing=0.1 has no effect.*loss_type: robust"),
+        ({"continue_sft_adapter": True}, "needs the adapter: set sft_adapter"),
+        ({"sft_adapter": "BASE"}, "is not an adapter: it has no adapter_config.json"),
+        ({"sft_adapter": "./nowhere"}, "sft_adapter='./nowhere' can't be loaded: there is no such folder"),
+        ({"sft_adapter": "SFT", "continue_sft_adapter": True, "lora_r": 32}, "lora_r=32, but .* has 4: leave it out"),
+        ({"model_name_or_path": "SFT", "sft_adapter": "SFT"}, "is an adapter, and sft_adapter=.* another"),
+        ({"model_name_or_path": "configs/tiny/world.py:model"}, "has no weights that dera.json could name"),
+        ({"lora_modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"use_dora": True}, "LoRA variant|use_dora"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message, tiny_base, sft_adapter, preferences, tmp_path):
+    names = {"BASE": tiny_base, "SFT": sft_adapter}
+    settings = {name: names.get(value, value) if isinstance(value, str) else value for name, value in settings.items()}
+    with pytest.raises(DeRaError, match=message):
+        train("dpo", tmp_path / "dpo", **{"model_name_or_path": tiny_base, "dataset_name": preferences, **settings})
+
+
+def test_a_record_of_another_base_is_refused_before_training(tiny_base, merged, preferences, tmp_path):
+    folder = train("dpo", tmp_path / "dpo", model_name_or_path=tiny_base, dataset_name=preferences)
+    with pytest.raises(DeRaError, match="is not the base that the adapter was trained on"):
+        train("dpo", tmp_path / "again", model_name_or_path=merged, sft_adapter=folder, dataset_name=preferences)
