@@ -35,6 +35,7 @@ from dera_peft.quiet import be_quiet
 
 be_quiet()
 
+import numpy
 from rich.console import Console
 from rich.table import Table
 
@@ -204,6 +205,13 @@ def findings(comparisons: Sequence[Comparison], dera: SweepResult) -> list[str]:
     lines.append(
         "DeRa's KL over that of retraining: " + ", ".join(f"{_factor(c)} at λ={c.lam:g}" for c in others) + "."
     )
+    curve = [summary.kl for summary in dera.summaries], [summary.reward for summary in dera.summaries]
+    at_same_kl = [(c.lam, float(numpy.interp(c.retrained.kl, *curve)) - c.retrained.reward) for c in others]
+    lines.append(
+        "At the KL that retraining came to, DeRa's curve has a reward that is higher by "
+        + ", ".join(f"{difference:+.3f} (β/λ of λ={lam:g})" for lam, difference in at_same_kl)
+        + "."
+    )
     broken = [c for c in others if c.lam > 1 and not c.agrees and c.reward[0] < 0]
     if broken:
         lines.append(f"Beyond λ=1 DeRa's reward falls short of retraining from λ = {broken[0].lam:g} on.")
@@ -245,7 +253,8 @@ def draw(comparisons: Sequence[Comparison], dera: SweepResult, file: Path) -> No
         left.annotate(
             f"λ={c.lam:g}",
             (c.dera.kl, c.dera.reward),
-            xytext=(4, -12),
+            xytext=(-7, 5),
+            ha="right",
             textcoords="offset points",
             fontsize=8,
             color=DERA,
