@@ -250,11 +250,12 @@ def draw(comparisons: Sequence[Comparison], dera: SweepResult, file: Path) -> No
         )  # fmt: skip
     for c in comparisons:
         left.plot([c.dera.kl, c.retrained.kl], [c.dera.reward, c.retrained.reward], color="0.8", linewidth=4, zorder=0)
+        beside_axis = c is comparisons[0]  # where a label on the left would run into the axis
         left.annotate(
             f"λ={c.lam:g}",
             (c.dera.kl, c.dera.reward),
-            xytext=(-7, 5),
-            ha="right",
+            xytext=(5, -12) if beside_axis else (-7, 5),
+            ha="left" if beside_axis else "right",
             textcoords="offset points",
             fontsize=8,
             color=DERA,
