@@ -35,6 +35,7 @@ from dera_peft.quiet import be_quiet
 
 be_quiet()
 
+import numpy
 from rich.console import Console
 from rich.table import Table
 
@@ -204,6 +205,13 @@ def findings(comparisons: Sequence[Comparison], dera: SweepResult) -> list[str]:
     lines.append(
         "DeRa's KL over that of retraining: " + ", ".join(f"{_factor(c)} at λ={c.lam:g}" for c in others) + "."
     )
+    curve = [summary.kl for summary in dera.summaries], [summary.reward for summary in dera.summaries]
+    at_same_kl = [(c.lam, float(numpy.interp(c.retrained.kl, *curve)) - c.retrained.reward) for c in others]
+    lines.append(
+        "At the KL that retraining came to, DeRa's curve has a reward that is higher by "
+        + ", ".join(f"{difference:+.3f} (β/λ of λ={lam:g})" for lam, difference in at_same_kl)
+        + "."
+    )
     broken = [c for c in others if c.lam > 1 and not c.agrees and c.reward[0] < 0]
     if broken:
         lines.append(f"Beyond λ=1 DeRa's reward falls short of retraining from λ = {broken[0].lam:g} on.")
@@ -242,10 +250,12 @@ def draw(comparisons: Sequence[Comparison], dera: SweepResult, file: Path) -> No
         )  # fmt: skip
     for c in comparisons:
         left.plot([c.dera.kl, c.retrained.kl], [c.dera.reward, c.retrained.reward], color="0.8", linewidth=4, zorder=0)
+        beside_axis = c is comparisons[0]  # where a label on the left would run into the axis
         left.annotate(
             f"λ={c.lam:g}",
             (c.dera.kl, c.dera.reward),
-            xytext=(4, -12),
+            xytext=(5, -12) if beside_axis else (-7, 5),
+            ha="left" if beside_axis else "right",
             textcoords="offset points",
             fontsize=8,
             color=DERA,
@@ -260,6 +270,9 @@ def draw(comparisons: Sequence[Comparison], dera: SweepResult, file: Path) -> No
     )
     left.set_xscale("function", functions=(_root, _square))  # a KL grows as the square of what moves it
     left.set_xlim(left=0)
+    largest = left.get_xlim()[1]
+    ticks = [tick for tick in (0.1, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if largest / 100 < tick < largest]
+    left.set_xticks([0, *ticks], ["0", *(f"{tick:g}" for tick in ticks)])
     left.set_xlabel("KL to the reference (nats per completion, square-root scale)")
     left.set_ylabel("mean reward")
     left.legend(loc="lower right", frameon=False, fontsize=9)

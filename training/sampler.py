@@ -8,8 +8,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import ModelConfig, get_quantization_config
 
 from dera_peft.errors import DeRaError
-from dera_peft.loading import QUANTIZATIONS, check_adapter, check_quantization, load_config
+from dera_peft.loading import check_adapter, check_quantization, load_config
 from training.models import Source
+
+QUANTIZATIONS = ("nf4", "int8")
 
 
 def load_sft_model(

@@ -140,6 +140,8 @@ def test_the_comparison_by_hand(example):
     assert "at 1 of 2 λ: 0.5." in said
     assert "They differ at λ = 4 (-1.967, -59.0 SE)" in said
     assert "0.50 at λ=0.5, 10.00 at λ=4" in said
+    # DeRa's curve at KL 1 is flat at 2; at KL 3 it has fallen by 1/28 of the way from 2 to 1.1
+    assert "higher by +1.000 (β/λ of λ=0.5), -1.099 (β/λ of λ=4)." in said
     assert "falls short of retraining from λ = 4 on" in said
 
 
