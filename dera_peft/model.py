@@ -334,6 +334,8 @@ class DeRaModel(PreTrainedModel, GenerationMixin):
         finally:
             self._forked_inputs = []
 
+        if past_key_values is None and outputs.past_key_values is not None:
+            outputs.past_key_values.dera_pattern = plan.pattern
         logits, branch_logits = outputs.logits, None
         if output_branches:
             branch_logits = plan.split(logits)
