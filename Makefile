@@ -16,7 +16,7 @@ demo: $(SETUP)
 	$(VENV)/bin/dera sweep --config configs/tiny/sweep.yaml
 
 test: $(SETUP)
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --dist loadfile
 
 lint: $(SETUP)
 	$(VENV)/bin/ruff check .

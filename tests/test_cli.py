@@ -1,7 +1,6 @@
 """The command line, run as a user runs it: in this process, but for two tests of signals and pipes."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -16,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from dera_peft import cli
 
 DERA = [sys.executable, "-m", "dera_peft.cli"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # a tiny model is no work for several threads
 
 
 @pytest.fixture
@@ -106,7 +104,7 @@ def test_negative_lambdas_and_a_rows_own(dera, model, tmp_path):
 
 def test_standard_input(model):
     command = [*DERA, "generate", *model, "--greedy", "--max-new-tokens", "3", "--json"]
-    done = subprocess.run(command, input="Rain\nA fox\n", capture_output=True, text=True, env=ENVIRONMENT)
+    done = subprocess.run(command, input="Rain\nA fox\n", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [row["prompt"] for row in sorted(rows(done.stdout), key=lambda row: row["index"])] == ["Rain", "A fox"]
     assert done.stderr == "", "nothing but the results in a pipe"
@@ -148,9 +146,7 @@ def test_interrupted_and_continued(dera, model, tmp_path, sent):
         "generate", *model, "--lambda", "0.5", "--prompts", str(prompts), "--max-new-tokens", "40", "--batch-size", "2",
         "--output", str(output),
     ]  # fmt: skip
-    process = subprocess.Popen(
-        [*DERA, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
-    )
+    process = subprocess.Popen([*DERA, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 60
     while not (output.is_file() and output.stat().st_size) and time.time() < deadline:
         time.sleep(0.02)

@@ -270,7 +270,7 @@ def test_five_rows_for_0_half_1_1(setting, kwargs):
 @torch.no_grad()
 def test_first_token_frequencies(setting):
     """20,000 samples against softmax(z_λ) of the two models."""
-    ids = setting.tokenizer(PROMPTS[1], return_tensors="pt").input_ids
+    ids = setting.tokenizer(PROMPTS[2], return_tensors="pt").input_ids
     exact = setting.mixture([0.6])(ids).logits[0, -1].softmax(-1).double()
     at_0, at_1 = (setting.mixture([lam])(ids).logits[0, -1].softmax(-1) for lam in (0.0, 1.0))
     assert min((exact - p).abs().sum() for p in (at_0, at_1)) > 0.1, "the mixture must differ from both ends"
