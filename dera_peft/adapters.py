@@ -2,11 +2,12 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, set_peft_model_state_dict
-from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
@@ -141,39 +142,80 @@ def add_to(model: PreTrainedModel | PeftModel, adapter: str, name: str, modules:
         name: its name in the PeftModel.
         modules: what `check_adapter` returned.
     """
-    if isinstance(model, PeftModel):
-        peft_model = model
-        _check_copies(peft_model.get_base_model(), adapter)
-        peft_model.load_adapter(adapter, adapter_name=name, autocast_adapter_dtype=False)
-    else:
-        _check_copies(model, adapter)
-        peft_model = PeftModel.from_pretrained(model, adapter, adapter_name=name, autocast_adapter_dtype=False)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    _check_copies(base, adapter)
+    # weights that live on disk or are moved in and out are not there to put an adapter beside
+    offloaded = any(parameter.is_meta for parameter in base.parameters())
+    arguments = {"adapter_name": name, "autocast_adapter_dtype": False, "low_cpu_mem_usage": offloaded}
+    with _device_map_hidden(base):
+        if isinstance(model, PeftModel):
+            peft_model = model
+            peft_model.load_adapter(adapter, **arguments)
+        else:
+            peft_model = PeftModel.from_pretrained(model, adapter, **arguments)
     if any(key != PREFIX + _module_key(key) for key in _tensor_shapes(adapter)):
-        set_peft_model_state_dict(peft_model, _read_tensors(adapter), adapter_name=name)
-    base = peft_model.get_base_model()
+        set_peft_model_state_dict(peft_model, _read_tensors(adapter), adapter_name=name, low_cpu_mem_usage=offloaded)
     # PEFT leaves a layer that its config targets and its file lacks at random values: refuse that
     created = {path for path, module in base.named_modules() if isinstance(module, LoraLayer) and name in module.r}
     if missing := sorted(created - modules):
         raise DeRaError(
             f"adapter={adapter!r} is incomplete: its config targets {missing[0]!r}, and its file has no factors for it."
         )
-    _cast(peft_model, name, base.dtype)
+    if offloaded:
+        _materialize(base, name, adapter)
+    _place(base, name, base.dtype)
     peft_model.eval()
     return peft_model
 
 
-def _cast(peft_model: PeftModel, name: str, dtype: torch.dtype) -> None:
-    """Casts the adapter to the base's dtype once, instead of its activations up and down at every layer."""
-    for module in peft_model.modules():
-        if isinstance(module, LoraEmbedding) and name in module.lora_embedding_A:
-            for factors in (module.lora_embedding_A, module.lora_embedding_B):
-                factors[name].data = factors[name].data.to(dtype)
-        elif isinstance(module, LoraLayer) and name in module.lora_A:
-            for parts in (module.lora_A, module.lora_B, module.lora_magnitude_vector):
-                if name in parts:
-                    parts[name].to(dtype)
-        elif isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
+@contextmanager
+def _device_map_hidden(base: PreTrainedModel) -> Iterator[None]:
+    """PEFT would spread an offloaded base anew, by a map of its own, when the first adapter comes."""
+    device_map = vars(base).pop("hf_device_map", None)
+    try:
+        yield
+    finally:
+        if device_map is not None:
+            base.hf_device_map = device_map
+
+
+def _materialize(base: PreTrainedModel, name: str, adapter: str) -> None:
+    """PEFT moves an adapter to its layer's device, which is "meta" where the layer is offloaded: reads it again."""
+    tensors = _read_tensors(adapter)
+    for path, module in base.named_modules():
+        if not isinstance(module, LoraLayer) or name not in module.lora_A:
+            continue
+        for part, linear in (("lora_A", module.lora_A[name]), ("lora_B", module.lora_B[name])):
+            for kind, parameter in list(linear.named_parameters()):
+                if parameter.is_meta:
+                    tensor = tensors[f"{PREFIX}{path}.{part}.{kind}"]
+                    setattr(linear, kind, nn.Parameter(tensor, requires_grad=False))
+    for path, parameter in base.named_parameters():
+        if parameter.is_meta and f".{name}" in path and ".lora_" in path:
+            raise DeRaError(
+                f"adapter={adapter!r}: {path!r} adapts a layer that is offloaded; there only plain LoRA on linear "
+                "layers is supported."
+            )
+
+
+def _place(base: PreTrainedModel, name: str, dtype: torch.dtype) -> None:
+    """
+    Puts the adapter where its layers run, and casts it to the base's dtype once, instead of its activations up and down
+    at every layer.
+    """
+    for module in base.modules():
+        if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
             module.modules_to_save[name].to(dtype)
+        if not isinstance(module, LoraLayer) or name not in module.r:
+            continue
+        hook = getattr(module.get_base_layer(), "_hf_hook", None)  # accelerate's, of a layer that is moved in and out
+        device = None if hook is None else hook.execution_device
+        for parts in (module.lora_A, module.lora_B, module.lora_magnitude_vector):
+            if name in parts:
+                parts[name].to(device=device, dtype=dtype)
+        for factors in (module.lora_embedding_A, module.lora_embedding_B):
+            if name in factors:
+                factors[name].data = factors[name].data.to(device=device, dtype=dtype)
 
 
 def _module_key(key: str) -> str:
