@@ -10,12 +10,18 @@ import compatibility
 import pytest
 import torch
 from compatibility import BASES, COMMON, ENCODER_DECODERS, KINDS, LINEAR, REFUSED, VOCABULARY, Base
+from conftest import make_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 from transformers.modeling_outputs import CausalLMOutput
 from two_models import TwoModels, position_ids
 
 from dera_peft import DeRaError, DeRaModel
+from dera_peft.branches import BatchPlan, Branch
+from dera_peft.commands.info import describe
+from dera_peft.decoding import Request, decode
+from dera_peft.lora import Routing
+from dera_peft.sampling import Sampling
 
 LAM = [0.0, 0.5, 1.0, 1.5]
 PADDING = [3, 0, 5, 2]
@@ -138,6 +144,52 @@ def test_encoder_decoder(base, batch, tmp_path):
         assert beams.tolist() == by_two(LAM, 4, num_beams=4)
         plain = model.generate(**source, lam=0.0, **NEW)
         assert plain.tolist() == reference.generate(**source, **NEW).tolist()
+
+
+@torch.no_grad()
+def test_an_encoder_decoder_behind_the_commands(batch):
+    """`dera generate`'s decoding, in batches of other lengths, and what `dera info` says."""
+    base = next(base for base in ENCODER_DECODERS if base.model_type == "bart")  # its positions are absolute
+    model = DeRaModel.from_peft(adapt(make_base(base), target_modules=base.targets, task_type="SEQ_2_SEQ_LM"))
+    model.generation_config.eos_token_id = 2
+    prompts = [[5, 6, 7, 8, 2], [9, 2], [10, 11, 12, 2]]
+    requests = [Request(index, lam) for index in range(3) for lam in (0.0, 0.5, 1.0)]
+    sampling = Sampling(max_new_tokens=5, temperature=0)
+    found = {
+        completion.request: completion.tokens
+        for completions in decode(model, make_tokenizer(), prompts, requests, sampling, batch_size=4)
+        for completion in completions
+    }
+    for request in requests:
+        ids = torch.tensor([prompts[request.index]])
+        alone = model.generate(ids, lam=request.lam, max_new_tokens=5, do_sample=False, num_beams=1)[0, 1:].tolist()
+        assert found[request] == alone
+    assert len(set(map(str, found.values()))) > 3
+    facts = describe(model, "base", {})
+    assert facts["layers"] == 2
+    assert facts["cache_bytes_per_token"] == {"below_fork_per_sequence": 0, "above_fork_per_row": 2 * 2 * 32 * 4}
+
+
+@torch.no_grad()
+def test_info_of_a_base_with_a_recurrent_state():
+    base = next(base for base in BASES if base.model_type == "lfm2")
+    model = DeRaModel.from_peft(adapt(make_base(base), target_modules=base.targets))
+    # two of the four layers are attention: keys and values of 2 heads by 8 numbers of 4 bytes
+    assert describe(model, "base", {})["cache_bytes_per_token"]["above_fork_per_row"] == 2 * 2 * 16 * 4
+
+
+def test_rows_that_a_model_reorders_are_refused():
+    """An expert's batch is some tokens of all rows: nothing tells which belong to which branch."""
+    routing = Routing()
+    routing.plan, routing.length = (
+        BatchPlan((Branch("reference"), Branch("aligned", ("a",))), torch.full((2, 1), 0.5)),
+        3,
+    )
+    assert routing.rows("layer", torch.zeros(4, 3, 8), slice(2, 4)) == slice(2, 4)
+    assert routing.rows("layer", torch.zeros(12, 8), slice(2, 4)) == slice(6, 12)
+    for tokens in (4, 5, 11):
+        with pytest.raises(DeRaError, match=rf"experts.0.up_proj was called with {tokens} rows"):
+            routing.rows("experts.0.up_proj", torch.zeros(tokens, 8), slice(2, 4))
 
 
 def make_tiny(kind):
