@@ -194,9 +194,13 @@ class BatchPlan:
     def adapter_rows(self) -> dict[str, list[slice]]:
         """Adapter name -> the rows that it touches, in few slices; `slice(None)` for one that all branches share."""
         common = set.intersection(*(set(branch.adapters) for branch in self.branches))
-        rows: dict[str, list[slice]] = {name: [slice(None)] for name in common}
+        # in the branches' order, so that sums have one order in every process
+        names = dict.fromkeys(name for branch in self.branches for name in branch.adapters)
+        rows: dict[str, list[slice]] = {name: [slice(None)] for name in names if name in common}
         for segment in self.segments:
-            for name in set(segment.branch.adapters) - common:
+            for name in segment.branch.adapters:
+                if name in common:
+                    continue
                 slices = rows.setdefault(name, [])
                 if slices and slices[-1].stop == segment.start:
                     slices[-1] = slice(slices[-1].start, segment.stop)
@@ -266,7 +270,8 @@ def check_default_lam(lam: float | Mapping[str, float], aligned: Sequence[str] =
     if isinstance(lam, Mapping):
         if unknown := [name for name in lam if name not in aligned]:
             raise DeRaError(f"the default λ names {unknown[0]!r}, which is not an aligned branch: {list(aligned)}.")
-        return {name: check_default_lam(value) for name, value in lam.items()}
+        values = {name: check_default_lam(value) for name, value in lam.items()}
+        return values if len(aligned) > 1 else values.get(aligned[0], 0.0)
     if isinstance(lam, bool) or not isinstance(lam, (int, float)) or not math.isfinite(lam):
         raise DeRaError(f"the default λ must be one finite number; got {lam!r}.")
     return float(lam)

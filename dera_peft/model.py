@@ -240,7 +240,7 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
         for adapter in gone:
             self.peft_model.delete_adapter(adapter)
         if isinstance(self.lam, dict):
-            self.lam.pop(name, None)
+            self.lam = check_default_lam({k: v for k, v in self.lam.items() if k != name}, self.aligned)
 
     def export(self, lam, folder: str | os.PathLike, prompts: Sequence[Sequence[int]] = ()) -> dict:
         """

@@ -20,14 +20,14 @@ class Record:
         base: hub id or folder of the base model.
         adapters: adapter name -> hub id or folder of the PEFT adapter.
         branches: branch name -> the adapters that its rows see; "reference" is always there.
-        lam: the default λ.
+        lam: the default λ; of several aligned branches one each, by name.
         training: how the adapter was trained (β, loss type, data, versions, ...); empty if unknown.
     """
 
     base: str
     adapters: dict[str, str]
     branches: dict[str, list[str]]
-    lam: float = 1.0
+    lam: float | dict[str, float] = 1.0
     training: dict = field(default_factory=dict)
 
     @staticmethod
