@@ -130,6 +130,10 @@ def check_adapter(adapter: str, base: str, skeleton: PreTrainedModel) -> set[str
                 f"adapter={adapter!r} is incomplete: its config has modules_to_save={config.modules_to_save!r}, and "
                 f"its file has no weights for {part!r}."
             )
+    if config.trainable_token_indices and not any("trainable_tokens_delta" in key for key in _tensor_shapes(adapter)):
+        raise DeRaError(
+            f"adapter={adapter!r} is incomplete: its config has trainable_token_indices, and its file no such tokens."
+        )
     return set(factors)
 
 
@@ -258,11 +262,9 @@ def _check_copies(base: PreTrainedModel, adapter: str) -> None:
         for key in tensors.keys():  # noqa: SIM118 (not a dict)
             name, _, parameter = _module_key(key).rpartition(".")
             name = name.removesuffix(".base_layer")
-            if (
-                parameter != "weight"
-                or name not in names
-                or any(name.endswith(m) for m in config.modules_to_save or ())
-            ):
+            # with tied weights a head is saved with the embeddings
+            is_saved = config.ensure_weight_tying or any(_is_in(name, part) for part in config.modules_to_save or ())
+            if parameter != "weight" or name not in names or (config.modules_to_save and is_saved):
                 continue
             weight = names[name].weight
             copy = tensors.get_tensor(key).to(weight.device, weight.dtype)

@@ -239,6 +239,17 @@ KINDS = [
     Kind("an adapter on the embeddings of a tied base", {"target_modules": ["q_proj", "embed_tokens"]}, base="tied"),
     Kind("`trainable_token_indices`", {"trainable_token_indices": [5, 6, 7, 8, 9]}, scales=False),
     Kind(
+        "tied adapters on embeddings and head (`ensure_weight_tying`)",
+        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+        base="tied",
+    ),
+    Kind(
+        "`modules_to_save`: embeddings and head, tied (`ensure_weight_tying`)",
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        scales=False,
+        base="tied",
+    ),
+    Kind(
         "`trainable_token_indices` of a tied base",
         {"trainable_token_indices": [5, 6, 7, 8, 9]},
         scales=False,
