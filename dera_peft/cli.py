@@ -308,7 +308,11 @@ def sweep(
     device_map: DeviceMap = None,
     prompts: Annotated[str | None, typer.Option(help="Held-out prompts: .txt, .jsonl or path.py:function.")] = None,
     reward: Annotated[
-        str | None, typer.Option(help="path.py:name of f(prompts, completions, **columns) -> list[float], as in TRL.")
+        str | None,
+        typer.Option(
+            help="path.py:name of f(prompts, completions, **columns) -> list[float], as in TRL; or a "
+            "sequence-classification model with one label: hub id or folder."
+        ),
     ] = None,
     output_dir: Annotated[str | None, typer.Option(help="For samples.jsonl, summary.csv and sweep.png.")] = None,
     lambdas: Annotated[

@@ -1,7 +1,7 @@
 """Decoding many requests, each with its own λ, in batches."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +57,7 @@ class Completion:
 def decode(
     model: DeRaModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]] | Mapping[int, Sequence[int]],
     requests: Sequence[Request],
     sampling: Sampling,
     batch_size: int,

@@ -24,6 +24,7 @@ from transformers import (
 from dera_peft.adapters import add_to, check_adapter, check_exists, first_line, is_adapter
 from dera_peft.branches import ALIGNED, REFERENCE, Branch, make_branches
 from dera_peft.errors import DeRaError
+from dera_peft.fingerprint import base_fingerprint, cached_revision
 from dera_peft.model import LOGITS, DeRaModel
 from dera_peft.record import Record
 
@@ -49,6 +50,8 @@ def load(
     """`DeRaModel.from_pretrained`; see there."""
     record = resolve(base, adapter, adapters, reference, stacked)
     base, folders = record.base, record.adapters
+    if record.base_revision is not None:
+        kwargs.setdefault("revision", record.base_revision)
     config = load_config(base, **{name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs})
     skeleton = _skeleton(config, kwargs.get("trust_remote_code"))
     modules = {name: check_adapter(folder, base, skeleton) for name, folder in folders.items()}
@@ -60,12 +63,21 @@ def load(
         check_quantization(quantization, base, skeleton, device_map)
         kwargs["quantization_config"] = _quantization_config(quantization, dtype, config)
     del skeleton
+    revision = kwargs.get("revision")
+    record.check_base(revision)
+    quantized = kwargs.get("quantization_config", vars(config).get("quantization_config"))
+    record.check_quantization(quantization_name(quantized))
 
     model = _load_base(config, base, dtype=_dtype(dtype), device_map=device_map, **kwargs)
+    record.check_base(revision)  # again: a hub model's weights may be here only now
     for name, folder in folders.items():
         model = add_to(model, folder, name, modules[name])
     branches = [Branch(name, tuple(names)) for name, names in record.branches.items()]
-    return DeRaModel(model, branches, record.lam if lam is None else lam, mixing)
+    dera_model = DeRaModel(model, branches, record.lam if lam is None else lam, mixing)
+    dera_model.record = replace(
+        record, base_fingerprint=base_fingerprint(base, revision), base_revision=cached_revision(base, revision)
+    )
+    return dera_model
 
 
 def load_adapter(model: DeRaModel, name: str, adapter: str) -> None:
@@ -113,7 +125,7 @@ def _resolve_one(base: str | None, adapter: str | None) -> Record:
     check_exists("adapter", adapter)
     if Record.is_in(adapter):
         record = Record.load(adapter)
-        return record if base is None else replace(record, base=base)
+        return record if base is None else record.with_base(base)
     if base is None:
         raise DeRaError(f"adapter={adapter!r} has no dera.json that names its base: give the base too.")
     return Record(base, {"default": adapter}, {REFERENCE: [], ALIGNED: ["default"]})
@@ -124,7 +136,8 @@ def _resolve_several(
 ) -> Record:
     """Several aligned adapters over one reference, which their records, where they have one, must agree on."""
     references = {f"{REFERENCE}_{index}": os.fspath(folder) for index, folder in enumerate(reference, 1)}
-    folders, bases = {}, {}
+    folders: dict[str, str] = {}
+    records: dict[str, Record] = {}
     for name, adapter in adapters.items():
         adapter = os.fspath(adapter)
         if not name.isidentifier():
@@ -136,19 +149,22 @@ def _resolve_several(
         record = Record.load(adapter)
         if len(record.branches) != 2:
             raise DeRaError(f"adapter={adapter!r} is a record of {len(record.branches) - 1} aligned models; name one.")
-        under, (*_, own) = record.branches[REFERENCE], record.branches[ALIGNED]
+        under = record.branches[REFERENCE]
+        *_, own = next(names for branch, names in record.branches.items() if branch != REFERENCE)
         if not reference and under:
             raise DeRaError(
                 f"adapter={adapter!r} was trained against the reference adapters "
                 f"{[record.adapters[name] for name in under]}: name them with reference=."
             )
-        folders[name], bases[name] = record.adapters[own], record.base
-    if base is None:
-        if not bases:
-            raise DeRaError(f"adapters={list(adapters)} have no dera.json that names their base: give the base too.")
-        base = next(iter(bases.values()))
-        if other := next((name for name, found in bases.items() if found != base), None):
-            raise DeRaError(f"adapter {other!r} is of another base ({bases[other]!r}) than the others ({base!r}).")
+        folders[name], records[name] = record.adapters[own], record
+    first = next(iter(records.values()), None)
+    if base is None and first is None:
+        raise DeRaError(f"adapters={list(adapters)} have no dera.json that names their base: give the base too.")
+    for name, record in records.items():
+        known = None not in (record.base_fingerprint, first.base_fingerprint)
+        same = record.base_fingerprint == first.base_fingerprint if known else record.base == first.base
+        if not same and (known or base is None):
+            raise DeRaError(f"adapter {name!r} is of another base ({record.base!r}) than the others ({first.base!r}).")
     for folder in references.values():
         check_exists("reference", folder)
     if taken := set(references) & set(folders):
@@ -156,7 +172,14 @@ def _resolve_several(
     branches = make_branches(list(references), {name: name for name in folders}, stacked)
     # one number says enough only for one aligned model
     lam = 1.0 if len(folders) == 1 else dict.fromkeys(folders, 1.0 / len(folders))
-    return Record(base, {**references, **folders}, {b.name: list(b.adapters) for b in branches}, lam)
+    found = first or Record(base, {}, {})
+    return replace(
+        found if base is None else found.with_base(base),
+        adapters={**references, **folders},
+        branches={branch.name: list(branch.adapters) for branch in branches},
+        lam=lam,
+        training=found.training if len(folders) == 1 else {},
+    )
 
 
 def load_config(base: str, **hub_arguments) -> PreTrainedConfig:
@@ -173,13 +196,14 @@ def load_config(base: str, **hub_arguments) -> PreTrainedConfig:
 
 def load_tokenizer(base: str | os.PathLike | None, adapter: str | os.PathLike | None = None) -> PreTrainedTokenizerBase:
     """
-    The base's tokenizer, or else the adapter's. It pads on the left, with the end token if it has no padding token.
+    The adapter's tokenizer, which may have a chat template of its own, or else the base's. It pads on the left, with
+    the end token if it has no padding token.
 
     Raises:
         DeRaError: neither has one.
     """
     record = resolve(base, adapter)
-    return load_tokenizer_of(record.base, *record.adapters.values())
+    return load_tokenizer_of(*record.adapters.values(), record.base)
 
 
 def load_tokenizer_of(*sources: str) -> PreTrainedTokenizerBase:
@@ -229,16 +253,19 @@ def save(model: DeRaModel, folder: str | os.PathLike) -> None:
     """`DeRaModel.save_pretrained`; see there."""
     peft_model = model.peft_model
     adapters = sorted({name for branch in model.branches for name in branch.adapters})
-    base = model.config.name_or_path or peft_model.peft_config[adapters[0]].base_model_name_or_path
-    if not base:
-        raise DeRaError("the base has no name (it was not loaded from a hub or a folder), so dera.json can't name it.")
+    record = model.record
+    if record is None:
+        base = model.config.name_or_path or peft_model.peft_config[adapters[0]].base_model_name_or_path
+        if not base:
+            raise DeRaError("the base has no name (it was not loaded from a hub or a folder): dera.json can't name it.")
+        record = Record(base, {}, {}, 1.0, base_fingerprint(base), cached_revision(base))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     peft_model.save_pretrained(folder, selected_adapters=adapters, save_embedding_layers=False)
     # PEFT writes the adapter "default" into the folder itself, any other into a folder of its name below it
     paths = {name: str(folder if name == "default" else folder / name) for name in adapters}
     branches = {branch.name: list(branch.adapters) for branch in model.branches}
-    Record(base, paths, branches, model.lam).save(folder)
+    replace(record, adapters=paths, branches=branches, lam=model.lam).save(folder)
 
 
 def _auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForSeq2SeqLM]:
@@ -291,6 +318,17 @@ def _quantization_config(
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
     )
+
+
+def quantization_name(config: BitsAndBytesConfig | dict | None) -> str | None:
+    """What `quantization` is called that gives this config; another of bitsandbytes' has a longer name."""
+    if config is None:
+        return None
+    values = config if isinstance(config, dict) else config.to_dict()
+    if not values.get("load_in_4bit"):
+        return "int8" if values.get("load_in_8bit") else str(values.get("quant_method", "unknown"))
+    kind = values.get("bnb_4bit_quant_type", "fp4")
+    return kind if values.get("bnb_4bit_use_double_quant") else f"{kind} without double quantization"
 
 
 def _runs_on_cpu(device_map: Any) -> bool:

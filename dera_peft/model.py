@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -31,6 +31,9 @@ from dera_peft.lora import Routing, branch_forward, check_scales, find_adapted
 LOGITS, WEIGHTS = "logits", "weights"  # what λ mixes
 # what a batch's rows and tokens are counted by, the decoder's where there are two
 TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+
+if TYPE_CHECKING:
+    from dera_peft.record import Record
 
 
 @dataclass
@@ -90,6 +93,7 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
         base = peft_model.get_base_model()
         super().__init__(base.config)
         self.base = base
+        self.record: Record | None = None  # what it was loaded from
         self.generation_config = base.generation_config
         self._is_stateful = base._is_stateful
         for name in ("hf_device_map", "hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):

@@ -60,6 +60,10 @@ class Prompt:
         return self.content if isinstance(self.content, str) else self.content[-1]["content"]
 
 
+class PromptTooLong(DeRaError):
+    """A prompt that, with what is to be generated, does not fit into the model's context."""
+
+
 def is_chat(content: Any) -> bool:
     return (
         isinstance(content, list)
@@ -166,7 +170,8 @@ def encode(
         chat: render with the tokenizer's chat template; a text becomes one user message.
 
     Raises:
-        DeRaError: a prompt does not fit (with its length), or there is no chat template, or it refuses a chat.
+        PromptTooLong: a prompt does not fit (with its length).
+        DeRaError: there is no chat template, or it refuses a chat.
     """
     if chat and not tokenizer.chat_template:
         raise DeRaError(
@@ -190,7 +195,7 @@ def encode(
         if context is not None and len(ids) + max_new_tokens > context:
             room = context - len(ids)
             way_out = f"at most {room} new tokens fit after it (--max-new-tokens)" if room > 0 else "shorten it"
-            raise DeRaError(
+            raise PromptTooLong(
                 f"{prompt.source}: the prompt has {len(ids)} tokens, which with {max_new_tokens} new ones is more than "
                 f"the model's context of {context}; {way_out}."
             )

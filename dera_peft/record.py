@@ -1,11 +1,13 @@
-"""`dera.json`: which base, which adapters and which branches belong together."""
+"""`dera.json`: which base, which adapters and which branches belong together, and how they were trained."""
 
 import json
 import os
+import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from dera_peft.errors import DeRaError
+from dera_peft.fingerprint import base_fingerprint
 
 FILE_NAME = "dera.json"
 FORMAT = 1
@@ -21,18 +23,56 @@ class Record:
         adapters: adapter name -> hub id or folder of the PEFT adapter.
         branches: branch name -> the adapters that its rows see; "reference" is always there.
         lam: the default λ; of several aligned branches one each, by name.
-        training: how the adapter was trained (β, loss type, data, versions, ...); empty if unknown.
+        base_fingerprint: of the base's weights, see `fingerprint.base_fingerprint`; None if unknown.
+        base_revision: the commit of a hub base; None for a folder, or if unknown.
+        training: how the adapter was trained, empty if unknown. `training.dpo` and `training.sft` write: method, beta,
+            loss_type, quantization ("nf4", "int8", another name, or null), dtype, mixed_precision, dataset,
+            dataset_fingerprint, rows, steps, metrics, processes and versions.
     """
 
     base: str
     adapters: dict[str, str]
     branches: dict[str, list[str]]
     lam: float | dict[str, float] = 1.0
+    base_fingerprint: str | None = None
+    base_revision: str | None = None
     training: dict = field(default_factory=dict)
 
     @staticmethod
     def is_in(folder: str | os.PathLike) -> bool:
         return (Path(folder) / FILE_NAME).is_file()
+
+    def with_base(self, base: str) -> "Record":
+        """The same adapters over another copy of the base; `check_base` tells whether it is one."""
+        return self if base == self.base else replace(self, base=base, base_revision=None)
+
+    def check_base(self, revision: str | None = None) -> None:
+        """
+        Compares the base (of the hub: at `revision`) with the one that the adapters were trained on, where both
+        fingerprints are to be had.
+
+        Raises:
+            DeRaError: they have other weights.
+        """
+        found = base_fingerprint(self.base, revision)
+        if None not in (found, self.base_fingerprint) and found != self.base_fingerprint:
+            raise DeRaError(
+                f"base={self.base!r} is not the base that the adapter was trained on: its weights' fingerprint is "
+                f"{found}, and {FILE_NAME} names {self.base_fingerprint}. Give the base that it was trained on."
+            )
+
+    def check_quantization(self, quantization: str | None) -> None:
+        """Warns where the base is quantized in another way than in training: the reference is then a little another."""
+        if not self.training:
+            return
+        trained = self.training.get("quantization")
+        if trained != quantization:
+            warnings.warn(
+                f"the adapter was trained on a base {_quantized(trained)}, and this one is {_quantized(quantization)}: "
+                f"reference and aligned model differ slightly from those of the training (quantization={trained!r} "
+                "gives them).",
+                stacklevel=3,
+            )
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes `folder/dera.json`, with local folders relative to it, so that the tree can be moved as a whole."""
@@ -53,6 +93,7 @@ class Record:
         )
         values = {"format": FORMAT, **values}
         values["lambda"] = values.pop("lam")
+        values["training"] = values.pop("training")  # the longest comes last
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f"{FILE_NAME}.tmp"
         temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -89,3 +130,7 @@ class Record:
             base=resolve(record.base),
             adapters={name: resolve(path) for name, path in record.adapters.items()},
         )
+
+
+def _quantized(name: str | None) -> str:
+    return "unquantized" if name is None else f"quantized to {name}"

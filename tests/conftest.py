@@ -14,9 +14,17 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from dera_peft import DeRaModel
+
+pytest_plugins = ["small_runs"]
 
 STORIES = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260k"
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -61,6 +69,25 @@ def make_adapter(base: str | Path, folder: Path, seed: int = 1, scale: float = 1
             if "lora_B" in name:
                 parameter.normal_(std=0.1 * scale)
     peft_model.save_pretrained(folder)
+    return folder
+
+
+def make_reward_model(folder: Path, tokenizer=None, labels: int = 1, context: int = 512) -> Path:
+    """A random sequence-classification Llama of two layers, with `tokenizer` or else `make_tokenizer`'s."""
+    tokenizer = make_tokenizer() if tokenizer is None else tokenizer
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=context,
+        num_labels=labels,
+        initializer_range=0.2,
+    )
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

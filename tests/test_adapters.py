@@ -1,5 +1,7 @@
 """Several aligned adapters, reference adapters, and mixing of weights, against separate models."""
 
+import json
+
 import pytest
 import torch
 from conftest import make_adapter
@@ -229,3 +231,21 @@ def test_a_cache_filled_by_other_weights_is_refused(tiny_base, adapters):
     cache = model(IDS[:, :5], lam=0.5, use_cache=True).past_key_values
     with pytest.raises(DeRaError, match="past_key_values"):
         model(IDS[:, 5:], lam=0.6, past_key_values=cache)
+
+
+def test_records_say_which_base_and_which_reference(tiny_base, tiny_adapter, top_adapter, stories, tmp_path):
+    """Adapters with a dera.json need no base, must be of one base, and say what they were trained against."""
+    for name, adapter in (("one", tiny_adapter), ("two", top_adapter)):
+        DeRaModel.from_pretrained(tiny_base, adapter).save_pretrained(tmp_path / name)
+    sources = {name: tmp_path / name for name in ("one", "two")}
+    model = DeRaModel.from_pretrained(adapters=sources)
+    assert model.adapters == {"reference": (), "one": ("one",), "two": ("two",)}
+    stacked = DeRaModel.from_pretrained(tiny_base, top_adapter, reference=tiny_adapter)
+    stacked.save_pretrained(tmp_path / "stacked")
+    with pytest.raises(DeRaError, match="name them with reference="):
+        DeRaModel.from_pretrained(adapters={"a": tmp_path / "stacked"})
+    record = tmp_path / "two" / "dera.json"
+    values = json.loads(record.read_text())
+    record.write_text(json.dumps({**values, "base": str(stories), "base_fingerprint": "another"}))
+    with pytest.raises(DeRaError, match="'two' is of another base"):
+        DeRaModel.from_pretrained(adapters=sources)

@@ -320,7 +320,7 @@ def test_a_corrupt_base_is_named(dera, tiny_base, tiny_adapter, tmp_path):
     (base / "model.safetensors").write_bytes(b"broken")
     code, out, err = dera("generate", "--base", base, "--adapter", tiny_adapter, "--prompt", "x")
     assert (code, out) == (2, "")
-    assert "a safetensors file is corrupt" in err
+    assert "model.safetensors is corrupt" in err
     assert "Traceback" not in err
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dera_peft import DeRaError, DeRaModel
+from dera_peft.fingerprint import base_fingerprint
 from dera_peft.loading import load_tokenizer
 from dera_peft.record import Record
 
@@ -219,3 +221,85 @@ def test_int8_loads_and_decodes(tiny_base, tiny_adapter):
     full = DeRaModel.from_pretrained(tiny_base, tiny_adapter)
     close, far = (model(IDS, lam=0.5).logits.float() - full(IDS, lam=lam).logits for lam in (0.5, 1.0))
     assert close.abs().mean() < 0.3 * far.abs().mean()
+
+
+def trained(base: Path, adapter: Path, folder: Path, **training) -> Path:
+    """An adapter with a record of its training, as the training programs leave it."""
+    shutil.copytree(adapter, folder)
+    record = Record(
+        str(base), {"default": str(folder)}, {"reference": [], "aligned": ["default"]},
+        base_fingerprint=base_fingerprint(str(base)), training=training,
+    )  # fmt: skip
+    record.save(folder)
+    return folder
+
+
+def test_a_record_refuses_another_base(tiny_base, tiny_adapter, tmp_path):
+    folder = trained(tiny_base, tiny_adapter, tmp_path / "adapter")
+    DeRaModel.from_pretrained(adapter=folder)
+    copied = shutil.copytree(tiny_base, tmp_path / "copied")
+    DeRaModel.from_pretrained(copied, folder)  # another folder, the same weights
+    tuned = shutil.copytree(tiny_base, tmp_path / "tuned")
+    weights = load_file(tuned / "model.safetensors")
+    weights["model.layers.3.mlp.up_proj.weight"] += 1e-4
+    save_file(weights, tuned / "model.safetensors", metadata={"format": "pt"})
+    message = error(tuned, folder)
+    assert f"base={str(tuned)!r} is not the base that the adapter was trained on" in message
+    record = json.loads((folder / "dera.json").read_text())
+    (folder / "dera.json").write_text(json.dumps({**record, "base": str(tuned)}))
+    assert error(None, folder) == message, "named by the record as well"
+
+
+def test_a_record_warns_where_the_base_is_quantized_otherwise(tiny_base, tiny_adapter, tmp_path):
+    plain = trained(tiny_base, tiny_adapter, tmp_path / "plain", method="dpo", quantization=None)
+    on_int8 = trained(tiny_base, tiny_adapter, tmp_path / "int8", method="dpo", quantization="int8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        DeRaModel.from_pretrained(adapter=plain)
+        DeRaModel.from_pretrained(tiny_base, tiny_adapter)  # without a record nothing is known
+    with pytest.warns(UserWarning, match="trained on a base quantized to int8, and this one is unquantized"):
+        DeRaModel.from_pretrained(adapter=on_int8)
+    pytest.importorskip("bitsandbytes")
+    with pytest.warns(UserWarning, match="trained on a base unquantized, and this one is quantized to int8"):
+        DeRaModel.from_pretrained(adapter=plain, quantization="int8")
+
+
+def test_saving_keeps_the_record_of_the_training(tiny_base, tiny_adapter, tmp_path):
+    folder = trained(tiny_base, tiny_adapter, tmp_path / "trained", method="dpo", beta=0.1, quantization=None)
+    DeRaModel.from_pretrained(adapter=folder, lam=0.3).save_pretrained(tmp_path / "saved")
+    record, again = Record.load(folder), Record.load(tmp_path / "saved")
+    assert again.training == record.training
+    assert again.base_fingerprint == record.base_fingerprint is not None
+    assert again.lam == 0.3
+    DeRaModel.from_pretrained(tiny_base, tiny_adapter).save_pretrained(tmp_path / "unknown")
+    unknown = Record.load(tmp_path / "unknown")
+    assert unknown.training == {}
+    assert unknown.base_fingerprint == record.base_fingerprint, "it is known without a training, too"
+
+
+@torch.no_grad()
+def test_a_hub_base_is_known_by_its_commit_and_its_cached_weights(tiny_base, tiny_adapter, tmp_path, monkeypatch):
+    """A cache as the hub's client lays it out, with two commits of one model."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--org--tiny"
+    first, second = repository / "snapshots" / ("a" * 40), repository / "snapshots" / ("b" * 40)
+    shutil.copytree(tiny_base, first)
+    shutil.copytree(tiny_base, second)
+    weights = load_file(second / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, second / "model.safetensors", metadata={"format": "pt"})
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+
+    assert base_fingerprint("org/tiny") == base_fingerprint(str(tiny_base))
+    assert base_fingerprint("org/not-here") is None, "nothing is downloaded for it"
+    model = DeRaModel.from_pretrained("org/tiny", tiny_adapter)
+    model.save_pretrained(tmp_path / "saved")
+    record = Record.load(tmp_path / "saved")
+    assert (record.base, record.base_revision) == ("org/tiny", "a" * 40)
+    expected = model(IDS).logits
+    (repository / "refs" / "main").write_text("b" * 40)  # the hub's model changes, and the record's commit stays
+    assert torch.equal(DeRaModel.from_pretrained(adapter=tmp_path / "saved")(IDS).logits, expected)
+    assert torch.equal(DeRaModel.from_pretrained(tiny_base, tmp_path / "saved")(IDS).logits, expected)
+    with pytest.raises(DeRaError, match="is not the base that the adapter was trained on"):
+        DeRaModel.from_pretrained(adapter=tmp_path / "saved", revision="b" * 40)

@@ -1,6 +1,8 @@
 """Files of results: continued, never mixed."""
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from dera_peft import DeRaError
 from dera_peft.decoding import Request
@@ -51,7 +53,16 @@ def test_fingerprints_tell_settings_and_weights_apart(tmp_path):
     assert settings_fingerprint({"a": 1, "b": 2}) == settings_fingerprint({"b": 2, "a": 1})
     assert settings_fingerprint({"a": 1}) != settings_fingerprint({"a": 2})
     assert weights_fingerprint("org/hub-id") is None
-    (tmp_path / "model.safetensors").write_bytes(b"x" * 5_000_000)
+    tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(5)}
+    save_file(tensors, tmp_path / "model.safetensors")
     first = weights_fingerprint(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"x" * 4_999_999 + b"y")
+    save_file({"a": tensors["a"]}, tmp_path / "model.safetensors")
     assert weights_fingerprint(tmp_path) != first
+    save_file({"b": tensors["b"]}, tmp_path / "model-2.safetensors")
+    assert weights_fingerprint(tmp_path) == first, "over however many files the tensors are spread"
+    for changed in (tensors["b"].double(), tensors["b"].view(1, 5), tensors["b"] + 1e-6):
+        save_file({"b": changed}, tmp_path / "model-2.safetensors")
+        assert weights_fingerprint(tmp_path) != first
+    (tmp_path / "model-2.safetensors").write_bytes(b"not a tensor")
+    with pytest.raises(DeRaError, match="is corrupt"):
+        weights_fingerprint(tmp_path)

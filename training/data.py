@@ -19,7 +19,7 @@ def read_dataset(name: str, split: str = "train", config: str | None = None) -> 
     Args:
         name: a hub id; a folder, or a .json, .jsonl, .csv or .parquet file; or a function that returns a dataset, as
             path.py:name.
-        split: of a dataset that has several.
+        split: of a dataset that has several; a part of one, as train[:95%], except from a function.
         config: of a hub dataset that has several.
 
     Raises:
@@ -29,29 +29,35 @@ def read_dataset(name: str, split: str = "train", config: str | None = None) -> 
     try:
         if is_object_path(name):
             dataset = load_object(name)()
+            if isinstance(dataset, DatasetDict):
+                if split not in dataset:
+                    raise DeRaError(f"dataset={name!r} has no split {split!r}; it has {list(dataset)}.")
+                dataset = dataset[split]
         elif path.suffix in FORMATS:
             if not path.is_file():
                 raise DeRaError(f"dataset={name!r}: there is no such file.")
-            dataset = load_dataset(FORMATS[path.suffix], data_files=str(path))
-            if split != "train":
-                raise DeRaError(f"dataset={name!r} is one file, with the split 'train' alone; there is no {split!r}.")
+            dataset = load_dataset(FORMATS[path.suffix], data_files=str(path), split=split)
         else:
-            dataset = load_dataset(name, config)
+            dataset = load_dataset(name, config, split=split)
     except DatasetNotFoundError as error:
         raise DeRaError(f"dataset={name!r} is neither a file, a folder, nor on the hub: {error}") from error
     except DeRaError:
         raise
     except Exception as error:  # datasets raises errors of many kinds on a file that it can't parse
-        raise DeRaError(f"dataset={name!r} can't be read: {type(error).__name__}: {error}") from error
-    if isinstance(dataset, DatasetDict):
-        if split not in dataset:
-            raise DeRaError(f"dataset={name!r} has no split {split!r}; it has {list(dataset)}.")
-        dataset = dataset[split]
+        raise DeRaError(f"dataset={name!r}, split={split!r}: {type(error).__name__}: {error}") from error
     if not isinstance(dataset, Dataset):
         raise DeRaError(f"dataset={name!r} gave a {type(dataset).__name__}, not a datasets.Dataset.")
     if len(dataset) == 0:
         raise DeRaError(f"dataset={name!r} is empty.")
     return dataset
+
+
+def read_splits(script_args) -> tuple[Dataset, Dataset | None]:
+    """The rows to train on, and those to evaluate on if there are any, as a program's arguments name them."""
+    name, config = script_args.dataset_name, script_args.dataset_config
+    rows = read_dataset(name, script_args.dataset_train_split, config)
+    held_out = script_args.dataset_test_split
+    return rows, None if held_out is None else read_dataset(name, held_out, config)
 
 
 def dataset_fingerprint(dataset: Dataset) -> str:

@@ -1,48 +1,277 @@
-"""The base that a training program starts from."""
+"""What a training program starts from: a base, and maybe the adapter that makes it the SFT model."""
 
-from typing import Any
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import torch
+from accelerate import PartialState
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoConfig, AutoTokenizer
+from peft import PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
 from trl import ModelConfig, get_quantization_config
 
 from dera_peft.errors import DeRaError
-from dera_peft.fingerprint import file_fingerprint, weights_fingerprint
+from dera_peft.fingerprint import cached_revision, file_fingerprint, weights_fingerprint
+from dera_peft.loading import check_adapter_config
+from dera_peft.lora import check_layer
 from dera_peft.objects import is_object_path, load_object
+from dera_peft.record import Record
+from training.program import OutputFolder
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+FROZEN = "frozen_adapter"
 
 
-def trainer_model(model_args: ModelConfig, training_args: Any) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Source:
     """
-    A TRL trainer's arguments `model`, `processing_class` and, where asked for, `quantization_config`.
+    The SFT model, by name.
 
-    `model_name_or_path` is a hub id or a folder, which TRL loads (safetensors only), or a function as path.py:name that
-    returns a new model and its tokenizer.
+    Attributes:
+        base: a hub id, a folder, or a function as path.py:name that returns a new model and its tokenizer.
+        adapter: hub id or folder of the LoRA adapter over it that makes it the SFT model; None if the base is that.
+        revision: of a hub base.
+    """
+
+    base: str
+    adapter: str | None = None
+    revision: str | None = None
+
+    @property
+    def is_function(self) -> bool:
+        return is_object_path(self.base)
+
+    def fingerprint(self) -> dict[str, str]:
+        """Of local weights, or of the program that makes them; of a hub model its name and commit."""
+        if self.is_function:
+            return {"model": file_fingerprint(self.base.rpartition(":")[0])}
+        known = {"model": weights_fingerprint(self.base) or f"{self.base}@{self.revision}"}
+        if self.adapter is not None:
+            known["sft_adapter"] = weights_fingerprint(self.adapter) or self.adapter
+        return known
+
+
+def find_source(model_args: ModelConfig, adapter: str | None = None) -> Source:
+    """
+    What `model_name_or_path` names. An adapter there is understood as the SFT model, over the base that it names.
+
+    Args:
+        adapter: the SFT adapter, where it is named separately.
 
     Raises:
-        DeRaError: there is no such model.
+        DeRaError: one of them does not exist, is unfinished, or is not what it should be.
     """
-    name = model_args.model_name_or_path
+    name, revision = model_args.model_name_or_path, model_args.model_revision
     if is_object_path(name):
-        model, tokenizer = load_object(name)()
-        return {"model": model, "processing_class": tokenizer}
+        return Source(name)
+    if _holds("model_name_or_path", name, ADAPTER_FILES[0]):
+        if _holds("model_name_or_path", name, "config.json"):
+            raise DeRaError(
+                f"model_name_or_path={name!r} holds a model and an adapter; move the adapter into a folder of its own."
+            )
+        if adapter is not None:
+            raise DeRaError(
+                f"model_name_or_path={name!r} is an adapter, and sft_adapter={adapter!r} another: merge one of them "
+                "into its base first (training.sft with merge_adapter: true), or name the base."
+            )
+        adapter, name = name, _base_of(name)
+        revision = Record.load(adapter).base_revision if Record.is_in(adapter) else None
+    if adapter is not None:
+        if not _holds("sft_adapter", adapter, ADAPTER_FILES[0]):
+            raise DeRaError(f"sft_adapter={adapter!r} is not an adapter: it has no {ADAPTER_FILES[0]}.")
+        check_adapter(adapter)
+        if Record.is_in(adapter):
+            record = Record.load(adapter)
+            if record.branches["aligned"] != ["default"] or record.branches["reference"]:
+                raise DeRaError(
+                    f"sft_adapter={adapter!r} stands on other adapters ({record.branches}), not on a base alone: merge "
+                    "what it stands on into the base first."
+                )
+            replace(record, base=name).check_base()
     try:
-        AutoConfig.from_pretrained(name, revision=model_args.model_revision)
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.model_revision)
+        AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError, HFValidationError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise DeRaError(f"model_name_or_path={name!r} can't be loaded: {reason}") from error
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
+        raise DeRaError(f"model_name_or_path={name!r} can't be loaded: {_first_line(error)}") from error
+    for argument, folder in (("model_name_or_path", name), ("sft_adapter", adapter)):
+        if folder is not None and OutputFolder.is_unfinished(folder):
+            raise DeRaError(
+                f"{argument}={folder!r} is unfinished: the program that makes it was stopped. Run it to its end first."
+            )
+    return Source(name, adapter, None if os.path.isdir(name) else cached_revision(name, revision) or revision)
+
+
+def load_model(
+    source: Source, model_args: ModelConfig, init_kwargs: dict | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    The base and its tokenizer (else the adapter's), the model on its device and quantized where that is asked for.
+
+    Args:
+        init_kwargs: further arguments of `from_pretrained`; TRL's `model_init_kwargs`.
+    """
+    if source.is_function:
+        return load_object(source.base)()
+    distributed = PartialState().num_processes > 1
+    on_accelerator = PartialState().device.type not in ("cpu", "mps")
+    arguments = {
+        "revision": source.revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
+        "quantization_config": get_quantization_config(model_args),
+        "device_map": "auto" if on_accelerator and not distributed else None,
         "use_safetensors": True,
-        **(training_args.model_init_kwargs or {}),
+        **(init_kwargs or {}),
     }
-    return {"model": name, "processing_class": tokenizer, "quantization_config": get_quantization_config(model_args)}
+    return AutoModelForCausalLM.from_pretrained(source.base, **arguments), load_tokenizer(source)
 
 
-def model_fingerprint(name: str) -> str:
-    """Of a local model's weights, or of the program that makes it; of a hub model its name."""
-    if is_object_path(name):
-        return file_fingerprint(name.rpartition(":")[0])
-    return weights_fingerprint(name) or name
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The SFT model's: that of its adapter, which may have a chat template of its own, else the base's."""
+    errors = []
+    for name, revision in ((source.adapter, None), (source.base, source.revision)):
+        if name is not None:
+            try:
+                return AutoTokenizer.from_pretrained(name, revision=revision)
+            except (OSError, ValueError, HFValidationError) as error:
+                errors.append(f"{name!r}: {_first_line(error)}")
+    raise DeRaError("no tokenizer can be loaded: " + "; ".join(errors))
+
+
+class FrozenLora(nn.Module):
+    """
+    The delta of a frozen LoRA layer, s·B(A(x)), that is added to what the layer below it gives.
+
+    It belongs to the base as the trainer sees it: an adapter on top of the layer, switched off, leaves the SFT model.
+    """
+
+    def __init__(self, layer: LoraLayer, adapter: str):
+        super().__init__()
+        lora_b = layer.lora_B[adapter]
+        self.register_buffer("down", layer.lora_A[adapter].weight.detach())
+        self.register_buffer("up", lora_b.weight.detach())
+        self.register_buffer("bias", None if lora_b.bias is None else lora_b.bias.detach())
+        self.scaling = layer.scaling[adapter]
+
+    def add(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        x = inputs[0].to(self.down.dtype)
+        delta = functional.linear(functional.linear(x, self.down), self.up, self.bias)
+        return (output + delta * self.scaling).to(output.dtype)
+
+
+def freeze_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    """
+    The model with a LoRA adapter under it that can be neither switched off nor trained: the SFT model.
+
+    The adapter is not merged, so that the base may be quantized and stays as it is.
+
+    Raises:
+        DeRaError: the adapter is of a kind whose delta can't be added so.
+    """
+    peft_model = PeftModel.from_pretrained(model, adapter, adapter_name=FROZEN)
+    deltas = {}
+    for name, layer in peft_model.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer):
+            check_layer(name, layer, [FROZEN])
+            deltas[name] = FrozenLora(layer, FROZEN)
+    model = peft_model.unload()
+    for name, delta in deltas.items():
+        linear = model.get_submodule(name)
+        linear.add_module(FROZEN, delta)
+        linear.register_forward_hook(delta.add)
+    return model
+
+
+def continue_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
+    """The model with an adapter to train on; TRL keeps a frozen copy of it, "ref", as the reference."""
+    return PeftModel.from_pretrained(model, adapter, adapter_name="default", is_trainable=True)
+
+
+def train_in_float32(model: PeftModel) -> None:
+    """
+    Makes a quantized model's adapters float32, as PEFT does; TRL rounds the one that is trained to bfloat16.
+
+    In bfloat16 the updates of a small learning rate are lost, and an adapter that is continued would no longer be its
+    reference at the first step.
+    """
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    if "ref" in model.peft_config:
+        for name, parameter in model.named_parameters():
+            if ".default." in name:
+                parameter.data.copy_(model.get_parameter(name.replace(".default.", ".ref.")))
+
+
+def check_decodable(model: PeftModel) -> None:
+    """Raises `DeRaError` where the adapter that is trained is of a kind that DeRa can't decode with."""
+    check_adapter_config("default", model.peft_config["default"])
+    for name, layer in model.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer):
+            check_layer(name, layer, ["default"])
+
+
+def merge(source: Source, adapter: Path, dtype: str | None, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """
+    Merges an adapter into the base as it is without quantization, on the CPU, and saves model and tokenizer; whole, or
+    not at all.
+    """
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    base = AutoModelForCausalLM.from_pretrained(
+        source.base, revision=source.revision, dtype=dtype, use_safetensors=True, device_map="cpu"
+    )
+    PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True).save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+
+
+def copy_adapter(adapter: str, folder: Path) -> None:
+    """Copies an adapter's two files, so that what is trained on it can be moved and published as one folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in ADAPTER_FILES:
+        shutil.copyfile(cached_file(adapter, file), folder / file)
+
+
+def check_adapter(adapter: str) -> PeftConfig:
+    """The config of an adapter. Raises `DeRaError` where it is of a kind that DeRa can't decode with."""
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DeRaError(f"sft_adapter={adapter!r} can't be read: {_first_line(error)}") from error
+    check_adapter_config(adapter, config)
+    return config
+
+
+def _holds(argument: str, name: str, file: str) -> bool:
+    """Whether a folder or a hub repository has a file."""
+    if os.path.isdir(name):
+        return os.path.isfile(os.path.join(name, file))
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise DeRaError(f"{argument}={name!r} can't be loaded: there is no such folder.")
+    try:
+        return cached_file(name, file) is not None
+    except (OSError, HFValidationError):
+        return False
+
+
+def _base_of(adapter: str) -> str:
+    """The base that an adapter names: its `dera.json`, or else what PEFT wrote down."""
+    if Record.is_in(adapter):
+        return Record.load(adapter).base
+    base = check_adapter(adapter).base_model_name_or_path
+    if not base:
+        raise DeRaError(
+            f"model_name_or_path={adapter!r} is an adapter that does not name its base: give the base as "
+            "model_name_or_path and the adapter as sft_adapter."
+        )
+    return base
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

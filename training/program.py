@@ -2,9 +2,12 @@
 
 import json
 import os
+import shutil
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,13 @@ class ProgramArguments:
         default=False, metadata={"help": "Do the work again where its results are there already, and replace them."}
     )
     traceback: bool = field(default=False, metadata={"help": "Show where an error arose."})
+    num_processes: int | None = field(
+        default=None, metadata={"help": "Stop unless so many processes run, as a launcher was asked for."}
+    )
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows defaults, and a description as it is written."""
 
 
 def parse(parser, arguments: list[str] | None = None) -> tuple:
@@ -40,6 +50,9 @@ def start(main: Callable[[], None]) -> None:
     """Runs a program. An error that a user can mend is one line and exit code 2; `--traceback` shows where it arose."""
     try:
         main()
+        from accelerate import PartialState
+
+        PartialState().destroy_process_group()
     except (DeRaError, OSError) as error:
         if "--traceback" in sys.argv:
             raise
@@ -48,6 +61,52 @@ def start(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is saved", file=sys.stderr)
         sys.exit(130)
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes and prints."""
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
+
+
+def say(text: str) -> None:
+    """A line for the user, once however many processes there are."""
+    if is_main_process():
+        print(text, file=sys.stderr, flush=True)
+
+
+def check_processes(expected: int | None) -> int:
+    """
+    The number of processes of this run.
+
+    Raises:
+        DeRaError: it is not the one expected, or not the one that the launcher was asked for. On the CPU
+            `accelerate launch --num_processes N` starts one process, and says nothing.
+    """
+    from accelerate import PartialState
+
+    running = PartialState().num_processes
+    asked = expected or _asked_of_accelerate() or int(os.environ.get("WORLD_SIZE", running))
+    if asked != running:
+        processes = "is 1 process" if running == 1 else f"are {running} processes"
+        raise DeRaError(
+            f"num_processes={asked}, but there {processes}. On the CPU accelerate's launcher starts only one; "
+            f"torchrun starts them: torchrun --nproc_per_node {asked} -m training.… --config …"
+        )
+    return running
+
+
+def _asked_of_accelerate() -> int | None:
+    """What `accelerate launch --num_processes` said, if that is this program's parent; only Linux tells."""
+    parent = Path(f"/proc/{os.getppid()}/cmdline")
+    if "ACCELERATE_USE_CPU" not in os.environ or not parent.is_file():
+        return None
+    words = parent.read_bytes().decode(errors="replace").replace("=", "\0").split("\0")
+    for option, value in pairwise(words):
+        if option in ("--num_processes", "--num-processes") and value.isdigit():
+            return int(value)
+    return None
 
 
 def settings_of(*arguments: Any, ignore: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -59,7 +118,7 @@ def settings_of(*arguments: Any, ignore: tuple[str, ...] = ()) -> dict[str, Any]
             default = f.default if f.default_factory is MISSING else f.default_factory()
             if f.name in values and values[f.name] != default:
                 settings[f.name] = values[f.name]
-    for name in (*ignore, "output_dir", "overwrite", "traceback"):
+    for name in (*ignore, "output_dir", "overwrite", "traceback", "num_processes"):
         settings.pop(name, None)
     return json.loads(json.dumps(settings, default=str))
 
@@ -67,6 +126,8 @@ def settings_of(*arguments: Any, ignore: tuple[str, ...] = ()) -> dict[str, Any]
 class OutputFolder:
     """
     A folder of results, and `run.json` in it: which settings and inputs made them, and whether they are complete.
+
+    Of several processes the first one writes.
 
     Args:
         folder: is made if it is not there.
@@ -82,13 +143,32 @@ class OutputFolder:
         self.file = self.folder / FILE_NAME
         self.record = {"settings": settings, "inputs": inputs}
         self.is_complete = False
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if overwrite:
-            self.file.unlink(missing_ok=True)
-        if self.file.is_file():
-            self._compare()
-        else:
-            self._write(complete=False)
+        from accelerate import PartialState
+
+        with PartialState().main_process_first():
+            if overwrite and is_main_process():
+                self._forget()
+            if self.file.is_file():
+                self._compare()
+            else:
+                self._write(complete=False)
+
+    @staticmethod
+    def is_unfinished(folder: str | os.PathLike) -> bool:
+        """Whether a program has begun to fill `folder`, and has not come to its end."""
+        try:
+            return not json.loads((Path(folder) / FILE_NAME).read_text(encoding="utf-8"))["complete"]
+        except FileNotFoundError:
+            return False
+        except (ValueError, KeyError, TypeError):
+            return True
+
+    def _forget(self) -> None:
+        """Takes away what would let an unfinished folder pass for a finished one, or be continued."""
+        self.file.unlink(missing_ok=True)
+        (self.folder / "dera.json").unlink(missing_ok=True)
+        for checkpoint in self.folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
 
     def _compare(self) -> None:
         try:
@@ -110,13 +190,17 @@ class OutputFolder:
             ) from error
 
     def _write(self, complete: bool) -> None:
+        if not is_main_process():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"complete": complete, **self.record}, indent=2, ensure_ascii=False) + "\n"
         temporary = self.file.with_suffix(".tmp")
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, self.file)
 
     def say_reused(self) -> None:
-        print(f"{self.folder} is complete: reusing it (--overwrite true makes it again)")
+        if is_main_process():
+            print(f"{self.folder} is complete: reusing it (--overwrite true makes it again)")
 
     def complete(self) -> None:
         """Marks the results as whole; to be called last."""

@@ -10,9 +10,9 @@ from dera_peft.decoding import Completion, Request, decode
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate.kl import token_kl
 from dera_peft.evaluate.plot import plot_sweep
-from dera_peft.evaluate.rewards import Reward, load_reward, score
+from dera_peft.evaluate.rewards import Reward, load_reward, reward_fingerprint, score
 from dera_peft.evaluate.summary import LambdaSummary, summarise, write_csv
-from dera_peft.fingerprint import file_fingerprint, model_fingerprint, settings_fingerprint
+from dera_peft.fingerprint import model_fingerprint, settings_fingerprint
 from dera_peft.loading import load, load_config, load_tokenizer, resolve
 from dera_peft.model import DeRaModel
 from dera_peft.prompts import Prompt, encode, from_file
@@ -27,7 +27,8 @@ class SweepConfig:
 
     Attributes:
         prompts: a .txt or .jsonl file, or a function as path.py:name.
-        reward: a function `f(prompts, completions, **columns) -> list[float]`, as path.py:name.
+        reward: a function `f(prompts, completions, **columns) -> list[float]`, as path.py:name; or a
+            sequence-classification model with one label, by hub id or folder.
         output_dir: where samples.jsonl, summary.csv and sweep.png go.
         base, adapter, quantization, dtype, device_map: as in `DeRaModel.from_pretrained`.
         lambdas: the λ to decode at.
@@ -174,7 +175,7 @@ def _fingerprint(config: SweepConfig) -> str:
             "dtype": config.dtype,
             "chat": config.chat,
             "sampling": asdict(config.sampling),
-            "reward": (config.reward, file_fingerprint(config.reward.rpartition(":")[0])),
+            "reward": (config.reward, reward_fingerprint(config.reward)),
         }
     )
 

@@ -42,9 +42,11 @@ def test_datasets_by_file_folder_and_function(tmp_path):
     assert read_dataset(str(tmp_path / "rows.jsonl")).to_list() == rows
     assert read_dataset(str(tmp_path / "rows.csv"))[0] == rows[0]
     assert read_dataset(f"{tmp_path}/made.py:split", "b")[0] == {"x": 2}
+    assert read_dataset(str(tmp_path / "rows.jsonl"), "train[:67%]").to_list() == rows[:2]
+    assert read_dataset(str(tmp_path / "rows.jsonl"), "train[67%:]").to_list() == rows[2:]
     for name, split, message in [
         ("nowhere.jsonl", "train", "there is no such file"),
-        (f"{tmp_path}/rows.jsonl", "test", "there is no 'test'"),
+        (f"{tmp_path}/rows.jsonl", "test", "Unknown split"),
         (f"{tmp_path}/made.py:split", "c", r"no split 'c'; it has \['a', 'b'\]"),
         (f"{tmp_path}/made.py:wrong", "train", "gave a list"),
         (f"{tmp_path}/made.py:empty", "train", "is empty"),
@@ -53,7 +55,7 @@ def test_datasets_by_file_folder_and_function(tmp_path):
         with pytest.raises(DeRaError, match=message):
             read_dataset(name, split)
     (tmp_path / "broken.jsonl").write_text('{"prompt": \n')
-    with pytest.raises(DeRaError, match="can't be read"):
+    with pytest.raises(DeRaError, match=r"broken\.jsonl"):
         read_dataset(str(tmp_path / "broken.jsonl"))
 
 

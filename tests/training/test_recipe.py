@@ -3,11 +3,6 @@
 import importlib
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,45 +10,50 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from dera_peft import DeRaError, DeRaModel
+from dera_peft.cli import app
+from dera_peft.objects import load_object
 from dera_peft.record import Record
+from training import dpo, preferences, sft
 from training.program import start
-from training.sft import main as sft_main
 
 ROOT = Path(__file__).resolve().parents[2]
-SFT = ["--max_steps", "60", "--save_strategy", "steps", "--save_steps", "20", "--learning_rate", "5e-3"]
+SFT = ["--max_steps", "40", "--per_device_train_batch_size", "8", "--learning_rate", "1e-2", "--save_strategy", "no"]
 DPO = ["--max_steps", "8", "--save_strategy", "no", "--logging_steps", "1", "--lr_scheduler_type", "constant"]
 
 
-def run(*command, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, **kwargs)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-def sft(folder: Path, *arguments, **kwargs):
-    return run(
-        "-m", "training.sft", "--config", "configs/tiny/sft.yaml", "--output_dir", folder, *SFT, *arguments, **kwargs
+def run(program, config: str, output_dir: Path, *arguments) -> Path:
+    program.main(
+        ["--config", str(ROOT / "configs" / "tiny" / config), "--output_dir", str(output_dir), *map(str, arguments)]
     )
+    return output_dir
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_the_repository():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        yield
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory) -> Path:
+def recipe(tmp_path_factory, in_the_repository) -> Path:
     """SFT, preferences and DPO, once."""
     folder = tmp_path_factory.mktemp("recipe")
-    sft(folder / "sft")
+    load_object("configs/tiny/world.py:stories")().select(range(400)).to_json(folder / "stories.jsonl")
+    run(sft, "sft.yaml", folder / "sft", "--dataset_name", folder / "stories.jsonl", *SFT)
     (folder / "prompts.jsonl").write_text(
-        "".join(f'{{"prompt": "Mara the baker wanted to bake pie {i}."}}\n' for i in range(24))
+        "".join(f'{{"prompt": "Mara the baker wanted to bake pie {i}."}}\n' for i in range(12))
     )
     run(
-        "-m", "training.preferences", "--config", "configs/tiny/preferences.yaml",
+        preferences, "preferences.yaml", folder / "preferences",
         "--model_name_or_path", folder / "sft", "--prompts", folder / "prompts.jsonl",
-        "--output_dir", folder / "preferences",
     )  # fmt: skip
     run(
-        "-m", "training.dpo", "--config", "configs/tiny/dpo.yaml", "--model_name_or_path", folder / "sft",
-        "--dataset_name", folder / "preferences" / "preferences.jsonl", "--output_dir", folder / "dpo", *DPO,
+        dpo, "dpo.yaml", folder / "dpo", "--model_name_or_path", folder / "sft",
+        "--dataset_name", folder / "preferences" / "preferences.jsonl", *DPO,
     )  # fmt: skip
     return folder
 
@@ -65,7 +65,7 @@ def test_preferences_are_in_trls_format(recipe):
         assert set(row) == {"prompt", "chosen", "rejected", "chosen_reward", "rejected_reward"}
         assert row["chosen_reward"] > row["rejected_reward"]
     samples = (recipe / "preferences" / "completions.jsonl").read_text().splitlines()
-    assert len(samples) == 24 * 4
+    assert len(samples) == 12 * 4
 
 
 @torch.no_grad()
@@ -88,48 +88,22 @@ def test_dpo_moves_the_adapter_and_nothing_else(recipe):
     torch.testing.assert_close(model(ids, lam=0.5).logits, (z_ref + z_aligned) / 2, atol=1e-4, rtol=1e-5)
 
 
-def test_the_loss_starts_at_log_2(recipe, tmp_path):
-    """With the learning rate at zero the policy stays the reference, and DPO's loss is log 2 at every step."""
-    done = run(
-        "-m", "training.dpo", "--config", "configs/tiny/dpo.yaml", "--model_name_or_path", recipe / "sft",
-        "--dataset_name", recipe / "preferences" / "preferences.jsonl", "--output_dir", tmp_path / "dpo", *DPO[:4],
-        "--logging_steps", "1", "--learning_rate", "0", "--max_steps", "2",
-    )  # fmt: skip
-    losses = [float(line.split("'loss': '")[1].split("'")[0]) for line in done.stdout.splitlines() if "'loss'" in line]
-    assert len(losses) == 2
-    assert losses == pytest.approx([math.log(2)] * 2, abs=1e-4)
+def test_the_loss_starts_at_log_2(recipe):
+    """At the first step the policy is the reference."""
+    state = json.loads((recipe / "dpo" / "dera.json").read_text())["training"]["metrics"]
+    assert state["first_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert state["loss"] < state["first_loss"]
 
 
-def test_run_again_it_is_reused_and_other_settings_are_an_error(recipe):
+def test_run_again_it_is_reused_and_other_settings_are_an_error(recipe, capsys):
+    again = [sft, "sft.yaml", recipe / "sft", "--dataset_name", recipe / "stories.jsonl", *SFT]
     stamp = (recipe / "sft" / "model.safetensors").stat().st_mtime_ns
-    assert "is complete: reusing it" in sft(recipe / "sft").stdout
+    run(*again)
+    assert "is complete: reusing it" in capsys.readouterr().out
     assert (recipe / "sft" / "model.safetensors").stat().st_mtime_ns == stamp
-    done = sft(recipe / "sft", "--seed", "77", check=False)
-    assert done.returncode == 2
-    assert "made with seed=1, and now it is 77" in done.stderr
-    assert "Traceback" not in done.stderr
+    with pytest.raises(DeRaError, match="made with seed=1, and now it is 77"):
+        run(*again, "--seed", "77")
     assert (recipe / "sft" / "model.safetensors").stat().st_mtime_ns == stamp
-
-
-def test_killed_training_goes_on_from_its_checkpoint(recipe, tmp_path):
-    """And ends with the weights of an uninterrupted run."""
-    command = [
-        sys.executable, "-m", "training.sft", "--config", "configs/tiny/sft.yaml",
-        "--output_dir", str(tmp_path / "sft"), *SFT,
-    ]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not list(tmp_path.glob("sft/checkpoint-*/trainer_state.json")) and time.time() < deadline:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "sft" / "model.safetensors").exists(), (
-        "it must be killed in the middle for the test to mean something"
-    )
-    assert "going on from" in sft(tmp_path / "sft").stderr
-    expected, found = (load_file(folder / "sft" / "model.safetensors") for folder in (recipe, tmp_path))
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -145,8 +119,7 @@ def test_killed_training_goes_on_from_its_checkpoint(recipe, tmp_path):
         ("preferences", ["--samples", "1"], "samples=1 must be at least 2"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, program, arguments, message):
-    monkeypatch.chdir(ROOT)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, program, arguments, message):
     config = ["--config", f"configs/tiny/{program}.yaml", "--output_dir", str(tmp_path / "out")]
     main = importlib.import_module(f"training.{program}").main
     with pytest.raises(SystemExit) as caught:
@@ -161,18 +134,21 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, pr
 def test_an_unknown_key_in_a_config(tmp_path):
     (tmp_path / "sft.yaml").write_text("learning_rat: 1\noutput_dir: x\nbf16: false\n")
     with pytest.raises(DeRaError, match="learning_rat"):
-        sft_main(["--config", str(tmp_path / "sft.yaml")])
+        sft.main(["--config", str(tmp_path / "sft.yaml")])
 
 
-def test_sweep_config_and_quickstart(recipe, tmp_path):
-    done = run(
-        "-m", "dera_peft.cli", "sweep", "--config", "configs/tiny/sweep.yaml", "--adapter", recipe / "dpo",
-        "--output-dir", tmp_path / "sweep", "--samples", "1", "--max-prompts", "4", "--max-new-tokens", "20",
+def test_sweep_config_and_quickstart(recipe, tmp_path, capsys, monkeypatch):
+    done = CliRunner().invoke(
+        app,
+        ["sweep", "--config", "configs/tiny/sweep.yaml", "--adapter", str(recipe / "dpo"), "--output-dir",
+         str(tmp_path / "sweep"), "--samples", "1", "--max-prompts", "4", "--max-new-tokens", "20"],
     )  # fmt: skip
-    assert "2  " in done.stdout
+    assert done.exit_code == 0, done.output
+    assert "2  " in done.output
     assert (tmp_path / "sweep" / "sweep.png").stat().st_size > 10_000
-    done = run(
-        "-c", f"import sys; sys.path.insert(0, 'examples'); import quickstart; quickstart.main({str(recipe / 'dpo')!r})"
-    )
-    assert "λ=0.5" in done.stdout
-    assert "largest difference to the formula" in done.stdout
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    capsys.readouterr()
+    importlib.import_module("quickstart").main(str(recipe / "dpo"))
+    shown = capsys.readouterr().out
+    assert "λ=0.5" in shown
+    assert "largest difference to the formula" in shown

@@ -1,0 +1,334 @@
+"""
+The paper's claim, on your own machine: to decode at λ is to have retrained at β/λ (Liu et al., arXiv 2402.02992).
+
+    python examples/retrain_vs_dera.py
+    python examples/retrain_vs_dera.py --lambda 0.5 2 --samples 16
+
+One adapter is trained at β, and one more at β/λ for each λ: what DeRa saves. Held-out prompts are then decoded with
+each of those as trained, and with the first one alone at each λ. Reward is drawn against KL for both, and the two are
+compared prompt by prompt: they draw the same random numbers, so that their difference is sharper than either. At λ=1
+the first adapter is compared with one trained at the same β from another seed: so far two trainings differ anyway.
+
+The claim is exact for optimal policies and whole sequences, where the optimum is the one that the theory speaks of:
+π(β) ∝ π_ref·exp(r/β). DPO's is that one if preferences are drawn by Bradley and Terry, σ(r_a - r_b), so they are drawn
+like that here, in units in which r is the recipe's reward over `--temperature`. (If the better one of two is always
+chosen, DPO has no finite optimum at any β.) Trained adapters are not optimal, and decoding mixes token by token, so how
+far the claim holds is a question; the answer is printed.
+
+The recipe's SFT model is made first if it is missing. An interrupted run goes on where it stopped: an adapter, and a
+completion, that is there already is reused.
+"""
+
+import argparse
+import csv
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # training/ is a folder of programs, not installed
+
+from dera_peft.quiet import be_quiet
+
+be_quiet()
+
+from rich.console import Console
+from rich.table import Table
+
+from dera_peft.devices import read_device_map
+from dera_peft.errors import DeRaError
+from dera_peft.evaluate.summary import LambdaSummary, mean_and_se
+from dera_peft.evaluate.sweep import SweepConfig, SweepResult, sweep
+from training import dpo, preferences, sft
+from training.program import start
+
+LAMBDAS = (0.25, 0.5, 0.75, 1.5, 2.0, 4.0)
+AGREE = 2.0  # standard errors of the paired difference
+RETRAINED, DERA, NEUTRAL = "#c4572e", "#1b6ca8", "0.45"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """
+    One λ: an adapter trained at β/λ, and the first adapter decoded at λ.
+
+    Attributes:
+        reward: DeRa's minus the retrained adapter's, as (mean, standard error) over prompts.
+    """
+
+    lam: float
+    beta: float
+    retrained: LambdaSummary
+    dera: LambdaSummary
+    reward: tuple[float, float]
+
+    @property
+    def in_errors(self) -> float:
+        """The difference in its standard errors."""
+        difference, error = self.reward
+        return difference / error if error else 0.0 if difference == 0 else math.copysign(math.inf, difference)
+
+    @property
+    def agrees(self) -> bool:
+        return abs(self.in_errors) <= AGREE
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--recipe", type=Path, default=Path("configs/tiny"), metavar="DIR",
+        help="folder with sft.yaml, preferences.yaml, dpo.yaml and sweep.yaml (default: configs/tiny)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lambda", dest="lambdas", type=float, nargs="+", default=LAMBDAS, metavar="λ",
+        help=f"above 0 (default: {' '.join(f'{lam:g}' for lam in LAMBDAS)})",
+    )  # fmt: skip
+    parser.add_argument("--beta", type=float, default=1.0, metavar="β", help="of the first adapter (default: 1)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.5, metavar="T", help="of the preferences (default: 0.5); see above"
+    )
+    parser.add_argument("--steps", type=int, default=50, help="of each training (default: 50)")
+    parser.add_argument("--learning-rate", type=float, default=2.5e-3, help="of each training (default: 2.5e-3)")
+    parser.add_argument("--samples", type=int, default=8, help="completions per prompt and λ (default: 8)")
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("runs/retrain_vs_dera"), metavar="DIR",
+        help="gets the adapters, the completions, table.csv and retrain_vs_dera.png (default: runs/retrain_vs_dera)",
+    )  # fmt: skip
+    parser.add_argument("--traceback", action="store_true", help="show where an error arose")
+    args = parser.parse_args(arguments)
+    for name in ("beta", "temperature", "steps", "learning_rate", "samples"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise DeRaError(f"--{name} {getattr(args, name):g} must be above 0.")
+    for lam in args.lambdas:
+        if not 0 < lam < math.inf:
+            raise DeRaError(f"--lambda {lam:g}: there is no β/λ to retrain at; λ must be above 0.")
+    args.lambdas = sorted({1.0, *args.lambdas})
+    for program in ("dpo", "preferences", "sft", "sweep"):
+        if not (args.recipe / f"{program}.yaml").is_file():
+            raise DeRaError(f"--recipe {str(args.recipe)!r} has no {program}.yaml (looked in {Path.cwd()}).")
+    return args
+
+
+def train(args: argparse.Namespace) -> tuple[Path, dict[float, Path]]:
+    """The adapter trained at β, and by λ those trained at β/λ."""
+
+    def config(program: str, folder: Path, *settings: object) -> list[str]:
+        return ["--config", str(args.recipe / f"{program}.yaml"), "--output_dir", str(folder), *map(str, settings)]
+
+    sft.main(["--config", str(args.recipe / "sft.yaml")])
+    print("preferences, drawn by Bradley and Terry:")
+    made = args.output_dir / "preferences"
+    preferences.main(config("preferences", made, "--pairs", "best_worst", "--label_temperature", args.temperature))
+
+    trainings = [(1.0, args.output_dir / f"beta-{args.beta:g}", 1)]
+    trainings += [(lam, args.output_dir / f"retrained-beta-{args.beta / lam:.4g}", 2) for lam in args.lambdas]
+    for number, (lam, folder, seed) in enumerate(trainings, start=1):
+        print(f"[{number}/{len(trainings)}] training at β = {args.beta / lam:.4g}, seed {seed}: {folder}")
+        settings = {
+            "dataset_name": made / "preferences.jsonl",
+            "beta": args.beta / lam,
+            "seed": seed,
+            "max_steps": args.steps,
+            "learning_rate": args.learning_rate,
+            "save_strategy": "steps",
+            "save_steps": 10,
+        }
+        dpo.main(config("dpo", folder, *chain(*((f"--{name}", value) for name, value in settings.items()))))
+    return trainings[0][1], {lam: folder for lam, folder, _ in trainings[1:]}
+
+
+def decode(args: argparse.Namespace, adapter: Path, lambdas: Sequence[float]) -> SweepResult:
+    """The recipe's sweep, with an adapter of ours."""
+    config = SweepConfig.read(
+        str(args.recipe / "sweep.yaml"),
+        adapter=str(adapter),
+        lambdas=lambdas,
+        samples=args.samples,
+        output_dir=str(args.output_dir / "decoded" / adapter.name),
+        device_map=read_device_map(None),
+    )
+    print(f"decoding with {adapter} at λ = {', '.join(f'{lam:g}' for lam in lambdas)}")
+    return sweep(config)
+
+
+def by_prompt(samples: Sequence[dict], lam: float) -> dict[int, float]:
+    """Prompt -> its mean reward at one λ."""
+    rewards = defaultdict(list)
+    for sample in samples:
+        if sample["lambda"] == lam:
+            rewards[sample["index"]].append(sample["reward"])
+    return {index: sum(values) / len(values) for index, values in rewards.items()}
+
+
+def compare(beta: float, dera: SweepResult, retrained: dict[float, SweepResult]) -> list[Comparison]:
+    at = {summary.lam: summary for summary in dera.summaries}
+    comparisons = []
+    for lam, result in retrained.items():
+        ours, theirs = by_prompt(dera.samples, lam), by_prompt(result.samples, 1.0)
+        difference = mean_and_se([ours[index] - theirs[index] for index in ours])
+        comparisons.append(Comparison(lam, beta / lam, result.summaries[0], at[lam], difference))
+    return comparisons
+
+
+COLUMNS = ("λ", "β/λ", "reward: retrained", "DeRa", "difference", "± SE", "in SE", "KL: retrained", "DeRa", "reward")
+
+
+def rows_of(comparisons: Sequence[Comparison]) -> list[tuple[str, ...]]:
+    return [
+        (
+            f"{c.lam:g}", f"{c.beta:.3g}", f"{c.retrained.reward:+.3f}", f"{c.dera.reward:+.3f}", f"{c.reward[0]:+.3f}",
+            f"{c.reward[1]:.3f}", f"{c.in_errors:+.1f}", f"{c.retrained.kl:.2f}", f"{c.dera.kl:.2f}",
+            "agrees" if c.agrees else "differs",
+        )
+        for c in comparisons
+    ]  # fmt: skip
+
+
+def findings(comparisons: Sequence[Comparison], dera: SweepResult) -> list[str]:
+    """What the comparison says, as sentences."""
+    others = [c for c in comparisons if c.lam != 1]
+    (control,) = (c for c in comparisons if c.lam == 1)
+    agreeing = [f"{c.lam:g}" for c in others if c.agrees]
+    differing = [f"{c.lam:g} ({c.reward[0]:+.3f}, {c.in_errors:+.1f} SE)" for c in others if not c.agrees]
+    lines = [
+        f"Two trainings at the same β = {control.beta:g} differ in reward by {control.reward[0]:+.3f} "
+        f"({control.in_errors:+.1f} SE), in KL by a factor of {_factor(control)}.",
+        f"In reward DeRa and retraining agree, within {AGREE:g} standard errors of the paired difference, at "
+        f"{len(agreeing)} of {len(others)} λ" + (f": {', '.join(agreeing)}." if agreeing else "."),
+    ]
+    if differing:
+        lines.append(f"They differ at λ = {', '.join(differing)}; above 0 DeRa's is the higher.")
+    lines.append(
+        "DeRa's KL over that of retraining: " + ", ".join(f"{_factor(c)} at λ={c.lam:g}" for c in others) + "."
+    )
+    broken = [c for c in others if c.lam > 1 and not c.agrees and c.reward[0] < 0]
+    if broken:
+        lines.append(f"Beyond λ=1 DeRa's reward falls short of retraining from λ = {broken[0].lam:g} on.")
+    best = max(dera.summaries, key=lambda summary: summary.reward)
+    if best.lam < dera.summaries[-1].lam:
+        lines.append(
+            f"DeRa's reward is highest at λ = {best.lam:g}; further on it falls while KL goes on rising: there the "
+            "mixture has left what either model knows."
+        )
+    return lines
+
+
+def _factor(c: Comparison) -> str:
+    return f"{c.dera.kl / c.retrained.kl:.2f}" if c.retrained.kl else "-"
+
+
+def draw(comparisons: Sequence[Comparison], dera: SweepResult, file: Path) -> None:
+    """Reward against KL for both, and their paired difference against λ; bars of one standard error over prompts."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # draws to files only, also where there is no screen
+    from matplotlib import pyplot
+    from matplotlib.ticker import NullLocator
+
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(9.6, 4.2), layout="constrained", gridspec_kw={"width_ratios": [1.7, 1]}
+    )
+    for summaries, color, marker, label in (
+        (dera.summaries, DERA, "o", "DeRa: one adapter, decoded at λ"),
+        ([dera.summaries[0], *(c.retrained for c in comparisons)], RETRAINED, "s", "retrained at β/λ"),
+    ):
+        left.errorbar(
+            [s.kl for s in summaries], [s.reward for s in summaries], xerr=[s.kl_se for s in summaries],
+            yerr=[s.reward_se for s in summaries], color=color, marker=marker, markersize=5, capsize=2.5, linewidth=1.6,
+            label=label,
+        )  # fmt: skip
+    for c in comparisons:
+        left.plot([c.dera.kl, c.retrained.kl], [c.dera.reward, c.retrained.reward], color="0.8", linewidth=4, zorder=0)
+        left.annotate(
+            f"λ={c.lam:g}",
+            (c.dera.kl, c.dera.reward),
+            xytext=(4, -12),
+            textcoords="offset points",
+            fontsize=8,
+            color=DERA,
+        )
+    left.annotate(
+        "reference",
+        (0, dera.summaries[0].reward),
+        xytext=(6, -10),
+        textcoords="offset points",
+        fontsize=8,
+        color=NEUTRAL,
+    )
+    left.set_xscale("function", functions=(_root, _square))  # a KL grows as the square of what moves it
+    left.set_xlim(left=0)
+    left.set_xlabel("KL to the reference (nats per completion, square-root scale)")
+    left.set_ylabel("mean reward")
+    left.legend(loc="lower right", frameon=False, fontsize=9)
+
+    right.axhline(0, color="0.75", linewidth=0.9, zorder=0)
+    right.errorbar(
+        [c.lam for c in comparisons], [c.reward[0] for c in comparisons],
+        yerr=[AGREE * c.reward[1] for c in comparisons],
+        color=NEUTRAL, linestyle="none", capsize=3, linewidth=1.4, zorder=1,
+    )  # fmt: skip
+    for c in comparisons:
+        right.plot(
+            c.lam,
+            c.reward[0],
+            marker="o",
+            markersize=6.5,
+            color=NEUTRAL,
+            markerfacecolor=NEUTRAL if c.agrees else "white",
+        )
+    right.set_xscale("log")
+    right.set_xticks([c.lam for c in comparisons], [f"{c.lam:g}" for c in comparisons])
+    right.xaxis.set_minor_locator(NullLocator())
+    right.set_xlabel("λ  (at 1: another seed)")
+    right.set_ylabel("reward: DeRa − retrained")
+    right.set_title(f"same prompts, ±{AGREE:g} SE; filled: agrees", fontsize=9, color=NEUTRAL)
+    for panel in (left, right):
+        panel.spines[["top", "right"]].set_visible(False)
+    summary = dera.summaries[0]
+    left.set_title(
+        f"β = {comparisons[0].beta * comparisons[0].lam:g}; {summary.prompts} held-out prompts, "
+        f"{summary.samples // summary.prompts} samples each; bars: 1 SE",
+        fontsize=9, color=NEUTRAL,
+    )  # fmt: skip
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
+def _root(values):
+    return values**0.5
+
+
+def _square(values):
+    return values**2
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Comparison]:
+    args = parse(arguments)
+    first, retrained = train(args)
+    dera = decode(args, first, [0.0, *args.lambdas])
+    comparisons = compare(args.beta, dera, {lam: decode(args, folder, [1.0]) for lam, folder in retrained.items()})
+
+    rows = rows_of(comparisons)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name in COLUMNS:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    console.print()
+    console.print(table)
+    console.print()
+    for line in findings(comparisons, dera):
+        console.print(line, highlight=False)
+    with (args.output_dir / "table.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([COLUMNS, *rows])
+    draw(comparisons, dera, args.output_dir / "retrain_vs_dera.png")
+    print(f"written to {args.output_dir}: table.csv, retrain_vs_dera.png")
+    return comparisons
+
+
+if __name__ == "__main__":
+    start(main)

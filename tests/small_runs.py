@@ -1,0 +1,91 @@
+"""Small bases, adapters and rows for the training programs, which run in this process."""
+
+import importlib
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CORPUS, make_adapter
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+COMMON = {
+    "report_to": "none", "gradient_checkpointing": False, "logging_steps": 1, "save_strategy": "no",
+    "per_device_train_batch_size": 4, "max_steps": 4, "max_length": 64, "lr_scheduler_type": "constant",
+    "learning_rate": 1e-3,
+}  # fmt: skip
+LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}
+
+
+def train(program: str, output_dir: Path, **settings) -> Path:
+    """Runs `training.<program>` in this process; returns its folder."""
+    settings = {**COMMON, **(LORA if program == "dpo" else {}), **settings}
+    arguments = ["--output_dir", str(output_dir)]
+    for name, value in settings.items():
+        values = value if isinstance(value, list) else [value]
+        arguments += [f"--{name}", *map(str, values)]
+    importlib.import_module(f"training.{program}").main(arguments)
+    return output_dir
+
+
+def write_rows(file: Path, rows: list[dict]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def words(rng: random.Random, count: int) -> str:
+    return " ".join(rng.choices(" ".join(CORPUS).split(), k=count))
+
+
+@pytest.fixture(scope="session")
+def preferences(tmp_path_factory) -> Path:
+    """Forty pairs of random words."""
+    rng = random.Random(5)
+    rows = [
+        {"prompt": words(rng, 3), "chosen": f" {words(rng, 4)}", "rejected": f" {words(rng, 4)}"} for _ in range(40)
+    ]
+    return write_rows(tmp_path_factory.mktemp("preferences") / "pairs.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def sft_adapter(tiny_base, tmp_path_factory) -> Path:
+    """An SFT adapter that changes the base a lot."""
+    return make_adapter(tiny_base, tmp_path_factory.mktemp("sft-adapter"), seed=7)
+
+
+@pytest.fixture(scope="session")
+def merged(tiny_base, sft_adapter, tmp_path_factory) -> Path:
+    """The base with the SFT adapter merged into it, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("merged")
+    base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    PeftModel.from_pretrained(base, sft_adapter).merge_and_unload().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(folder)
+    return folder
+
+
+def load_plainly(base: Path, *adapters: Path, nf4: bool = False):
+    """A base with adapters over it by PEFT alone, each merged into what is below it unless the base is quantized."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, quantization_config=quantization if nf4 else None
+    )
+    for adapter in adapters:
+        model = PeftModel.from_pretrained(model, adapter)
+        if not nf4:
+            model = model.merge_and_unload()
+    return model.eval()
+
+
+@torch.no_grad()
+def log_probs(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Summed log-probabilities of the completions in a batch of TRL's, by a softmax over all logits; `[2B]`."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
+    tokens = batch["input_ids"][:, 1:, None]
+    return (logits.log_softmax(-1).gather(-1, tokens)[..., 0] * batch["completion_mask"][:, 1:]).sum(-1)

@@ -1,0 +1,171 @@
+"""DPO's reference is the SFT model, in each of the forms that it comes in; and what is recorded of it."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_runs import load_plainly, log_probs, train
+
+from dera_peft import DeRaError, DeRaModel
+from dera_peft.fingerprint import base_fingerprint
+from dera_peft.record import Record
+from training.data import dataset_fingerprint, read_dataset
+
+IDS = torch.arange(3, 43).view(2, 20)
+
+
+class Spy:
+    """Stands before the run of a trainer: measures policy and reference before and after."""
+
+    def __init__(self, monkeypatch):
+        import training.trainer
+
+        self.run = training.trainer.run
+        monkeypatch.setattr(training.trainer, "run", self)
+
+    def __call__(self, trainer):
+        self.batch = next(iter(trainer.get_train_dataloader()))
+        trainer.model.eval()
+        self.policy = log_probs(trainer.model, self.batch)
+        self.reference = self.reference_of(trainer)
+        metrics = self.run(trainer)
+        trainer.model.eval()
+        self.policy_after = log_probs(trainer.model, self.batch)
+        self.reference_after = self.reference_of(trainer)
+        self.losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        self.dtypes = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
+        return metrics
+
+    def reference_of(self, trainer) -> torch.Tensor:
+        return torch.cat(trainer.compute_ref_log_probs(trainer.model, self.batch))
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["full", "nf4"])
+@pytest.mark.parametrize("form", ["merged", "frozen", "continued"])
+def test_the_reference_is_the_sft_model(form, nf4, tiny_base, sft_adapter, merged, preferences, tmp_path, monkeypatch):
+    settings = {"model_name_or_path": tiny_base, "sft_adapter": sft_adapter}
+    if form == "merged":
+        settings = {"model_name_or_path": merged}
+    if form == "continued":
+        settings["continue_sft_adapter"] = True
+        settings["lora_target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    if nf4:
+        settings["load_in_4bit"] = True
+    before = {file: file.read_bytes() for folder in (tiny_base, sft_adapter, merged) for file in folder.iterdir()}
+    spy = Spy(monkeypatch)
+    folder = train("dpo", tmp_path / "dpo", dataset_name=preferences, **settings)
+
+    # before the first step
+    sft = load_plainly(merged, nf4=nf4) if form == "merged" else load_plainly(tiny_base, sft_adapter, nf4=nf4)
+    expected = log_probs(sft, spy.batch)
+    bare = log_probs(load_plainly(tiny_base, nf4=nf4), spy.batch)
+    assert (expected - bare).abs().mean() > 2, "the SFT model must differ from the bare base for this to mean something"
+    torch.testing.assert_close(spy.policy, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(spy.reference, expected, atol=1e-4, rtol=0)
+    assert spy.losses[0] == pytest.approx(math.log(2), abs=1e-5)
+
+    # after the last
+    assert (spy.policy_after - spy.policy).abs().max() > 0.05, "the policy has moved"
+    torch.testing.assert_close(spy.reference_after, spy.reference, atol=1e-5, rtol=0)
+    assert spy.dtypes == {torch.float32}
+    assert {file: file.read_bytes() for file in before} == before, "neither the base nor the SFT adapter is touched"
+    assert not (folder / "ref").exists()
+    assert not list(folder.glob("model*.safetensors")), "the base is not copied"
+    factors = load_file(folder / "adapter_model.safetensors")
+    start = load_file(sft_adapter / "adapter_model.safetensors")
+    for name, tensor in factors.items():
+        if form == "continued":
+            assert not torch.equal(tensor, start[name]), "every factor has moved"
+        else:
+            assert tensor.abs().max() > 0, "every factor has moved away from zero"
+
+    # what is decoded from the saved folder
+    quantization = {"quantization": "nf4", "dtype": torch.float32} if nf4 else {}
+    model = DeRaModel.from_pretrained(adapter=folder, **quantization)
+    for lam, expected_now in ((0.0, expected), (1.0, spy.policy_after)):
+        model.lam = lam
+        torch.testing.assert_close(log_probs(model, spy.batch), expected_now, atol=1e-3, rtol=0)
+    if not nf4:
+        below = {"merged": (merged,), "frozen": (tiny_base, sft_adapter), "continued": (tiny_base,)}[form]
+        z_ref, z_aligned = sft(IDS).logits, load_plainly(*below, folder)(IDS).logits
+        assert (z_ref - z_aligned).abs().max() > 1e-2
+        torch.testing.assert_close(model(IDS, lam=0.5).logits, (z_ref + z_aligned) / 2, atol=5e-4, rtol=1e-5)
+    record = Record.load(folder)
+    assert (
+        record.branches
+        == {
+            "merged": {"reference": [], "aligned": ["default"]},
+            "frozen": {"reference": ["sft"], "aligned": ["sft", "default"]},
+            "continued": {"reference": ["sft"], "aligned": ["default"]},
+        }[form]
+    )
+    assert record.training["quantization"] == ("nf4" if nf4 else None)
+
+
+def test_what_is_recorded(tiny_base, preferences, tmp_path):
+    folder = train("dpo", tmp_path / "dpo", model_name_or_path=tiny_base, dataset_name=preferences, beta=0.3)
+    record = Record.load(folder)
+    training = record.training
+    assert record.base_fingerprint == base_fingerprint(str(tiny_base))
+    assert record.base_revision is None
+    assert training["beta"] == 0.3
+    assert training["loss_type"] == ["sigmoid"]
+    assert (training["quantization"], training["dtype"], training["mixed_precision"]) == (None, "float32", None)
+    assert training["dataset"] == str(preferences)
+    assert training["dataset_fingerprint"] == dataset_fingerprint(read_dataset(str(preferences)))
+    assert training["rows"] == {"total": 40}
+    assert training["steps"] == 4
+    assert {"loss", "first_loss", "train_loss", "rewards/margins", "tokens_per_second", "peak_memory_bytes"} <= set(
+        training["metrics"]
+    )
+    assert set(training["versions"]) == {"dera-peft", "peft", "torch", "transformers", "trl"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_type": "ipo"}, "loss_type=ipo"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1, 0.1]}, "loss_type=sft"),
+        ({"f_divergence_type": "js_divergence"}, "f_divergence_type=js_divergence"),
+        ({"ld_alpha": 0.5}, "ld_alpha=0.5"),
+        ({"loss_type": "robust", "label_smoothing": 0.1}, None),
+        ({}, None),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_loss_that_changes_the_meaning_of_beta_warns(settings, message, tiny_base, preferences, tmp_path, capfd):
+    train(
+        "dpo", tmp_path / "dpo", model_name_or_path=tiny_base, dataset_name=preferences, max_steps=1, stop_at_loss=0,
+        **settings,
+    )  # fmt: skip
+    said = capfd.readouterr().err
+    assert ("only a heuristic" in said) == (message is not None)
+    assert message is None or f"warning: with {message} the trained model" in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"label_smoothing": 0.1}, "label_smoothing=0.1 has no effect.*loss_type: robust"),
+        ({"continue_sft_adapter": True}, "needs the adapter: set sft_adapter"),
+        ({"sft_adapter": "BASE"}, "is not an adapter: it has no adapter_config.json"),
+        ({"sft_adapter": "./nowhere"}, "sft_adapter='./nowhere' can't be loaded: there is no such folder"),
+        ({"sft_adapter": "SFT", "continue_sft_adapter": True, "lora_r": 32}, "lora_r=32, but .* has 4: leave it out"),
+        ({"model_name_or_path": "SFT", "sft_adapter": "SFT"}, "is an adapter, and sft_adapter=.* another"),
+        ({"model_name_or_path": "configs/tiny/world.py:model"}, "has no weights that dera.json could name"),
+        ({"lora_modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"use_dora": True}, "LoRA variant|use_dora"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message, tiny_base, sft_adapter, preferences, tmp_path):
+    names = {"BASE": tiny_base, "SFT": sft_adapter}
+    settings = {name: names.get(value, value) if isinstance(value, str) else value for name, value in settings.items()}
+    with pytest.raises(DeRaError, match=message):
+        train("dpo", tmp_path / "dpo", **{"model_name_or_path": tiny_base, "dataset_name": preferences, **settings})
+
+
+def test_a_record_of_another_base_is_refused_before_training(tiny_base, merged, preferences, tmp_path):
+    folder = train("dpo", tmp_path / "dpo", model_name_or_path=tiny_base, dataset_name=preferences)
+    with pytest.raises(DeRaError, match="is not the base that the adapter was trained on"):
+        train("dpo", tmp_path / "again", model_name_or_path=merged, sft_adapter=folder, dataset_name=preferences)

@@ -1,0 +1,209 @@
+"""The preferences program on random tiny models: what it samples, reuses, ranks and refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dera_peft import DeRaError
+from training import preferences, sampler
+from training.models import Source
+
+ROOT = Path(__file__).resolve().parents[2]
+REWARD = """
+def length(prompts, completions, **columns):
+    return [len(completion) for completion in completions]
+
+def weighted(prompts, completions, weight, **columns):
+    return [w * len(c) for w, c in zip(weight, completions)]
+
+def silent(prompts, completions, **columns):
+    return [None] * len(completions)
+"""
+OPTIONS = ["--samples", "3", "--max_new_tokens", "12", "--seed", "5", "--batch_size", "8"]
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base, tmp_path_factory) -> Path:
+    """`tiny_base`, where every eighth token ends a text: its random weights would seldom find the one that does."""
+    folder = tmp_path_factory.mktemp("base")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_base), AutoTokenizer.from_pretrained(tiny_base)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(7, len(tokenizer), 8)]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def files(tmp_path) -> Path:
+    (tmp_path / "reward.py").write_text(REWARD)
+    prompts = ["A fox crossed", "Rain fell on the market", "My sister repairs bicycles", "The old lighthouse"]
+    rows = [{"prompt": prompt, "weight": index % 2, "other": 1} for index, prompt in enumerate(prompts)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def make(
+    files: Path, base: Path, output: str = "out", *arguments: str, reward: str = "length", data=None
+) -> list[dict]:
+    """Runs the program; returns the rows of preferences.jsonl."""
+    source = data or ["--prompts", str(files / "prompts.jsonl")]
+    preferences.main(
+        [
+            "--model_name_or_path", str(base), "--reward", f"{files}/reward.py:{reward}", *source,
+            "--output_dir", str(files / output), *OPTIONS, *arguments,
+        ]
+    )  # fmt: skip
+    return read(files / output / "preferences.jsonl")
+
+
+def read(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def completions(folder: Path) -> dict:
+    return {(row["index"], row["sample"]): row["completion"] for row in read(folder / "completions.jsonl")}
+
+
+def test_an_interrupted_run_goes_on_and_ends_the_same(files, base, capsys):
+    whole = make(files, base, "whole")
+    assert whole
+    lines = (files / "whole" / "completions.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 12
+    make(files, base, "cut")
+    (files / "cut" / "preferences.jsonl").unlink()
+    (files / "cut" / "completions.jsonl").write_text("".join(lines[:5]) + lines[5][:20])
+    assert make(files, base, "cut") == whole
+    assert completions(files / "cut") == completions(files / "whole")
+    assert "of 4 prompts" not in capsys.readouterr().err
+
+
+def test_ranked_anew_without_sampling_anew(files, base, monkeypatch):
+    best = make(files, base)
+    monkeypatch.setattr(sampler, "load_sft_model", lambda *_: pytest.fail("nothing is to be sampled"))
+    every = make(files, base, "out", "--pairs", "all")
+    assert len(every) > len(best)
+    assert all(pair in every for pair in best)
+    margin = sorted(pair["chosen_reward"] - pair["rejected_reward"] for pair in every)[len(every) // 2]
+    some = make(files, base, "out", "--pairs", "all", "--min_margin", str(margin))
+    assert some == [pair for pair in every if pair["chosen_reward"] - pair["rejected_reward"] > margin]
+    assert make(files, base, "out", "--max_prompts", "2") == [
+        pair for pair in best if pair["prompt"].startswith(("A", "Rain"))
+    ]
+
+
+def test_more_samples_go_on_from_those_that_are_there(files, base):
+    make(files, base)
+    before = (files / "out" / "completions.jsonl").read_text()
+    make(files, base, "out", "--samples", "4")
+    after = (files / "out" / "completions.jsonl").read_text()
+    assert after.startswith(before)
+    assert len(after.splitlines()) == 16
+    with pytest.raises(DeRaError, match="made with seed=5, and now it is 6"):
+        make(files, base, "out", "--seed", "6")
+    make(files, base, "out", "--seed", "6", "--overwrite", "true")
+    assert len(read(files / "out" / "completions.jsonl")) == 12
+    assert (
+        completions(files / "out").items()
+        - {(row["index"], row["sample"]): row["completion"] for row in map(json.loads, before.splitlines())}.items()
+    ), "another seed gives other texts"
+
+
+def test_an_sft_adapter_samples_as_the_model_that_it_is_merged_into(files, base, tiny_adapter):
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tiny_adapter).merge_and_unload()
+    merged.save_pretrained(files / "merged")
+    AutoTokenizer.from_pretrained(base).save_pretrained(files / "merged")
+    make(files, base, "base")
+    make(files, base, "adapter", "--sft_adapter", str(tiny_adapter))
+    make(files, files / "merged", "merged")
+    found = {name: completions(files / name) for name in ("base", "adapter", "merged")}
+    assert found["base"] != found["adapter"]
+    assert found["adapter"] == found["merged"]
+
+
+def test_a_datasets_column_of_texts_with_columns_for_the_reward(files, base):
+    data = ["--dataset_name", str(files / "prompts.jsonl"), "--reward_columns", "weight"]
+    rows = make(files, base, reward="weighted", data=data)
+    assert {row["prompt"] for row in rows} <= {"Rain fell on the market", "The old lighthouse"}, "weight 0: all alike"
+    assert rows
+    sampled = read(files / "out" / "completions.jsonl")
+    assert all(row["reward"] == row["weight"] * len(row["completion"]) for row in sampled)
+    assert "other" not in sampled[0]
+    with pytest.raises(DeRaError, match="missing 1 required positional argument: 'weight'"):
+        make(files, base, "other", reward="weighted", data=data[:2])
+
+
+def test_a_datasets_column_of_chats(files, base, capsys):
+    """What stands before the answer is the prompt; rows that have none, or one too long, are counted."""
+    user = {"role": "user", "content": "What does the fox do?"}
+    chats = [
+        [user, {"role": "assistant", "content": "It sleeps."}],
+        [user],
+        [{"role": "user", "content": " "}, {"role": "assistant", "content": "Hm?"}],
+        [{"role": "user", "content": "fox " * 300}],
+    ]
+    (files / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    data = ["--dataset_name", str(files / "chats.jsonl"), "--prompt_column", "messages", "--chat", "true"]
+    rows = make(files, base, data=data)
+    assert rows
+    for row in rows:
+        assert row["prompt"] == [user]
+        assert [message["role"] for message in (*row["chosen"], *row["rejected"])] == ["assistant"] * 2
+    table = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "1 25.0% no pair: the prompt is empty" in table
+    assert "1 25.0% no pair: prompt and max_new_tokens exceed the model's context" in table
+    assert "4 in all" in table
+    with pytest.raises(DeRaError, match=r"has no column 'text'; it has \['messages'\]"):
+        make(files, base, data=[*data[:3], "text"])
+
+
+def test_a_quantized_base_samples_other_texts(files, base):
+    make(files, base, "full")
+    make(files, base, "nf4", "--quantization", "nf4")
+    assert completions(files / "full") != completions(files / "nf4")
+    model = sampler.load_sft_model(Source(str(base)), quantization="nf4")
+    assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
+
+
+def test_no_pair_at_all_is_an_error_after_the_table(files, base, capsys):
+    with pytest.raises(DeRaError, match="no prompt gives a pair"):
+        make(files, base, reward="silent")
+    assert "fewer than two completions got a reward" in capsys.readouterr().out
+    assert not (files / "out" / "preferences.jsonl").exists()
+
+
+def test_two_processes_make_what_one_makes(files, base):
+    one = make(files, base, "one")
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "training.preferences",
+            "--model_name_or_path", base, "--reward", f"{files}/reward.py:length", "--prompts", files / "prompts.jsonl",
+            "--output_dir", files / "two", *OPTIONS,
+        ],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("in all") == 1, "one of them speaks"
+    parts = [read(files / "two" / name) for name in ("completions.jsonl", "completions-1.jsonl")]
+    assert [len(part) for part in parts] == [6, 6]
+    assert read(files / "two" / "preferences.jsonl") == one
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset_name", "x"], "prompts .a file. or dataset_name: one of the two"),
+        (["--min_margin", "-1"], "min_margin=-1.0 must not be negative"),
+        (["--max_prompts", "0"], "max_prompts=0 must be at least 1"),
+        (["--sft_adapter", "./nowhere"], "nowhere"),
+        (["--device_map", "cuda:7"], "there is no such device here"),
+        (["--model_name_or_path", "./nowhere"], "model_name_or_path='./nowhere'"),
+    ],
+)
+def test_bad_input_is_refused(files, base, arguments, message):
+    with pytest.raises(DeRaError, match=message):
+        make(files, base, "out", *arguments)
