@@ -228,7 +228,7 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
             self._reinstall((*self.branches, Branch(name, (*under, name))))
         except DeRaError:
             self.peft_model.delete_adapter(name)
-            self._reinstall(self.branches)
+            self._install(self.branches, self.mixing)
             raise
 
     def remove_adapter(self, name: str) -> None:
@@ -262,8 +262,7 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
             card. Empty without prompts.
 
         Raises:
-            DeRaError: an adapter can't be scaled (DoRA, modules_to_save), or differs from the reference by more than
-                its own weights.
+            DeRaError: an adapter can't be scaled (DoRA, modules_to_save), or several can't be combined.
         """
         from dera_peft.export import export
 

@@ -233,6 +233,18 @@ def test_a_cache_filled_by_other_weights_is_refused(tiny_base, adapters):
         model(IDS[:, 5:], lam=0.6, past_key_values=cache)
 
 
+@torch.no_grad()
+def test_an_adapter_that_is_refused_leaves_the_model_as_it_was(tiny_base, tiny_adapter, tmp_path):
+    model = DeRaModel.from_pretrained(tiny_base, tiny_adapter, mixing="weights")
+    before = model(IDS, lam=0.4).logits
+    dora = make_adapter(tiny_base, tmp_path / "dora", use_dora=True)
+    for adapter, message in ((dora, "can't be scaled"), (tmp_path, "without an adapter_config.json")):
+        with pytest.raises(DeRaError, match=message):
+            model.add_adapter("other", adapter)
+        assert list(model.peft_model.peft_config) == ["default"]
+        assert torch.equal(model(IDS, lam=0.4).logits, before)
+
+
 def test_records_say_which_base_and_which_reference(tiny_base, tiny_adapter, top_adapter, stories, tmp_path):
     """Adapters with a dera.json need no base, must be of one base, and say what they were trained against."""
     for name, adapter in (("one", tiny_adapter), ("two", top_adapter)):
