@@ -313,7 +313,8 @@ QUANTIZED = """## Quantized bases
 
 The base layer is called as it is, so any quantization that PEFT has a LoRA layer for works: `quantization="nf4"`,
 `"fp4"` and `"int8"` (bitsandbytes), or transformers' own `quantization_config` (torchao, GPTQ, AWQ, HQQ). Tested on
-the CPU: bitsandbytes NF4, FP4 and int8, and torchao int8 weights where torchao is installed.
+the CPU: bitsandbytes NF4, FP4 and int8, and torchao int8 and int4 weights where torchao is installed. Layers that are
+offloaded to the CPU or to disk (`device_map`) take plain LoRA on linear layers.
 
 LLM.int8() chooses its outlier columns over the whole batch, so the numbers of a row depend on the rows beside it: with
 int8, λ=0 in a mixed batch is the reference only to the precision of int8. The 4-bit types have no such dependence.

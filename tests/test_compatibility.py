@@ -25,7 +25,7 @@ from dera_peft.sampling import Sampling
 
 LAM = [0.0, 0.5, 1.0, 1.5]
 PADDING = [3, 0, 5, 2]
-NEW = {"max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+NEW = {"max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
 
 
 def make_base(base: Base):
