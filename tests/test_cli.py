@@ -242,7 +242,7 @@ BAD_INPUTS = {
     "no template": ([*MODEL, "--prompts", "{folder}/chat.jsonl"], "line 1: the prompt is a chat; pass --chat"),
     "device": ([*MODEL, "--prompt", "x", "--device-map", "wherever"], "device_map='wherever' is not a device"),
     "no device": ([*MODEL, "--prompt", "x", "--device-map", "cuda:99"], "there is no such device here"),
-    "no option": ([*MODEL, "--prompt", "x", "--quantization", "nf5"], "'nf5' is not one of 'nf4', 'int8'"),
+    "no option": ([*MODEL, "--prompt", "x", "--quantization", "nf5"], "'nf5' is not one of 'nf4', 'fp4', 'int8'"),
     "output": ([*MODEL, "--prompt", "x", "--output", "/proc/none/out.jsonl"], "/proc/none"),
     "stream": ([*MODEL, "--prompt", "x", "--lambda", "0,1", "--stream"], "--stream shows one completion"),
     "unknown option": ([*MODEL, "--prompt", "x", "--lambad", "1"], "No such option"),
