@@ -21,6 +21,28 @@ class Branch:
     adapters: tuple[str, ...] = ()
 
 
+def make_branches(reference: Sequence[str], aligned: Mapping[str, str], stacked: bool = True) -> list[Branch]:
+    """
+    The branches of a reference and its aligned models.
+
+    Args:
+        reference: the adapters that make the reference of the base; none for the base itself.
+        aligned: branch name -> adapter.
+        stacked: whether the aligned adapters come on top of the reference's, or replace them.
+    """
+    if REFERENCE in aligned:
+        raise DeRaError(f"{REFERENCE!r} is the reference's branch; give the aligned adapter another name.")
+    if not aligned:
+        raise DeRaError("no aligned adapter is named.")
+    under = tuple(reference) if stacked else ()
+    if both := set(under) & set(aligned.values()):
+        raise DeRaError(f"adapter {both.pop()!r} is named both as the reference's and as aligned.")
+    return [
+        Branch(REFERENCE, tuple(reference)),
+        *(Branch(name, (*under, adapter)) for name, adapter in aligned.items()),
+    ]
+
+
 def read_lam(lam, batch_size: int, aligned: Sequence[str]) -> torch.Tensor:
     """
     λ as a caller may write it, as one row of weights per sequence.
@@ -172,9 +194,13 @@ class BatchPlan:
     def adapter_rows(self) -> dict[str, list[slice]]:
         """Adapter name -> the rows that it touches, in few slices; `slice(None)` for one that all branches share."""
         common = set.intersection(*(set(branch.adapters) for branch in self.branches))
-        rows: dict[str, list[slice]] = {name: [slice(None)] for name in common}
+        # in the branches' order, so that sums have one order in every process
+        names = dict.fromkeys(name for branch in self.branches for name in branch.adapters)
+        rows: dict[str, list[slice]] = {name: [slice(None)] for name in names if name in common}
         for segment in self.segments:
-            for name in set(segment.branch.adapters) - common:
+            for name in segment.branch.adapters:
+                if name in common:
+                    continue
                 slices = rows.setdefault(name, [])
                 if slices and slices[-1].stop == segment.start:
                     slices[-1] = slice(slices[-1].start, segment.stop)
@@ -182,13 +208,70 @@ class BatchPlan:
                     slices.append(slice(segment.start, segment.stop))
         return rows
 
+    @property
+    def adapter_scale(self) -> dict[str, torch.Tensor]:
+        """Adapter name -> a further scale of its delta for each row; none where logits are mixed."""
+        return {}
+
     def __repr__(self) -> str:
         runs = ", ".join(f"{s.branch.name}: {s.stop - s.start}" for s in self.segments)
-        return f"BatchPlan({self.batch_size} sequences in {self.num_rows} rows; {runs})"
+        return f"{type(self).__name__}({self.batch_size} sequences in {self.num_rows} rows; {runs})"
 
 
-def check_default_lam(lam: float) -> float:
-    """A model's default λ: one finite number."""
+class WeightPlan(BatchPlan):
+    """
+    One row a sequence, in which each adapter's delta is scaled by the weights of the branches that have it.
+
+    For one aligned adapter this is W + λ·s·BA, a mixture of weights instead of logits (alignment vectors,
+    task arithmetic): one pass, and an approximation of DeRa. What all branches share has scale 1.
+    """
+
+    def __init__(
+        self,
+        branches: Sequence[Branch],
+        lam: torch.Tensor,
+        device: torch.device | str = "cpu",
+        every_branch: bool = False,
+    ):
+        if every_branch:
+            raise DeRaError('a model with mixing="weights" has no branches whose logits could be returned.')
+        names = list(dict.fromkeys(name for branch in branches for name in branch.adapters))
+        single = Branch("weights", tuple(names))
+        super().__init__([single], lam[:, :0], device)
+        self.lam = lam
+        self.mixed_branches = tuple(branches)
+        weights = torch.cat([1.0 - lam.sum(dim=1, keepdim=True), lam], dim=1)  # [B, K+1]
+        common = set.intersection(*(set(branch.adapters) for branch in branches))
+        self._scale: dict[str, torch.Tensor] = {}
+        for name in names:
+            if name not in common:
+                has_it = torch.tensor([name in branch.adapters for branch in branches], dtype=weights.dtype)
+                self._scale[name] = (weights @ has_it).to(self.device, torch.float32)
+        self.adapter_rows = {name: [slice(None)] for name in names if name in common or self._scale[name].any()}
+        self.pattern = tuple(map(tuple, lam.tolist()))  # keys and values depend on λ itself
+
+    def expand(self, repeats: int) -> "WeightPlan":
+        if repeats == 1:
+            return self
+        return WeightPlan(self.mixed_branches, self.lam.repeat_interleave(repeats, dim=0), self.device)
+
+    @property
+    def adapter_scale(self) -> dict[str, torch.Tensor]:
+        return self._scale
+
+
+def check_default_lam(lam: float | Mapping[str, float], aligned: Sequence[str] = (ALIGNED,)) -> float | dict:
+    """
+    A model's default λ: one finite number, or one for each aligned branch by name.
+
+    Raises:
+        DeRaError: it is something else, or names another branch.
+    """
+    if isinstance(lam, Mapping):
+        if unknown := [name for name in lam if name not in aligned]:
+            raise DeRaError(f"the default λ names {unknown[0]!r}, which is not an aligned branch: {list(aligned)}.")
+        values = {name: check_default_lam(value) for name, value in lam.items()}
+        return values if len(aligned) > 1 else values.get(aligned[0], 0.0)
     if isinstance(lam, bool) or not isinstance(lam, (int, float)) or not math.isfinite(lam):
         raise DeRaError(f"the default λ must be one finite number; got {lam!r}.")
     return float(lam)

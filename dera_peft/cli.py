@@ -42,9 +42,9 @@ Adapter = Annotated[
     ),
 ]
 Quantization = Annotated[
-    Literal["nf4", "int8"] | None,
+    Literal["nf4", "fp4", "int8"] | None,
     typer.Option(
-        metavar="KIND", help="nf4 or int8: load the base in 4 or 8 bits with bitsandbytes.", rich_help_panel=MODEL
+        metavar="KIND", help="nf4, fp4 or int8: load the base in 4 or 8 bits with bitsandbytes.", rich_help_panel=MODEL
     ),
 ]
 Dtype = Annotated[
@@ -235,6 +235,67 @@ def info(
     from dera_peft.devices import read_device_map
 
     run(base, adapter, quantization, dtype, read_device_map(device_map), as_json=json)
+
+
+@app.command()
+def export(
+    lam: Annotated[
+        str,
+        typer.Option(
+            "--lambda",
+            metavar="λ",
+            help="The strength to export at; of several adapters name=λ,name=λ.",
+            rich_help_panel=OUTPUT,
+        ),
+    ],
+    output: Annotated[str, typer.Option(metavar="DIR", help="Folder of the new adapter.", rich_help_panel=OUTPUT)],
+    base: Base = None,
+    adapter: Adapter = None,
+    quantization: Quantization = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    prompt: Annotated[
+        list[str],
+        typer.Option(metavar="TEXT", help="A prompt to compare with DeRa on; repeatable.", rich_help_panel=PROMPTS),
+    ] = [],  # noqa: B006
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Prompts to compare on: .txt, .jsonl or path.py:function.", rich_help_panel=PROMPTS
+        ),
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Render prompts with the tokenizer's chat template.", rich_help_panel=PROMPTS),
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print what was measured as JSON.", rich_help_panel=OUTPUT)
+    ] = False,
+) -> None:
+    """Write a plain LoRA adapter at a fixed λ, for any server that loads LoRA, and measure how far it is from DeRa.
+
+    It mixes weights where DeRa mixes logits, so it is an approximation; give prompts to see how good a one.
+
+    **Examples**
+
+    `dera export --adapter ./dpo --lambda 0.6 --output ./dpo-0.6 --prompts test.txt`
+    """
+    from dera_peft.commands.export import export as run
+    from dera_peft.devices import read_device_map
+
+    run(
+        base=base,
+        adapter=adapter,
+        quantization=quantization,
+        dtype=dtype,
+        device_map=read_device_map(device_map),
+        lam=lam,
+        folder=output,
+        texts=prompt,
+        prompts_file=prompts,
+        chat=chat,
+        as_json=json,
+    )
 
 
 @app.command()

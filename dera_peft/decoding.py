@@ -98,12 +98,18 @@ def decode(
 
 def _decode_batch(model, tokenizer, prompts, batch: list[Request], sampling, streamer) -> list[Completion]:
     length = max(len(prompts[request.index]) for request in batch)
+    padding = [length - len(prompts[request.index]) for request in batch]
     input_ids = torch.full((len(batch), length), tokenizer.pad_token_id or 0)
     attention_mask = torch.zeros_like(input_ids)
+    has_encoder = model.config.is_encoder_decoder
     for row, request in enumerate(batch):
         ids = torch.tensor(prompts[request.index])
-        input_ids[row, length - len(ids) :] = ids
-        attention_mask[row, length - len(ids) :] = 1
+        # an encoder's positions count from the left, so its padding stands on the right
+        place = slice(0, len(ids)) if has_encoder else slice(padding[row], length)
+        input_ids[row, place] = ids
+        attention_mask[row, place] = 1
+    if has_encoder:  # what is generated starts with the decoder's start token, not with the prompt
+        length, padding = 1, [0] * len(batch)
     end = model.generation_config.eos_token_id
     ends = set(end if isinstance(end, list) else [] if end is None else [end])
     lam = {} if batch[0].lam is None else {"lam": [request.lam for request in batch]}
@@ -116,7 +122,7 @@ def _decode_batch(model, tokenizer, prompts, batch: list[Request], sampling, str
         logits_processor=sampling.logits_processor(
             [row_key(sampling.seed, request.index, request.sample) for request in batch],
             length,
-            [length - len(prompts[request.index]) for request in batch],
+            padding,
         ),
         repetition_penalty=1.0,  # ours is in the processor
         max_new_tokens=sampling.max_new_tokens,

@@ -1,59 +1,60 @@
 """Base + quantization + adapters, checked against each other before anything large is loaded; and back to a folder."""
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError
-from peft import LoraConfig, PeftConfig, PeftModel
-from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.pytorch_utils import Conv1D
-from transformers.utils.hub import cached_file
 
-from dera_peft.branches import ALIGNED, REFERENCE, Branch
+from dera_peft.adapters import add_to, check_adapter, check_exists, first_line, is_adapter
+from dera_peft.branches import ALIGNED, REFERENCE, Branch, make_branches
 from dera_peft.errors import DeRaError
 from dera_peft.fingerprint import base_fingerprint, cached_revision
-from dera_peft.model import DeRaModel
+from dera_peft.model import LOGITS, DeRaModel
 from dera_peft.record import Record
 
-QUANTIZATIONS = ("nf4", "int8")
-# Initialisations that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, ...) change the base's own
-# weights when the adapter is created, so that "adapter off" would not be the reference.
-INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
+QUANTIZATIONS = ("nf4", "fp4", "int8")
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
+Source = str | os.PathLike
 
 
 def load(
-    base: str | os.PathLike | None = None,
-    adapter: str | os.PathLike | None = None,
+    base: Source | None = None,
+    adapter: Source | None = None,
     *,
+    adapters: Mapping[str, Source] | None = None,
+    reference: Source | Sequence[Source] = (),
+    stacked: bool = True,
     quantization: str | None = None,
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
-    lam: float | None = None,
+    lam: float | Mapping[str, float] | None = None,
+    mixing: str = LOGITS,
     **kwargs,
 ) -> DeRaModel:
     """`DeRaModel.from_pretrained`; see there."""
-    record = resolve(base, adapter)
-    base, adapters = record.base, record.adapters
+    record = resolve(base, adapter, adapters, reference, stacked)
+    base, folders = record.base, record.adapters
     if record.base_revision is not None:
         kwargs.setdefault("revision", record.base_revision)
     config = load_config(base, **{name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs})
     skeleton = _skeleton(config, kwargs.get("trust_remote_code"))
-    modules = {name: check_adapter(folder, base, skeleton) for name, folder in adapters.items()}
+    modules = {name: check_adapter(folder, base, skeleton) for name, folder in folders.items()}
     if quantization is not None:
         if quantization not in QUANTIZATIONS:
             raise DeRaError(f"quantization={quantization!r} is not known; choose one of {QUANTIZATIONS}, or None.")
@@ -67,44 +68,61 @@ def load(
     quantized = kwargs.get("quantization_config", vars(config).get("quantization_config"))
     record.check_quantization(quantization_name(quantized))
 
-    model = _load_base(base, dtype=_dtype(dtype), device_map=device_map, **kwargs)
+    model = _load_base(config, base, dtype=_dtype(dtype), device_map=device_map, **kwargs)
     record.check_base(revision)  # again: a hub model's weights may be here only now
-    peft_model = None
-    for name, folder in adapters.items():
-        if peft_model is None:
-            peft_model = PeftModel.from_pretrained(model, folder, adapter_name=name, autocast_adapter_dtype=False)
-        else:
-            peft_model.load_adapter(folder, adapter_name=name, autocast_adapter_dtype=False)
-    for name, folder in adapters.items():
-        _check_complete(name, folder, model, modules[name])
-    _cast_adapters(peft_model, model.dtype)
-    peft_model.eval()
+    for name, folder in folders.items():
+        model = add_to(model, folder, name, modules[name])
     branches = [Branch(name, tuple(names)) for name, names in record.branches.items()]
-    dera_model = DeRaModel(peft_model, branches, record.lam if lam is None else lam)
+    dera_model = DeRaModel(model, branches, record.lam if lam is None else lam, mixing)
     dera_model.record = replace(
         record, base_fingerprint=base_fingerprint(base, revision), base_revision=cached_revision(base, revision)
     )
     return dera_model
 
 
-def resolve(base: str | os.PathLike | None, adapter: str | os.PathLike | None) -> Record:
+def load_adapter(model: DeRaModel, name: str, adapter: str) -> None:
+    """Loads a further adapter into a model, as `name`, with the checks of `load`."""
+    base = model.config.name_or_path
+    modules = check_adapter(adapter, base, _skeleton(model.config, None))
+    add_to(model.peft_model, adapter, name, modules)
+
+
+def resolve(
+    base: Source | None,
+    adapter: Source | None = None,
+    adapters: Mapping[str, Source] | None = None,
+    reference: Source | Sequence[Source] = (),
+    stacked: bool = True,
+) -> Record:
     """
-    What `base` and `adapter` name, as a record with the folders (or hub ids) to load.
+    What the arguments of `DeRaModel.from_pretrained` name, as a record with the folders (or hub ids) to load.
 
     Raises:
-        DeRaError: neither says which base or which adapter.
+        DeRaError: they don't say which base or which adapter, or say it twice.
     """
     base = None if base is None else os.fspath(base)
-    adapter = None if adapter is None else os.fspath(adapter)
     if base is not None:
-        _check_exists("base", base)
+        check_exists("base", base)
+    if adapters is not None and adapter is not None:
+        raise DeRaError("give adapter or adapters, not both.")
+    reference = [reference] if isinstance(reference, (str, os.PathLike)) else list(reference)
+    if adapters is not None:
+        return _resolve_several(base, adapters, reference, stacked)
+    if reference:
+        if adapter is None:
+            raise DeRaError("reference= needs the aligned adapter too: adapter=.")
+        return _resolve_several(base, {ALIGNED: adapter}, reference, stacked)
+    return _resolve_one(base, None if adapter is None else os.fspath(adapter))
+
+
+def _resolve_one(base: str | None, adapter: str | None) -> Record:
     if adapter is None:
         if base is None:
             raise DeRaError("no model is named: give a base and an adapter, or a folder with a dera.json.")
         if Record.is_in(base):
             return Record.load(base)
         raise DeRaError(f"base={base!r} has no dera.json, so the adapter must be named too: adapter=.")
-    _check_exists("adapter", adapter)
+    check_exists("adapter", adapter)
     if Record.is_in(adapter):
         record = Record.load(adapter)
         return record if base is None else record.with_base(base)
@@ -113,16 +131,67 @@ def resolve(base: str | os.PathLike | None, adapter: str | os.PathLike | None) -
     return Record(base, {"default": adapter}, {REFERENCE: [], ALIGNED: ["default"]})
 
 
+def _resolve_several(
+    base: str | None, adapters: Mapping[str, Source], reference: Sequence[Source], stacked: bool
+) -> Record:
+    """Several aligned adapters over one reference, which their records, where they have one, must agree on."""
+    references = {f"{REFERENCE}_{index}": os.fspath(folder) for index, folder in enumerate(reference, 1)}
+    folders: dict[str, str] = {}
+    records: dict[str, Record] = {}
+    for name, adapter in adapters.items():
+        adapter = os.fspath(adapter)
+        if not name.isidentifier():
+            raise DeRaError(f"adapters: {name!r} can't be a name; use letters, digits and underscores.")
+        check_exists("adapter", adapter)
+        folders[name] = adapter
+        if not Record.is_in(adapter):
+            continue
+        record = Record.load(adapter)
+        if len(record.branches) != 2:
+            raise DeRaError(f"adapter={adapter!r} is a record of {len(record.branches) - 1} aligned models; name one.")
+        under = record.branches[REFERENCE]
+        *_, own = next(names for branch, names in record.branches.items() if branch != REFERENCE)
+        if not reference and under:
+            raise DeRaError(
+                f"adapter={adapter!r} was trained against the reference adapters "
+                f"{[record.adapters[name] for name in under]}: name them with reference=."
+            )
+        folders[name], records[name] = record.adapters[own], record
+    first = next(iter(records.values()), None)
+    if base is None and first is None:
+        raise DeRaError(f"adapters={list(adapters)} have no dera.json that names their base: give the base too.")
+    for name, record in records.items():
+        known = None not in (record.base_fingerprint, first.base_fingerprint)
+        same = record.base_fingerprint == first.base_fingerprint if known else record.base == first.base
+        if not same and (known or base is None):
+            raise DeRaError(f"adapter {name!r} is of another base ({record.base!r}) than the others ({first.base!r}).")
+    for folder in references.values():
+        check_exists("reference", folder)
+    if taken := set(references) & set(folders):
+        raise DeRaError(f"{taken.pop()!r} is a name for the reference's adapters; give the aligned one another.")
+    branches = make_branches(list(references), {name: name for name in folders}, stacked)
+    # one number says enough only for one aligned model
+    lam = 1.0 if len(folders) == 1 else dict.fromkeys(folders, 1.0 / len(folders))
+    found = first or Record(base, {}, {})
+    return replace(
+        found if base is None else found.with_base(base),
+        adapters={**references, **folders},
+        branches={branch.name: list(branch.adapters) for branch in branches},
+        lam=lam,
+        training=found.training if len(folders) == 1 else {},
+    )
+
+
 def load_config(base: str, **hub_arguments) -> PreTrainedConfig:
     """The base's config. Raises `DeRaError` where there is no such base."""
-    _check_exists("base", base)
+    check_exists("base", base)
     if os.path.isdir(base) and not os.path.isfile(os.path.join(base, "config.json")):
-        hint = " It holds an adapter: pass it as the adapter." if _is_adapter(base) else ""
+        hint = " It holds an adapter: pass it as the adapter." if is_adapter(base) else ""
         raise DeRaError(f"base={base!r} is a folder without a config.json, not a transformers model.{hint}")
     try:
         return AutoConfig.from_pretrained(base, **hub_arguments)
     except (OSError, ValueError, HFValidationError) as error:
-        raise DeRaError(f"base={base!r} can't be loaded: {_first_line(error)}") from error
+        raise DeRaError(f"base={base!r} can't be loaded: {first_line(error)}") from error
 
 
 def load_tokenizer(base: str | os.PathLike | None, adapter: str | os.PathLike | None = None) -> PreTrainedTokenizerBase:
@@ -144,83 +213,12 @@ def load_tokenizer_of(*sources: str) -> PreTrainedTokenizerBase:
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
         except (OSError, ValueError, HFValidationError) as error:
-            errors.append(f"{source!r}: {_first_line(error)}")
+            errors.append(f"{source!r}: {first_line(error)}")
             continue
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
     raise DeRaError("no tokenizer can be loaded: " + "; ".join(errors))
-
-
-def check_adapter_config(adapter: str, config: PeftConfig) -> None:
-    """
-    Refuses adapters for which "adapter off" is not the base, or that are not LoRA.
-
-    Raises:
-        DeRaError: names the adapter, the setting and what would work.
-    """
-    if not isinstance(config, LoraConfig):
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        raise DeRaError(f"adapter={adapter!r} is of type {kind}; only LoRA is supported.")
-    if config.bias != "none":
-        raise DeRaError(
-            f"adapter={adapter!r} was trained with bias={config.bias!r}, so it changes the base's own biases and "
-            "switching it off would not give the reference back; train with bias='none'."
-        )
-    if config.init_lora_weights not in INITS_THAT_KEEP_THE_BASE:
-        raise DeRaError(
-            f"adapter={adapter!r} was initialised with {config.init_lora_weights!r}, which changes the base's weights, "
-            "so the base alone is not its reference; convert it to plain LoRA when saving (save_pretrained's "
-            "path_initial_model_for_weight_conversion)."
-        )
-    for option in ("modules_to_save", "trainable_token_indices", "target_parameters"):
-        if getattr(config, option, None):
-            raise DeRaError(
-                f"adapter={adapter!r} uses {option}={getattr(config, option)!r}, which is not supported yet."
-            )
-
-
-def check_adapter(adapter: str, base: str, skeleton: PreTrainedModel) -> set[str]:
-    """
-    Checks an adapter's config, and each of its tensors against the base's modules, from the file's header.
-
-    Returns:
-        The names of the modules that it adapts.
-
-    Raises:
-        DeRaError: not a readable safetensors LoRA adapter, or one for another base.
-    """
-    _check_exists("adapter", adapter)
-    if os.path.isdir(adapter) and not _is_adapter(adapter):
-        raise DeRaError(f"adapter={adapter!r} is a folder without an adapter_config.json, not a PEFT adapter.")
-    try:
-        config = PeftConfig.from_pretrained(adapter)
-    except (OSError, ValueError, TypeError, KeyError, HFValidationError) as error:
-        raise DeRaError(f"adapter={adapter!r}: its adapter_config.json can't be read: {_first_line(error)}") from error
-    check_adapter_config(adapter, config)
-    shapes = _tensor_shapes(adapter)
-    modules = dict(skeleton.named_modules())
-    factors: dict[str, set[str]] = {}
-    for key, shape in shapes.items():
-        name, factor = _parse_key(adapter, key)
-        if name not in modules:
-            raise DeRaError(f"adapter={adapter!r} is for another base: {base!r} has no module {name!r}.")
-        features = _features(modules[name])
-        if features is None:
-            kind = type(modules[name]).__name__
-            raise DeRaError(f"adapter={adapter!r} adapts {name!r}, a {kind}; only linear layers are supported.")
-        side, expected = ("inputs", features[0]) if factor == "lora_A" else ("outputs", features[1])
-        found = shape[1] if factor == "lora_A" else shape[0]
-        if found != expected:
-            raise DeRaError(
-                f"adapter={adapter!r} is for another base: its {name!r} has {found} {side}, "
-                f"in {base!r} it has {expected}."
-            )
-        factors.setdefault(name, set()).add(factor)
-    for name, found in factors.items():
-        if len(found) < 2:
-            raise DeRaError(f"adapter={adapter!r} is incomplete: of {name!r} it holds only {found.pop()}.")
-    return set(factors)
 
 
 def check_quantization(quantization: str, base: str, skeleton: PreTrainedModel, device_map: Any) -> None:
@@ -234,7 +232,7 @@ def check_quantization(quantization: str, base: str, skeleton: PreTrainedModel, 
         from bitsandbytes.functional import has_avx512bf16  # imported when asked for: it warns where there is no GPU
     except ImportError as error:
         raise DeRaError(f"quantization={quantization!r} needs bitsandbytes: {error}") from error
-    if quantization != "nf4" or not _runs_on_cpu(device_map) or not has_avx512bf16():
+    if quantization == "int8" or not _runs_on_cpu(device_map) or not has_avx512bf16():
         return
     head = skeleton.get_output_embeddings()
     for name, module in skeleton.named_modules():
@@ -270,13 +268,17 @@ def save(model: DeRaModel, folder: str | os.PathLike) -> None:
     replace(record, adapters=paths, branches=branches, lam=model.lam).save(folder)
 
 
-def _load_base(base: str, **kwargs) -> PreTrainedModel:
+def _auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForSeq2SeqLM]:
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def _load_base(config: PreTrainedConfig, base: str, **kwargs) -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_pretrained(base, use_safetensors=True, **kwargs)
+        return _auto_class(config).from_pretrained(base, use_safetensors=True, **kwargs)
     except SafetensorError as error:
-        raise DeRaError(f"base={base!r}: a safetensors file is corrupt: {_first_line(error)}") from error
+        raise DeRaError(f"base={base!r}: a safetensors file is corrupt: {first_line(error)}") from error
     except (OSError, HFValidationError) as error:
-        raise DeRaError(f"base={base!r} can't be loaded: {_first_line(error)}") from error
+        raise DeRaError(f"base={base!r} can't be loaded: {first_line(error)}") from error
 
 
 def _skeleton(config: PreTrainedConfig, trust_remote_code: bool | None) -> PreTrainedModel:
@@ -284,9 +286,11 @@ def _skeleton(config: PreTrainedConfig, trust_remote_code: bool | None) -> PreTr
     arguments = {} if trust_remote_code is None else {"trust_remote_code": trust_remote_code}
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, **arguments)
+            return _auto_class(config).from_config(config, **arguments)
     except ValueError as error:
-        raise DeRaError(f"base={config.name_or_path!r} is not a causal language model: {_first_line(error)}") from error
+        raise DeRaError(
+            f"base={config.name_or_path!r} is not a language model that generates: {first_line(error)}"
+        ) from error
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
@@ -310,7 +314,7 @@ def _quantization_config(
         compute_dtype = config.dtype or torch.bfloat16
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
+        bnb_4bit_quant_type=quantization,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
     )
@@ -330,67 +334,3 @@ def quantization_name(config: BitsAndBytesConfig | dict | None) -> str | None:
 def _runs_on_cpu(device_map: Any) -> bool:
     devices = set(map(str, device_map.values())) if isinstance(device_map, dict) else {str(device_map)}
     return not torch.accelerator.is_available() or "cpu" in devices
-
-
-def _cast_adapters(peft_model: PeftModel, dtype: torch.dtype) -> None:
-    """Casts the adapters to the base's dtype once, instead of its activations up and down at every layer."""
-    for module in peft_model.modules():
-        if isinstance(module, LoraLayer):
-            module.lora_A.to(dtype)
-            module.lora_B.to(dtype)
-
-
-def _check_complete(name: str, adapter: str, model: PreTrainedModel, modules: set[str]) -> None:
-    """PEFT leaves a layer that its config targets and its file lacks at random values: refuse that."""
-    created = {path for path, module in model.named_modules() if isinstance(module, LoraLayer) and name in module.r}
-    if missing := sorted(created - modules):
-        raise DeRaError(
-            f"adapter={adapter!r} is incomplete: its config targets {missing[0]!r}, and its file has no factors for it."
-        )
-
-
-def _is_adapter(folder: str) -> bool:
-    return os.path.isfile(os.path.join(folder, "adapter_config.json"))
-
-
-def _check_exists(argument: str, name: str) -> None:
-    """A name that can only be a path must be there; any other may be a hub id."""
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isfile(name) or not name
-    if looks_like_path and not os.path.isdir(name):
-        raise DeRaError(f"{argument}={name!r}: there is no such folder.")
-
-
-def _tensor_shapes(adapter: str) -> dict[str, list[int]]:
-    try:
-        file = cached_file(adapter, "adapter_model.safetensors")
-        with safe_open(file, framework="pt") as tensors:
-            return {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise DeRaError(f"adapter={adapter!r}: adapter_model.safetensors is corrupt: {error}") from error
-    except (OSError, HFValidationError) as error:
-        raise DeRaError(
-            f"adapter={adapter!r} has no adapter_model.safetensors that can be read ({_first_line(error)}); "
-            "other formats are not loaded, since they may run code."
-        ) from error
-
-
-def _parse_key(adapter: str, key: str) -> tuple[str, str]:
-    """`base_model.model.<module>.lora_A.weight` -> (module, "lora_A")."""
-    name, _, rest = key.removeprefix("base_model.model.").partition(".lora_")
-    if rest not in ("A.weight", "B.weight", "B.bias"):
-        raise DeRaError(
-            f"adapter={adapter!r} holds {key!r}, which is not a LoRA factor of a linear layer; not supported."
-        )
-    return name, f"lora_{rest[0]}"
-
-
-def _features(module: nn.Module) -> tuple[int, int] | None:
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if isinstance(module, Conv1D):
-        return module.nx, module.nf
-    return None
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]

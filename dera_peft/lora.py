@@ -1,67 +1,215 @@
-"""A forward pass for PEFT's LoRA layers that touches only its branch's rows."""
+"""A forward pass for PEFT's adapted modules that touches only its branch's rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
+from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from torch import nn
 
-from dera_peft.branches import BatchPlan
+from dera_peft.branches import BatchPlan, Branch
 from dera_peft.errors import DeRaError
+
+SUPPORTED_VARIANTS = (DoraEmbeddingVariant, DoraLinearVariant)
 
 
 class Routing:
-    """What the layers of one model share: the plan of the batch that is being computed."""
+    """
+    What the adapted modules of one model share while a batch is computed.
+
+    Attributes:
+        plan: the batch's rows.
+        length: S, the batch's number of tokens a sequence.
+    """
 
     def __init__(self):
         self.plan: BatchPlan | None = None
+        self.length = 1
+
+    def rows(self, name: str, x: torch.Tensor, rows: slice) -> slice:
+        """
+        The rows of `x` that a plan's `rows` stand for: in `[R, S, ...]` themselves, in `[R·S, D]` S times as many.
+
+        Raises:
+            DeRaError: `x` has another number of rows.
+        """
+        if rows == slice(None):
+            return rows
+        folded = x.ndim == 2 and x.is_floating_point()
+        each = self.length if folded else 1
+        if x.shape[0] != self.plan.num_rows * each:
+            raise DeRaError(
+                f"{name} was called with {x.shape[0]} rows in a batch of {self.plan.num_rows}: its model reorders or "
+                "folds the rows before this layer (as mixtures of experts do), so an adapter here cannot be kept to "
+                "its branch; train one on the attention layers."
+            )
+        return slice(rows.start * each, rows.stop * each)
 
 
-def check_layer(name: str, layer: LoraLayer, adapters: list[str]) -> None:
+@dataclass(frozen=True)
+class Adapted:
+    """A module of the base that adapters change, by its name there, with the names of those that are used."""
+
+    name: str
+    module: LoraLayer | ModulesToSaveWrapper | TrainableTokensWrapper
+    adapters: frozenset[str]
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether an adapter replaces the module's weights, instead of adding a product to its output."""
+        return isinstance(self.module, AuxiliaryTrainingWrapper)
+
+    @property
+    def scales(self) -> bool:
+        """Whether an adapter's share of the output is proportional to a scale, as plain LoRA's is."""
+        return not self.is_replaced and not self.adapters & set(self.module.lora_variant)
+
+
+def find_adapted(base: nn.Module, adapters: Sequence[str]) -> list[Adapted]:
     """
-    Refuses what a row's delta cannot express.
+    The modules of `base` that any of `adapters` changes.
 
     Raises:
-        DeRaError: names the module, the adapter and the reason.
+        DeRaError: one is adapted in a way that can't be kept to a branch's rows; names module, adapter and reason.
     """
-    if layer.merged:
-        raise DeRaError(
-            f"{name}: the adapter {layer.merged_adapters} is merged into the base; call unmerge_adapter() first."
-        )
-    for adapter in adapters:
-        if adapter in layer.lora_embedding_A:
-            raise DeRaError(f"{name}: adapter {adapter!r} adapts an embedding, which is not supported yet.")
-        if adapter not in layer.lora_A:
+    found = []
+    for name, module in base.named_modules():
+        if isinstance(module, LoraLayer):
+            names = set(module.r)
+        elif isinstance(module, ModulesToSaveWrapper):
+            names = set(module.modules_to_save)
+        elif isinstance(module, TrainableTokensWrapper):
+            names = set(module.token_adapter.token_indices)
+        else:
             continue
-        if not isinstance(layer.lora_A[adapter], torch.nn.Linear):
-            kind = type(layer).__name__
-            raise DeRaError(f"{name}: adapter {adapter!r} is a LoRA {kind}; only LoRA on linear layers is supported.")
-        if adapter in layer.lora_variant:
-            kind = type(layer.lora_variant[adapter]).__name__
-            raise DeRaError(f"{name}: adapter {adapter!r} uses the LoRA variant {kind}, which is not supported yet.")
+        if names := frozenset(names.intersection(adapters)):
+            found.append(Adapted(name, module, names))
+            _check(found[-1])
+    return found
 
 
-def branch_forward(name: str, layer: LoraLayer, routing: Routing) -> Callable:
+def _check(adapted: Adapted) -> None:
+    name, layer = adapted.name, adapted.module
+    if adapted.is_replaced:
+        merged = layer.token_adapter.merged_adapters if isinstance(layer, TrainableTokensWrapper) else []
+    else:
+        merged = layer.merged_adapters
+    if merged:
+        raise DeRaError(f"{name}: the adapter {merged} is merged into the base; call unmerge_adapter() first.")
+    if adapted.is_replaced:
+        return
+    for adapter in sorted(adapted.adapters):
+        is_linear = (
+            adapter in layer.lora_A
+            and isinstance(layer.lora_A[adapter], nn.Linear)
+            and not isinstance(layer, (MultiheadAttention, ParamWrapper))
+        )
+        if not is_linear and not isinstance(layer, LoraEmbedding):
+            raise DeRaError(
+                f"{name}: adapter {adapter!r} is a LoRA {type(layer).__name__}; LoRA on linear layers and embeddings "
+                "is supported. Where it adapts the experts of a mixture (target_parameters), adapt the attention "
+                "layers instead: the tokens of all sequences are mixed in an expert's batch."
+            )
+        variant = layer.lora_variant.get(adapter)
+        if variant is not None and type(variant) not in SUPPORTED_VARIANTS:
+            kind = type(variant).__name__
+            raise DeRaError(
+                f"{name}: adapter {adapter!r} uses the LoRA variant {kind}, which is not supported; plain LoRA, rsLoRA "
+                "and DoRA are."
+            )
+
+
+def check_scales(branches: Sequence[Branch], adapted: Sequence[Adapted]) -> None:
     """
-    The `forward` of a LoRA layer under a plan: one base product over all rows, whatever the base layer is (quantized or
-    not), then y[rows] += B(A(x[rows]))·s in place for the rows of the branches that have the adapter.
+    Refuses adapters whose weights can't be scaled by λ.
+
+    Raises:
+        DeRaError: names module and adapter.
     """
+    common = set.intersection(*(set(branch.adapters) for branch in branches))
+    for module in adapted:
+        if not module.scales and (own := module.adapters - common):
+            kind = "modules_to_save or trainable tokens" if module.is_replaced else "DoRA"
+            raise DeRaError(
+                f"{module.name}: adapter {min(own)!r} uses {kind}, whose weights can't be scaled by λ; mix logits."
+            )
+
+
+def branch_forward(adapted: Adapted, routing: Routing) -> Callable:
+    """The `forward` of an adapted module under a plan."""
+    return _replaced_forward(adapted, routing) if adapted.is_replaced else _lora_forward(adapted, routing)
+
+
+def _lora_forward(adapted: Adapted, routing: Routing) -> Callable:
+    """
+    One base product over all rows, whatever the base layer is (quantized or not), then y[rows] += B(A(x[rows]))·s in
+    place for the rows of the branches that have the adapter.
+    """
+    name, layer = adapted.name, adapted.module
 
     def forward(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         plan = routing.plan
-        if x.shape[0] not in (plan.num_rows, plan.batch_size):
-            raise DeRaError(
-                f"{name} was called with {x.shape[0]} rows in a batch of {plan.num_rows}: its model reorders or folds "
-                "the rows before this layer, so an adapter here cannot be kept to its branch."
-            )
         y = layer.base_layer(x, *args, **kwargs)
-        for adapter, slices in plan.adapter_rows.items():
-            if adapter not in layer.lora_A:
+        for adapter, runs in plan.adapter_rows.items():
+            if adapter not in adapted.adapters:
                 continue
-            lora_a, lora_b = layer.lora_A[adapter], layer.lora_B[adapter]
-            dropout, scaling = layer.lora_dropout[adapter], layer.scaling[adapter]
-            for rows in slices:
-                delta = lora_b(lora_a(dropout(x[rows].to(lora_a.weight.dtype))))
-                y[rows].add_(delta, alpha=scaling)
+            for run in runs:
+                rows = routing.rows(name, x, run)
+                if adapter in layer.lora_variant:
+                    y[rows] = layer.lora_variant[adapter].forward(
+                        layer, active_adapter=adapter, x=_cast(layer, adapter, x[rows]), result=y[rows]
+                    )
+                    continue
+                delta = _delta(layer, adapter, x[rows])
+                if adapter in plan.adapter_scale:
+                    scale = plan.adapter_scale[adapter].to(delta.device, delta.dtype)
+                    scale = scale.repeat_interleave(delta.shape[0] // len(scale))
+                    delta = delta * scale.view(-1, *[1] * (delta.ndim - 1))
+                y[rows].add_(delta, alpha=layer.scaling[adapter])
         return y
+
+    return forward
+
+
+def _delta(layer: LoraLayer, adapter: str, x: torch.Tensor) -> torch.Tensor:
+    if not isinstance(layer, LoraEmbedding):
+        lora_a, lora_b, dropout = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
+        return lora_b(lora_a(dropout(_cast(layer, adapter, x))))
+    delta = layer._embed(x, layer.lora_embedding_A[adapter].T) @ layer.lora_embedding_B[adapter].T
+    scale = layer._get_embed_scale()  # Gemma's embeddings are scaled in their own forward
+    return delta if scale is None else delta * scale.to(delta.dtype)
+
+
+def _cast(layer: LoraLayer, adapter: str, x: torch.Tensor) -> torch.Tensor:
+    return x if isinstance(layer, LoraEmbedding) else x.to(layer.lora_A[adapter].weight.dtype)
+
+
+def _replaced_forward(adapted: Adapted, routing: Routing) -> Callable:
+    """Each branch's rows through the weights that its adapter brings, or through the base's own."""
+    name, wrapper = adapted.name, adapted.module
+    original = wrapper.original_module
+
+    def of(adapter: str | None) -> Callable:
+        if adapter is None:
+            return original
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            return wrapper.modules_to_save[adapter]
+        return lambda x: wrapper.token_adapter.forward_adapters(x, [adapter])
+
+    def forward(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        parts = []
+        wanted = [next(iter(adapted.adapters & set(s.branch.adapters)), None) for s in routing.plan.segments]
+        if len(set(wanted)) == 1:
+            return of(wanted[0])(x, *args, **kwargs)
+        for segment, adapter in zip(routing.plan.segments, wanted, strict=True):
+            rows = routing.rows(name, x, slice(segment.start, segment.stop))
+            parts.append(of(adapter)(x[rows], *args, **kwargs))
+            if not isinstance(parts[-1], torch.Tensor):
+                raise DeRaError(f"{name} is in modules_to_save and does not return a tensor; it can't be branched.")
+        return torch.cat(parts)
 
     return forward

@@ -1,23 +1,36 @@
 """`DeRaModel`: fork and join around a base model, so that one base decodes at any λ."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 
-from dera_peft.branches import ALIGNED, REFERENCE, BatchPlan, Branch, check_default_lam, read_lam
+from dera_peft.branches import (
+    ALIGNED,
+    REFERENCE,
+    BatchPlan,
+    Branch,
+    WeightPlan,
+    check_default_lam,
+    make_branches,
+    read_lam,
+)
 from dera_peft.errors import DeRaError
-from dera_peft.lora import Routing, branch_forward, check_layer
+from dera_peft.fork import find_fork_layer, find_layers, fork_inputs, is_head_linear
+from dera_peft.generation import DeRaGenerationMixin
+from dera_peft.lora import Routing, branch_forward, check_scales, find_adapted
+
+LOGITS, WEIGHTS = "logits", "weights"  # what λ mixes
+# what a batch's rows and tokens are counted by, the decoder's where there are two
+TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
 
 if TYPE_CHECKING:
     from dera_peft.record import Record
@@ -31,14 +44,16 @@ class DeRaOutput(CausalLMOutputWithPast):
     Attributes:
         logits: `[B, S, V]`, z_λ = (1-λ)·z_ref + λ·z_aligned.
         branch_logits: branch name -> `[B, S, V]`, with `output_branches=True`.
+        encoder_last_hidden_state: `[R, S, D]`, a row for each branch of each sequence (encoder-decoder models only).
     """
 
     branch_logits: dict[str, torch.Tensor] | None = None
+    encoder_last_hidden_state: torch.Tensor | None = None
 
 
-class DeRaModel(PreTrainedModel, GenerationMixin):
+class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
     """
-    A base and a LoRA adapter that decode as any mixture of "adapter off" and "adapter on" (DeRa, arXiv 2402.02992).
+    A base and LoRA adapters that decode as any mixture of "adapter off" and "adapter on" (DeRa, arXiv 2402.02992).
 
     To a caller it is an ordinary causal language model with one more argument, `lam` (λ): `forward` takes B sequences
     and returns logits for B sequences. Inside,
@@ -52,8 +67,12 @@ class DeRaModel(PreTrainedModel, GenerationMixin):
     A row whose weight is zero is never computed: λ=0 costs what the base costs, λ=1 what the adapted model costs.
 
     `lam` is a float, one per sequence (list or 1-D tensor, per prompt, before beams and return sequences expand it), a
-    dict by branch, or a `[B, K]` tensor. Without it the model's own `lam` holds, 1.0 unless set: the model as trained;
-    `generation_config.lam`, where set, comes before that.
+    dict by branch, or a `[B, K]` tensor for K aligned adapters, which mix as z = (1-Σλ_k)·z_ref + Σ λ_k·z_k. Without it
+    the model's own `lam` holds, 1.0 unless set: the model as trained; `generation_config.lam`, where set, comes before
+    that.
+
+    With `mixing="weights"` λ scales the adapters' weights instead (one row a sequence, no second branch): what people
+    do without DeRa, here to be compared with.
 
     One instance computes one batch at a time: it is not safe to call from several threads at once.
     """
@@ -62,13 +81,19 @@ class DeRaModel(PreTrainedModel, GenerationMixin):
     # What the base supports it has checked for itself, before it is wrapped.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
-    def __init__(self, peft_model: PeftModel, branches: Sequence[Branch], lam: float = 1.0):
+    def __init__(
+        self,
+        peft_model: PeftModel,
+        branches: Sequence[Branch],
+        lam: float | Mapping[str, float] = 1.0,
+        mixing: str = LOGITS,
+    ):
+        if mixing not in (LOGITS, WEIGHTS):
+            raise DeRaError(f"mixing={mixing!r} is not known; choose {LOGITS!r} (DeRa) or {WEIGHTS!r}.")
         base = peft_model.get_base_model()
         super().__init__(base.config)
         self.base = base
-        self.lam = check_default_lam(lam)
         self.record: Record | None = None  # what it was loaded from
-        self.branches = tuple(branches)
         self.generation_config = base.generation_config
         self._is_stateful = base._is_stateful
         for name in ("hf_device_map", "hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
@@ -79,11 +104,8 @@ class DeRaModel(PreTrainedModel, GenerationMixin):
         self._forked_inputs: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._keep_branches = False
         self.training = base.training
-
-        self._adapted = self._find_adapted_layers()
-        self.fork_layer = self._find_fork_layer()
-        self.joins_before_head = self._is_head_linear()
-        self._install()
+        self._install(branches, mixing)
+        self.lam = check_default_lam(lam, self.aligned)
 
     # -- making one, and taking it apart ---------------------------------------------------------------------------
 
@@ -92,16 +114,22 @@ class DeRaModel(PreTrainedModel, GenerationMixin):
         cls, base: str | os.PathLike | None = None, adapter: str | os.PathLike | None = None, **kwargs
     ) -> "DeRaModel":
         """
-        Loads a base and an adapter, checked against each other.
+        Loads a base and its adapters, checked against each other.
 
         Args:
             base: hub id or folder of the base, or a folder with a `dera.json`, which names base and adapter.
             adapter: hub id or folder of a PEFT LoRA adapter; where it has a `dera.json`, the base may be left out.
-            quantization: None, "nf4" or "int8" (bitsandbytes).
+            adapters: instead of `adapter`, several aligned models: name -> hub id or folder.
+            reference: adapters (one, or a list) that the reference is made of with the base, as an SFT adapter.
+            stacked: whether the aligned adapters were trained on top of the reference's, which then are under both
+                branches (True), or go on from a copy of them and replace them (False).
+            quantization: None, "nf4", "fp4" or "int8" (bitsandbytes); or a `quantization_config`, as in transformers.
             dtype: a torch dtype or its name; the base's own unless given.
             device_map: as in transformers.
-            lam: the default λ; the record's, else 1.0.
-            **kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
+            lam: the default λ, a number or a dict by adapter; the record's, else 1.0.
+            mixing: "logits" (DeRa), or "weights" to scale the adapters' weights by λ instead.
+            **kwargs: passed to `AutoModelForCausalLM.from_pretrained` (`AutoModelForSeq2SeqLM` where the base has an
+                encoder).
 
         Raises:
             DeRaError: one of them does not exist, cannot be read, or does not fit the other.
@@ -111,35 +139,45 @@ class DeRaModel(PreTrainedModel, GenerationMixin):
         return load(base, adapter, **kwargs)
 
     @classmethod
-    def from_peft(cls, peft_model: PeftModel, adapter: str | None = None, lam: float = 1.0) -> "DeRaModel":
+    def from_peft(
+        cls,
+        peft_model: PeftModel,
+        adapter: str | Sequence[str] | None = None,
+        lam: float | Mapping[str, float] = 1.0,
+        *,
+        reference: str | Sequence[str] = (),
+        stacked: bool = True,
+        mixing: str = LOGITS,
+    ) -> "DeRaModel":
         """
         Wraps what a trainer holds, with no second copy. Until `unwrap` the PeftModel itself must not be called.
 
         Args:
-            peft_model: a causal language model with LoRA adapters.
-            adapter: the adapter that is the aligned model's; needed only where there are several.
+            peft_model: a causal language model, or an encoder-decoder one, with LoRA adapters.
+            adapter: the adapter that is the aligned model's, or a list of them, each an aligned branch of its own;
+                needed only where there are several.
             lam: the default λ.
+            reference, stacked, mixing: as in `from_pretrained`, with the names of adapters of the PeftModel.
         """
-        from dera_peft.loading import check_adapter_config
+        from dera_peft.adapters import check_adapter_config
 
+        reference = [reference] if isinstance(reference, str) else list(reference)
         names = list(peft_model.peft_config)
-        if adapter is None and len(names) > 1:
+        others = [name for name in names if name not in reference]
+        if adapter is None and len(others) != 1:
             raise DeRaError(f"the PeftModel has the adapters {names}: say which is the aligned one with adapter=.")
-        adapter = names[0] if adapter is None else adapter
-        if adapter not in names:
-            raise DeRaError(f"adapter={adapter!r} is not in the PeftModel; it has {names}.")
-        check_adapter_config(adapter, peft_model.peft_config[adapter])
-        return cls(peft_model, [Branch(REFERENCE), Branch(ALIGNED, (adapter,))], lam)
+        adapter = others[0] if adapter is None else adapter
+        aligned = {ALIGNED: adapter} if isinstance(adapter, str) else {name: name for name in adapter}
+        for name in (*reference, *aligned.values()):
+            if name not in names:
+                raise DeRaError(f"adapter={name!r} is not in the PeftModel; it has {names}.")
+            check_adapter_config(name, peft_model.peft_config[name])
+        return cls(peft_model, make_branches(reference, aligned, stacked), lam, mixing)
 
     def unwrap(self) -> PeftModel:
         """The PeftModel, as it was before. This instance can't be used any more."""
         (peft_model,) = self._peft_model
-        for handle in self._handles:
-            handle.remove()
-        for _, layer in self._adapted:
-            del layer.forward
-            if id(layer) in self._replaced:
-                layer.forward = self._replaced[id(layer)]
+        self._uninstall()
         self.base = None
         return peft_model
 
@@ -157,17 +195,86 @@ class DeRaModel(PreTrainedModel, GenerationMixin):
     def peft_model(self) -> PeftModel:
         return self._peft_model[0]
 
+    # -- several aligned adapters ----------------------------------------------------------------------------------
+
     @property
     def aligned(self) -> list[str]:
-        """The names of the branches that λ weights."""
+        """The names of the branches that λ weights, in the order of a `[B, K]` λ's columns."""
         return [branch.name for branch in self.branches if branch.name != REFERENCE]
+
+    @property
+    def adapters(self) -> dict[str, tuple[str, ...]]:
+        """Branch name -> the adapters that its rows see on top of the base."""
+        return {branch.name: branch.adapters for branch in self.branches}
+
+    def add_adapter(self, name: str, adapter: str | os.PathLike, stacked: bool = True) -> None:
+        """
+        Loads another aligned adapter, as a branch of the name `name`, checked as `from_pretrained` does.
+
+        The default λ, where it is one number, no longer says enough for two branches: pass λ by name from here on, or
+        set `model.lam` to a dict.
+
+        Args:
+            adapter: hub id or folder.
+            stacked: whether it was trained on top of the reference's adapters.
+        """
+        from dera_peft.loading import load_adapter
+
+        if name in self.adapters or name in self.peft_model.peft_config:
+            raise DeRaError(f"name={name!r} is taken; the model has the branches {list(self.adapters)}.")
+        load_adapter(self, name, os.fspath(adapter))
+        under = self.branches[0].adapters if stacked else ()
+        try:
+            self._reinstall((*self.branches, Branch(name, (*under, name))))
+        except DeRaError:
+            self.peft_model.delete_adapter(name)
+            self._install(self.branches, self.mixing)
+            raise
+
+    def remove_adapter(self, name: str) -> None:
+        """Removes an aligned branch, and its adapter unless another branch has it too."""
+        if name not in self.aligned:
+            raise DeRaError(f"name={name!r} is not an aligned branch; there are {self.aligned}.")
+        if len(self.aligned) == 1:
+            raise DeRaError(f"name={name!r} is the only aligned branch; a model needs one.")
+        remaining = tuple(branch for branch in self.branches if branch.name != name)
+        kept = {adapter for branch in remaining for adapter in branch.adapters}
+        gone = [adapter for adapter in self.adapters[name] if adapter not in kept]
+        self._reinstall(remaining)
+        for adapter in gone:
+            self.peft_model.delete_adapter(adapter)
+        if isinstance(self.lam, dict):
+            self.lam = check_default_lam({k: v for k, v in self.lam.items() if k != name}, self.aligned)
+
+    def export(self, lam, folder: str | os.PathLike, prompts: Sequence[Sequence[int]] = ()) -> dict:
+        """
+        Writes one plain PEFT adapter whose weights are scaled by λ, for any server that loads LoRA.
+
+        It is an approximation of DeRa (it mixes weights, not logits); how far it is from it is measured on `prompts`.
+
+        Args:
+            lam: a number, or a dict by aligned branch.
+            folder: of the new adapter.
+            prompts: token ids. Each is continued greedily by DeRa, and both are compared at every new token.
+
+        Returns:
+            `{"kl": mean KL(DeRa ‖ exported) in nats a token, "max_kl": ..., "tokens": how many}`; also in the adapter's
+            card. Empty without prompts.
+
+        Raises:
+            DeRaError: an adapter can't be scaled (DoRA, modules_to_save), or several can't be combined.
+        """
+        from dera_peft.export import export
+
+        return export(self, lam, folder, prompts)
 
     # -- one forward pass ------------------------------------------------------------------------------------------
 
     def plan(self, lam, batch_size: int, every_branch: bool = False) -> BatchPlan:
         """The rows for `batch_size` sequences at `lam`; can be given to `forward` as its `lam` any number of times."""
         lam = read_lam(self.lam if lam is None else lam, batch_size, self.aligned)
-        return BatchPlan(self.branches, lam, self.device, every_branch)
+        kind = WeightPlan if self.mixing == WEIGHTS else BatchPlan
+        return kind(self.branches, lam, self.device, every_branch)
 
     def forward(
         self,
@@ -202,15 +309,8 @@ class DeRaModel(PreTrainedModel, GenerationMixin):
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name):
                 raise DeRaError(f"{name}=True: the branches have their own, which DeRaModel does not return.")
-        batch_size = (inputs_embeds if input_ids is None else input_ids).shape[0]
-        plan = lam if isinstance(lam, BatchPlan) else self.plan(lam, batch_size, every_branch=output_branches)
-        if plan.batch_size != batch_size:
-            raise DeRaError(f"lam is planned for {plan.batch_size} sequences, and the batch has {batch_size}.")
-        if output_branches and not plan.every_branch:
-            raise DeRaError("output_branches=True needs a plan made with every_branch=True.")
-        if plan is not lam:
-            self._check_cache(past_key_values, plan)
-
+        if self.config.is_encoder_decoder and labels is not None and kwargs.get("decoder_input_ids") is None:
+            kwargs["decoder_input_ids"] = self.base.prepare_decoder_input_ids_from_labels(labels)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -218,21 +318,28 @@ class DeRaModel(PreTrainedModel, GenerationMixin):
             "inputs_embeds": inputs_embeds,
             **kwargs,
         }
-        if self.fork_layer == 0:
-            inputs = _fork_inputs(inputs, plan, [])
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        slices_logits = self.base._supports_logits_to_keep()
-        if slices_logits:
-            inputs["logits_to_keep"] = logits_to_keep
+        tokens = next(inputs[name] for name in TOKENS if name in inputs)
+        plan = lam if isinstance(lam, BatchPlan) else self.plan(lam, tokens.shape[0], every_branch=output_branches)
+        self._check_inputs(inputs, plan, tokens.shape[0], output_branches)
+        if plan is not lam:
+            self._check_cache(past_key_values, plan)
 
-        self._routing.plan = plan
+        self._routing.plan, self._routing.length = plan, tokens.shape[1]
         self._keep_branches = output_branches
         self._forked_inputs = []
+        slices_logits = self.base._supports_logits_to_keep()
         try:
+            if self.fork_layer == 0:
+                inputs = self._fork(inputs)
+            if slices_logits:
+                inputs["logits_to_keep"] = logits_to_keep
             outputs = self.base(past_key_values=past_key_values, use_cache=use_cache, return_dict=True, **inputs)
         finally:
             self._forked_inputs = []
 
+        if past_key_values is None and outputs.past_key_values is not None:
+            outputs.past_key_values.dera_pattern = plan.pattern
         logits, branch_logits = outputs.logits, None
         if output_branches:
             branch_logits = plan.split(logits)
@@ -240,52 +347,31 @@ class DeRaModel(PreTrainedModel, GenerationMixin):
             logits = plan.join(logits)
         if not slices_logits:
             logits = slice_logits_to_keep(logits, logits_to_keep)
-        loss = None
-        if labels is not None:
-            vocab_size = self.config.get_text_config().vocab_size
-            loss = self.base.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         output = DeRaOutput(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, branch_logits=branch_logits
+            loss=None if labels is None else self._loss(logits, labels, kwargs),
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            branch_logits=branch_logits,
+            encoder_last_hidden_state=outputs.get("encoder_last_hidden_state"),
         )
         return output if return_dict else output.to_tuple()
 
-    # -- generation: λ is planned once per call ----------------------------------------------------------------------
+    def _loss(self, logits: torch.Tensor, labels: torch.LongTensor, kwargs: dict) -> torch.Tensor:
+        if self.config.is_encoder_decoder:  # labels are the decoder's outputs, not its inputs
+            return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        vocab_size = self.config.get_text_config().vocab_size
+        return self.base.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
 
-    def generate(self, inputs: torch.Tensor | None = None, *args, lam: Any = None, **kwargs):
-        """
-        transformers' `generate`, at strength `lam` (see the class); every other argument as ever.
-
-        λ's count is checked against the prompts before beams and return sequences expand them.
-        """
-        return super().generate(inputs, *args, lam=lam, **kwargs)
-
-    def _prepare_generation_config(self, generation_config, **kwargs):
-        # λ is taken out first: a generation config that has a `lam` of its own would swallow the argument
-        lam = kwargs.pop("lam", None)
-        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        model_kwargs["lam"] = getattr(generation_config, "lam", None) if lam is None else lam
-        return generation_config, model_kwargs
-
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        plan = model_kwargs.pop("lam", None)
-        if not isinstance(plan, BatchPlan):
-            every_branch = bool(model_kwargs.get("output_branches"))
-            plan = self.plan(plan, input_ids.shape[0], every_branch)
-        self._check_cache(model_kwargs.get("past_key_values"), plan.expand(expand_size))
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **model_kwargs
-        )
-        model_kwargs["lam"] = plan.expand(expand_size)
-        return input_ids, model_kwargs
-
-    def prepare_inputs_for_generation(self, input_ids, **kwargs):
-        return self.base.prepare_inputs_for_generation(input_ids, **kwargs)
-
-    def _reorder_cache(self, past_key_values: Cache, beam_idx: torch.LongTensor) -> Cache:
-        rows = self._routing.plan.reorder(beam_idx)
-        for index, layer in enumerate(past_key_values.layers):
-            layer.reorder_cache(beam_idx if index < self.fork_layer else rows)
-        return past_key_values
+    def _check_inputs(self, inputs: dict, plan: BatchPlan, batch_size: int, output_branches: bool) -> None:
+        if plan.batch_size != batch_size:
+            raise DeRaError(f"lam is planned for {plan.batch_size} sequences, and the batch has {batch_size}.")
+        if output_branches and not plan.every_branch:
+            raise DeRaError("output_branches=True needs a plan made with every_branch=True.")
+        if "encoder_outputs" in inputs and inputs["encoder_outputs"][0].shape[0] != plan.num_rows:
+            raise DeRaError(
+                f"encoder_outputs has {inputs['encoder_outputs'][0].shape[0]} rows, and the branches have "
+                f"{plan.num_rows}: each has its own encoder outputs; pass input_ids instead."
+            )
 
     def _check_cache(self, past_key_values: Cache | None, plan: BatchPlan) -> None:
         """A cache holds the rows of the plan that filled it; under another plan it would be read as other branches'."""
@@ -299,11 +385,10 @@ class DeRaModel(PreTrainedModel, GenerationMixin):
                 "the same branches for each sequence, or start with plan(lam, batch_size, every_branch=True)."
             )
 
-    def _supports_default_dynamic_cache(self) -> bool:
-        return self.base._supports_default_dynamic_cache()
+    # -- what transformers asks of a model: the base's answers ---------------------------------------------------------
 
-    def _get_static_cache_init_shape(self) -> None:
-        return None  # the cache takes its number of rows from the first keys that it sees
+    def _check_and_adjust_experts_implementation(self, experts_implementation: str | None) -> str | None:
+        return experts_implementation  # the base's choice: they share one config
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()
@@ -311,81 +396,59 @@ class DeRaModel(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.base.get_output_embeddings()
 
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        return self.base.get_encoder(modality)
+
     def get_decoder(self) -> nn.Module:
         return self.base.get_decoder()
 
-    # -- where to fork and join --------------------------------------------------------------------------------------
+    # -- fork and join in the base's modules ---------------------------------------------------------------------------
 
-    def _find_adapted_layers(self) -> list[tuple[str, LoraLayer]]:
-        adapters = sorted({name for branch in self.branches for name in branch.adapters})
-        adapted = [
-            (name, module)
-            for name, module in self.base.named_modules()
-            if isinstance(module, LoraLayer) and any(adapter in module.r for adapter in adapters)
-        ]
-        for name, layer in adapted:
-            check_layer(name, layer, adapters)
-        return adapted
-
-    def _decoder_layers(self) -> tuple[str, nn.ModuleList] | None:
-        """The decoder's layers and their name, or None where they can't be told."""
-        depth = self.config.get_text_config().num_hidden_layers
-        for name, module in self.base.named_modules():
-            if (
-                isinstance(module, nn.ModuleList)
-                and len(module) == depth
-                and isinstance(module[0], GradientCheckpointingLayer)
-            ):
-                return name, module
-        return None
-
-    def _find_fork_layer(self) -> int:
-        """The first decoder layer with an adapter that not all branches share; 0 (the input) if that can't be told."""
-        found = self._decoder_layers()
-        # a flex attention mask is no tensor and can't be forked between layers
-        if found is None or self.config._attn_implementation == "flex_attention":
-            return 0
-        prefix = found[0] + "."
-        common = set.intersection(*(set(branch.adapters) for branch in self.branches))
-        own = {name for branch in self.branches for name in branch.adapters} - common
-        first = len(found[1])
-        head = self.base.get_output_embeddings()
-        for name, layer in self._adapted:
-            if not own & set(layer.lora_A) or layer is head:
-                continue
-            if not name.startswith(prefix):
-                return 0
-            first = min(first, int(name.removeprefix(prefix).split(".")[0]))
-        # with nothing but the head adapted the rows still have to fork before it
-        return min(first, len(found[1]) - 1)
-
-    def _is_head_linear(self) -> bool:
-        # LLM.int8()'s and any other quantized head are not linear in their input; soft-capping bends the logits
-        head = self.base.get_output_embeddings()
-        soft_cap = getattr(self.config.get_text_config(), "final_logit_softcapping", None)
-        return type(head) is nn.Linear and soft_cap is None
-
-    def _install(self) -> None:
+    def _install(self, branches: Sequence[Branch], mixing: str) -> None:
+        """Replaces the adapted modules' forward and hooks the fork and the join."""
+        names = sorted({name for branch in branches for name in branch.adapters})
+        adapted = find_adapted(self.base, names)
+        if mixing == WEIGHTS:
+            check_scales(branches, adapted)
+        self.branches, self.mixing, self._adapted = tuple(branches), mixing, adapted
+        self.fork_layer = 0 if mixing == WEIGHTS else find_fork_layer(self.base, branches, adapted)
+        self.joins_before_head = is_head_linear(self.base)
         self._replaced = {}
-        for name, layer in self._adapted:
-            if "forward" in vars(layer):  # another library's hook
-                self._replaced[id(layer)] = layer.forward
-            layer.forward = branch_forward(name, layer, self._routing)
+        for module in adapted:
+            if "forward" in vars(module.module):  # another library's hook
+                self._replaced[module.name] = module.module.forward
+            module.module.forward = branch_forward(module, self._routing)
         self._handles = []
         if self.fork_layer > 0:
-            _, layers = self._decoder_layers()
+            _, layers = find_layers(self.base)
             for index, layer in enumerate(layers[self.fork_layer :]):
                 hook = self._fork_hidden_states if index == 0 else self._fork_side_inputs
                 self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         head = self.base.get_output_embeddings()
         self._handles.append(head.register_forward_pre_hook(self._join_hidden_states))
 
+    def _reinstall(self, branches: Sequence[Branch]) -> None:
+        self._uninstall()
+        self._install(branches, self.mixing)
+
+    def _uninstall(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for module in self._adapted:
+            del module.module.forward
+            if module.name in self._replaced:
+                module.module.forward = self._replaced[module.name]
+
+    def _fork(self, inputs: Any) -> Any:
+        heads = getattr(self.config.get_text_config(decoder=True), "num_attention_heads", 1)
+        return fork_inputs(inputs, self._routing.plan, heads, self._forked_inputs)
+
     def _fork_hidden_states(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return _fork_inputs((args, kwargs), self._routing.plan, self._forked_inputs)
+        return self._fork((args, kwargs))
 
     def _fork_side_inputs(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         hidden_states, *args = args  # already forked
-        args, kwargs = _fork_inputs((tuple(args), kwargs), self._routing.plan, self._forked_inputs)
+        args, kwargs = self._fork((tuple(args), kwargs))
         return (hidden_states, *args), kwargs
 
     def _join_hidden_states(self, head: nn.Module, args: tuple) -> tuple:
@@ -393,25 +456,3 @@ class DeRaModel(PreTrainedModel, GenerationMixin):
             return args
         hidden_states, *rest = args
         return (self._routing.plan.join(hidden_states), *rest)
-
-
-def _fork_inputs(inputs: Any, plan: BatchPlan, forked: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
-    """
-    Forks every tensor with a batch dimension in a nest of tuples, lists and dicts.
-
-    `forked` collects (tensor, its rows), so that what all layers are given (masks, rotary embeddings) is forked once.
-    """
-    if isinstance(inputs, torch.Tensor):
-        if plan.is_identity or inputs.ndim < 2 or inputs.shape[0] != plan.batch_size:
-            return inputs
-        for tensor, rows in forked:
-            if tensor is inputs:
-                return rows
-        rows = plan.fork(inputs)
-        forked.append((inputs, rows))
-        return rows
-    if isinstance(inputs, (tuple, list)):
-        return type(inputs)(_fork_inputs(value, plan, forked) for value in inputs)
-    if type(inputs) is dict:
-        return {name: _fork_inputs(value, plan, forked) for name, value in inputs.items()}
-    return inputs

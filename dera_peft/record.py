@@ -22,7 +22,7 @@ class Record:
         base: hub id or folder of the base model.
         adapters: adapter name -> hub id or folder of the PEFT adapter.
         branches: branch name -> the adapters that its rows see; "reference" is always there.
-        lam: the default λ.
+        lam: the default λ; of several aligned branches one each, by name.
         base_fingerprint: of the base's weights, see `fingerprint.base_fingerprint`; None if unknown.
         base_revision: the commit of a hub base; None for a folder, or if unknown.
         training: how the adapter was trained, empty if unknown. `training.dpo` and `training.sft` write: method, beta,
@@ -33,7 +33,7 @@ class Record:
     base: str
     adapters: dict[str, str]
     branches: dict[str, list[str]]
-    lam: float = 1.0
+    lam: float | dict[str, float] = 1.0
     base_fingerprint: str | None = None
     base_revision: str | None = None
     training: dict = field(default_factory=dict)

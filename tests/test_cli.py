@@ -181,6 +181,46 @@ def test_info(dera, model, tiny_base, top_adapter):
     assert facts["branches"] == {"reference": [], "aligned": ["default"]}
 
 
+def test_export(dera, model, tmp_path):
+    prompt = ["--prompt", "The old lighthouse"]
+    code, out, _ = dera("export", *model, "--lambda", 0.6, "--output", tmp_path / "out", *prompt, "--json")
+    assert code == 0
+    facts = json.loads(out)
+    assert facts["kl"] > 0
+    assert facts["tokens"] > 1
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    code, out, _ = dera("export", *model, "--lambda", 1, "--output", tmp_path / "one", *prompt)
+    assert code == 0
+    assert "nats a token" in " ".join(out.split())
+    code, _, err = dera("export", *model, "--lambda", "0.5,much", "--output", tmp_path / "bad")
+    assert code == 2
+    assert "'0.5,much'" in err
+    code, _, err = dera("export", *model, "--lambda", "aligend=0.5", "--output", tmp_path / "bad")
+    assert code == 2
+    assert "'aligend'" in err
+
+
+def test_a_record_of_several_adapters(dera, tiny_base, tiny_adapter, top_adapter, tmp_path):
+    from dera_peft import DeRaModel
+
+    adapters = {"helpful": tiny_adapter, "harmless": top_adapter}
+    DeRaModel.from_pretrained(tiny_base, adapters=adapters).save_pretrained(tmp_path / "both")
+    code, out, _ = dera("info", "--adapter", tmp_path / "both")
+    assert code == 0
+    assert "helpful=0.5, harmless=0.5" in out
+    code, _, err = dera("generate", "--adapter", tmp_path / "both", "--prompt", "Rain", "--lambda", 1)
+    assert code == 2
+    assert "['helpful', 'harmless']" in err
+    out_dir = tmp_path / "out"
+    code, _, _ = dera("export", "--adapter", tmp_path / "both", "--lambda", "helpful=0.7", "--output", out_dir)
+    assert code == 0
+    assert "λ(helpful)=0.7, λ(harmless)=0" in (out_dir / "README.md").read_text()
+
+
 MODEL = ["--base", "{base}", "--adapter", "{adapter}"]
 BAD_INPUTS = {
     "no such base": (
@@ -202,7 +242,7 @@ BAD_INPUTS = {
     "no template": ([*MODEL, "--prompts", "{folder}/chat.jsonl"], "line 1: the prompt is a chat; pass --chat"),
     "device": ([*MODEL, "--prompt", "x", "--device-map", "wherever"], "device_map='wherever' is not a device"),
     "no device": ([*MODEL, "--prompt", "x", "--device-map", "cuda:99"], "there is no such device here"),
-    "no option": ([*MODEL, "--prompt", "x", "--quantization", "nf5"], "'nf5' is not one of 'nf4', 'int8'"),
+    "no option": ([*MODEL, "--prompt", "x", "--quantization", "nf5"], "'nf5' is not one of 'nf4', 'fp4', 'int8'"),
     "output": ([*MODEL, "--prompt", "x", "--output", "/proc/none/out.jsonl"], "/proc/none"),
     "stream": ([*MODEL, "--prompt", "x", "--lambda", "0,1", "--stream"], "--stream shows one completion"),
     "unknown option": ([*MODEL, "--prompt", "x", "--lambad", "1"], "No such option"),

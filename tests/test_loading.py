@@ -149,9 +149,35 @@ def test_adapters_that_are_not_plain_lora_are_refused_by_name(tiny_base, tiny_ad
     for config in ({"bias": "all"}, {"init_lora_weights": "pissa"}, {"modules_to_save": ["lm_head"]}):
         message = error(tiny_base, broken_adapter(tiny_adapter, tmp_path / next(iter(config)), **config))
         assert repr(next(iter(config.values()))) in message
-    assert "lora_magnitude" in error(tiny_base, make_adapter(tiny_base, tmp_path / "dora", use_dora=True))
     embedding = make_adapter(tiny_base, tmp_path / "embedding", target_modules=["q_proj", "embed_tokens"])
-    assert "embed_tokens" in error(tiny_base, embedding)
+    key = "base_model.model.model.embed_tokens.base_layer.weight"
+    changed = broken_adapter(
+        embedding, tmp_path / "changed", lambda ts: {k: v + 1 if k == key else v.clone() for k, v in ts.items()}
+    )
+    assert "would change the reference too" in error(tiny_base, changed)
+    DeRaModel.from_pretrained(tiny_base, embedding)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda key: key.removeprefix("base_model.model."),
+        lambda key: "module." + key,
+        lambda key: key.replace("base_model.model.", "base_model.model._orig_mod."),
+        lambda key: key.replace("lora_A.weight", "lora_A.default.weight").replace("lora_B.w", "lora_B.default.w"),
+    ],
+    ids=["no prefix", "DDP", "compiled", "with the adapter's name"],
+)
+def test_keys_as_other_trainers_write_them(tiny_base, tiny_adapter, tmp_path, rename):
+    expected = DeRaModel.from_pretrained(tiny_base, tiny_adapter)(IDS, lam=0.5).logits
+    adapter = broken_adapter(
+        tiny_adapter, tmp_path / "renamed", lambda ts: {rename(key): value.clone() for key, value in ts.items()}
+    )
+    assert set(load_file(adapter / "adapter_model.safetensors")) != set(
+        load_file(tiny_adapter / "adapter_model.safetensors")
+    )
+    assert torch.equal(DeRaModel.from_pretrained(tiny_base, adapter)(IDS, lam=0.5).logits, expected)
 
 
 def test_files_that_cannot_be_read(tiny_base, tiny_adapter, tmp_path):

@@ -4,6 +4,7 @@ The independent side of every comparison: two separately loaded models and the f
 z_λ = (1-λ)·z_ref + λ·z_aligned; whole sequences, no cache.
 """
 
+import inspect
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ class TwoModels(PreTrainedModel, GenerationMixin):
     """Two whole models whose logits are mixed, for transformers' own `generate` with `use_cache=False`."""
 
     _supports_sdpa = True
+    _can_set_experts_implementation_cached_value = True
 
     def __init__(self, reference: PreTrainedModel, aligned: PreTrainedModel, lam: float | torch.Tensor = 1.0):
         super().__init__(reference.config)
@@ -44,6 +46,8 @@ class TwoModels(PreTrainedModel, GenerationMixin):
             "position_ids": position_ids(attention_mask),
             "use_cache": False,
         }
+        if "position_ids" not in inspect.signature(type(self.reference).forward).parameters:
+            del inputs["position_ids"]  # as in models with ALiBi
         z_ref, z_aligned = self.reference(**inputs).logits, self.aligned(**inputs).logits
         return CausalLMOutput(logits=(1 - self.lam) * z_ref + self.lam * z_aligned)
 

@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.hub import cached_file
 from trl import ModelConfig, get_quantization_config
 
+from dera_peft.adapters import check_adapter_config
 from dera_peft.errors import DeRaError
 from dera_peft.fingerprint import cached_revision, file_fingerprint, weights_fingerprint
-from dera_peft.loading import check_adapter_config
-from dera_peft.lora import check_layer
+from dera_peft.lora import find_adapted
 from dera_peft.objects import is_object_path, load_object
 from dera_peft.record import Record
 from training.program import OutputFolder
@@ -175,10 +175,14 @@ def freeze_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     """
     peft_model = PeftModel.from_pretrained(model, adapter, adapter_name=FROZEN)
     deltas = {}
-    for name, layer in peft_model.get_base_model().named_modules():
-        if isinstance(layer, LoraLayer):
-            check_layer(name, layer, [FROZEN])
-            deltas[name] = FrozenLora(layer, FROZEN)
+    for adapted in find_adapted(peft_model.get_base_model(), [FROZEN]):
+        if not adapted.scales or FROZEN not in adapted.module.lora_A:
+            raise DeRaError(
+                f"sft_adapter={adapter!r}: {adapted.name!r} has DoRA, or an adapter on embeddings; training on top of "
+                "a frozen adapter needs plain LoRA on linear layers. Merge it into the base, or continue it "
+                "(continue_sft_adapter)."
+            )
+        deltas[adapted.name] = FrozenLora(adapted.module, FROZEN)
     model = peft_model.unload()
     for name, delta in deltas.items():
         linear = model.get_submodule(name)
@@ -209,11 +213,9 @@ def train_in_float32(model: PeftModel) -> None:
 
 
 def check_decodable(model: PeftModel) -> None:
-    """Raises `DeRaError` where the adapter that is trained is of a kind that DeRa can't decode with."""
-    check_adapter_config("default", model.peft_config["default"])
-    for name, layer in model.get_base_model().named_modules():
-        if isinstance(layer, LoraLayer):
-            check_layer(name, layer, ["default"])
+    """Raises `DeRaError` where the adapter is of a kind that DeRa can't decode, or these programs can't train."""
+    _check_config("default", model.peft_config["default"])
+    find_adapted(model.get_base_model(), ["default"])
 
 
 def merge(source: Source, adapter: Path, dtype: str | None, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -239,13 +241,21 @@ def copy_adapter(adapter: str, folder: Path) -> None:
 
 
 def check_adapter(adapter: str) -> PeftConfig:
-    """The config of an adapter. Raises `DeRaError` where it is of a kind that DeRa can't decode with."""
+    """The config of an adapter. Raises `DeRaError` where DeRa can't decode with it, or training can't use it."""
     try:
         config = PeftConfig.from_pretrained(adapter)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DeRaError(f"sft_adapter={adapter!r} can't be read: {_first_line(error)}") from error
-    check_adapter_config(adapter, config)
+    _check_config(adapter, config)
     return config
+
+
+def _check_config(adapter: str, config: PeftConfig) -> None:
+    check_adapter_config(adapter, config)
+    # a second copy of these would have to follow the reference through continued training, which TRL's does not
+    for option in ("modules_to_save", "trainable_token_indices"):
+        if value := getattr(config, option):
+            raise DeRaError(f"adapter={adapter!r} has {option}={value!r}: these programs train LoRA factors alone.")
 
 
 def _holds(argument: str, name: str, file: str) -> bool:

@@ -7,11 +7,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import ModelConfig, get_quantization_config
 
+from dera_peft.adapters import check_adapter
 from dera_peft.errors import DeRaError
-from dera_peft.loading import check_adapter, check_quantization, load_config
+from dera_peft.loading import QUANTIZATIONS, check_quantization, load_config
 from training.models import Source
-
-QUANTIZATIONS = ("nf4", "int8")
 
 
 def load_sft_model(
@@ -22,7 +21,7 @@ def load_sft_model(
 
     Args:
         source: from `find_source`. Its adapter, if it has one, is loaded by PEFT into the base, and not merged.
-        quantization: None, "nf4" (with double quantization, as QLoRA trains) or "int8".
+        quantization: None, "nf4" or "fp4" (with double quantization, as QLoRA trains), or "int8".
         dtype: of the weights, by name; "auto" is that of the checkpoint.
         device_map: as in transformers.
 
@@ -39,8 +38,9 @@ def load_sft_model(
             raise DeRaError(f"quantization={quantization!r} is not known; choose one of {QUANTIZATIONS}, or none.")
         check_quantization(quantization, source.base, skeleton, device_map)
     quantized = ModelConfig(
-        load_in_4bit=quantization == "nf4",
+        load_in_4bit=quantization in ("nf4", "fp4"),
         load_in_8bit=quantization == "int8",
+        bnb_4bit_quant_type="fp4" if quantization == "fp4" else "nf4",
         use_bnb_nested_quant=True,
         dtype=config.dtype if dtype == "auto" else dtype,
     )

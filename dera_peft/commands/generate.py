@@ -57,6 +57,11 @@ def generate(
     default = read_lambdas(lambdas) if lambdas else None
     prompts = read_prompts(texts, prompts_file)
     record = resolve(base, adapter)
+    if len(record.branches) > 2:
+        raise DeRaError(
+            f"dera generate decodes one aligned model, and the record has {list(record.branches)[1:]}; use "
+            "DeRaModel.generate with lam by name, or export a mixture of them (dera export)."
+        )
     requests = [
         Request(prompt.index, lam, sample)
         for prompt in prompts

@@ -6,10 +6,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from transformers import EncoderDecoderCache
+from transformers.cache_utils import CacheLayerMixin
 
 from dera_peft.loading import load, resolve
 from dera_peft.model import DeRaModel
 
+ADAPTER_PARTS = ("lora_", ".modules_to_save.", ".trainable_tokens_")  # of parameters' names
 EXAMPLES = (0.0, 0.5, 1.0, 2.0)
 
 
@@ -21,13 +24,18 @@ def describe(model: DeRaModel, base: str, adapters: dict[str, str]) -> dict:
     R rows above it; measured on a cache that one token filled.
     """
     parameters = list(model.parameters())
-    lora = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    lora = [p for name, p in model.named_parameters() if any(part in name for part in ADAPTER_PARTS)]
     lora_parameters, lora_bytes = sum(p.numel() for p in lora), sum(p.nbytes for p in lora)
-    depth = model.config.get_text_config().num_hidden_layers
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    one = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    decoder = {"decoder_input_ids": one} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
-        ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-        cache = model(ids, lam=0.0, use_cache=True).past_key_values
-    per_layer = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
+        cache = model(one, lam={}, use_cache=True, **decoder).past_key_values
+    layers = cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers
+    # a recurrent state does not grow with the context
+    per_layer = [
+        layer.keys.nbytes + layer.values.nbytes if isinstance(layer, CacheLayerMixin) else 0 for layer in layers
+    ]
     return {
         "base": base,
         "architecture": type(model.base).__name__,
@@ -37,7 +45,10 @@ def describe(model: DeRaModel, base: str, adapters: dict[str, str]) -> dict:
         "fork_layer": model.fork_layer,
         "layers": depth,
         "join": "before the head" if model.joins_before_head else "after the head",
-        "rows_per_sequence": {f"{lam:g}": model.plan(lam, 1).num_rows for lam in EXAMPLES},
+        # with several aligned adapters: each at this λ
+        "rows_per_sequence": {
+            f"{lam:g}": model.plan(dict.fromkeys(model.aligned, lam), 1).num_rows for lam in EXAMPLES
+        },
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         # transformers counts a packed 4-bit weight as the numbers that it stands for
@@ -79,7 +90,7 @@ def info(
         "fork": f"{where}, of {facts['layers']} layers",
         "join": facts["join"],
         "rows per sequence": rows,
-        "default λ": f"{facts['default_lambda']:g}",
+        "default λ": _format_lam(facts["default_lambda"]),
         "runs on": f"{facts['device']}, {facts['dtype']}",
         "base weights": f"{facts['base_parameters']:,} parameters, {_size(facts['base_bytes'])}",
         "adapter weights": f"{facts['adapter_parameters']:,} parameters, {_size(facts['adapter_bytes'])}",
@@ -92,6 +103,10 @@ def info(
     for name, value in lines.items():
         table.add_row(name, Text(value))
     Console().print(table)
+
+
+def _format_lam(lam: float | dict[str, float]) -> str:
+    return ", ".join(f"{name}={value:g}" for name, value in lam.items()) if isinstance(lam, dict) else f"{lam:g}"
 
 
 def _size(count: float) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from dera_peft.branches import REFERENCE
+from dera_peft.errors import DeRaError
 from dera_peft.model import DeRaModel
 
 # Logits of one slice of a batch, all branches and their softmaxes: bounds memory at a vocabulary of 150,000 too.
@@ -32,6 +33,8 @@ def token_kl(
     Returns:
         fp32 tensors on the CPU, one per sequence, as long as its completion.
     """
+    if model.config.is_encoder_decoder:
+        raise DeRaError("the KL of encoder-decoder models is not measured; decode them with dera generate.")
     result: list[torch.Tensor] = [torch.zeros(len(completion)) for completion in completions]
     # at λ=0 the two are one distribution; and nothing was written in an empty completion
     todo = [index for index, strength in enumerate(lam) if strength != 0 and completions[index]]

@@ -155,7 +155,6 @@ def test_a_loss_that_changes_the_meaning_of_beta_warns(settings, message, tiny_b
         ({"model_name_or_path": "SFT", "sft_adapter": "SFT"}, "is an adapter, and sft_adapter=.* another"),
         ({"model_name_or_path": "configs/tiny/world.py:model"}, "has no weights that dera.json could name"),
         ({"lora_modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"use_dora": True}, "LoRA variant|use_dora"),
     ],
 )
 def test_settings_that_cannot_be(settings, message, tiny_base, sft_adapter, preferences, tmp_path):

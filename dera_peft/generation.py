@@ -1,0 +1,72 @@
+"""transformers' `generate` over branches: the rows are planned once per call, from λ, and fixed for the call."""
+
+from typing import Any
+
+import torch
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache
+
+from dera_peft.branches import BatchPlan
+
+
+class DeRaGenerationMixin(GenerationMixin):
+    """What a `DeRaModel` does otherwise than other models when it generates."""
+
+    def generate(self, inputs: torch.Tensor | None = None, *args, lam: Any = None, **kwargs):
+        """
+        transformers' `generate`, at strength `lam` (see `DeRaModel`); every other argument as ever.
+
+        λ's count is checked against the prompts before beams and return sequences expand them.
+        """
+        return super().generate(inputs, *args, lam=lam, **kwargs)
+
+    def _prepare_generation_config(self, generation_config, **kwargs):
+        # λ is taken out first: a generation config that has a `lam` of its own would swallow the argument
+        lam = kwargs.pop("lam", None)
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        model_kwargs["lam"] = getattr(generation_config, "lam", None) if lam is None else lam
+        return generation_config, model_kwargs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        plan = model_kwargs.pop("lam", None)
+        if not isinstance(plan, BatchPlan):
+            every_branch = bool(model_kwargs.get("output_branches"))
+            plan = self.plan(plan, input_ids.shape[0], every_branch)
+        self._check_cache(model_kwargs.get("past_key_values"), plan.expand(expand_size))
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        model_kwargs["lam"] = plan.expand(expand_size)
+        return input_ids, model_kwargs
+
+    def _prepare_text_encoder_decoder_kwargs_for_generation(
+        self, inputs_tensor, model_kwargs, model_input_name, generation_config
+    ):
+        """The encoder runs before anything expands: once, on the branches' rows, which then expand as sequences do."""
+        own = {name: model_kwargs.pop(name) for name in ("lam", "output_branches") if name in model_kwargs}
+        plan = own.get("lam")
+        if not isinstance(plan, BatchPlan):
+            plan = self.plan(plan, inputs_tensor.shape[0], bool(own.get("output_branches")))
+        self._routing.plan, self._forked_inputs = plan, []
+        forked = super()._prepare_text_encoder_decoder_kwargs_for_generation(
+            plan.fork(inputs_tensor), self._fork(model_kwargs), model_input_name, generation_config
+        )
+        return {**model_kwargs, **own, "lam": plan, "encoder_outputs": forked["encoder_outputs"]}
+
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        return self.base.prepare_inputs_for_generation(input_ids, **kwargs)
+
+    def _reorder_cache(self, past_key_values: Cache, beam_idx: torch.LongTensor) -> Cache:
+        rows = self._routing.plan.reorder(beam_idx)
+        if self.fork_layer == 0:  # an encoder-decoder's cache is two
+            past_key_values.reorder_cache(rows)
+            return past_key_values
+        for index, layer in enumerate(past_key_values.layers):
+            layer.reorder_cache(beam_idx if index < self.fork_layer else rows)
+        return past_key_values
+
+    def _supports_default_dynamic_cache(self) -> bool:
+        return self.base._supports_default_dynamic_cache()
+
+    def _get_static_cache_init_shape(self) -> None:
+        return None  # the cache takes its number of rows from the first keys that it sees

@@ -1,0 +1,246 @@
+"""Every base and every kind of adapter of `compatibility.py`, in fp32, against independent code."""
+
+import contextlib
+import copy
+import inspect
+import io
+from pathlib import Path
+
+import compatibility
+import pytest
+import torch
+from compatibility import BASES, COMMON, ENCODER_DECODERS, KINDS, LINEAR, REFUSED, VOCABULARY, Base
+from conftest import make_tokenizer
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
+from transformers.modeling_outputs import CausalLMOutput
+from two_models import TwoModels, position_ids
+
+from dera_peft import DeRaError, DeRaModel
+from dera_peft.branches import BatchPlan, Branch
+from dera_peft.commands.info import describe
+from dera_peft.decoding import Request, decode
+from dera_peft.lora import Routing
+from dera_peft.sampling import Sampling
+
+LAM = [0.0, 0.5, 1.0, 1.5]
+PADDING = [3, 0, 5, 2]
+NEW = {"max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+
+
+def make_base(base: Base):
+    torch.manual_seed(0)
+    kind = AutoModelForSeq2SeqLM if base in ENCODER_DECODERS else AutoModelForCausalLM
+    model = kind.from_config(base.config(), dtype=torch.float32).eval()
+    config = base.config()
+    model.generation_config = GenerationConfig(
+        pad_token_id=0, decoder_start_token_id=getattr(config, "decoder_start_token_id", None)
+    )
+    for parameter in model.parameters():  # norms and biases too, which start at ones and zeros
+        if parameter.ndim == 1:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def adapt(model, **config) -> PeftModel:
+    """A PeftModel with random factors, strong enough that its branch decodes another text than the base."""
+    config = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **config}
+    peft_model = get_peft_model(model, LoraConfig(**config)).eval()
+    torch.manual_seed(1)
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name or "lora_embedding_A" in name:
+            parameter.data.normal_(std=0.4)
+        elif "modules_to_save" in name or "trainable_tokens_delta" in name or "magnitude" in name:
+            parameter.data += 0.3 * parameter.data.abs().mean() * torch.randn_like(parameter)
+    return peft_model
+
+
+@pytest.fixture(scope="module")
+def batch():
+    ids = torch.randint(3, VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    for row, count in enumerate(PADDING):
+        ids[row, :count], mask[row, :count] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("upper", [False, True], ids=["all layers", "upper half"])
+@pytest.mark.parametrize("base", BASES, ids=lambda base: f"{base.model_type} {base.note}".strip())
+def test_base(base, upper, batch):
+    reference = make_base(base)
+    layers = {"layers_to_transform": [2, 3]} if upper else {}
+    peft_model = adapt(copy.deepcopy(reference), target_modules=base.targets, **layers)
+    aligned = copy.deepcopy(peft_model).merge_and_unload().eval()
+    inputs = dict(batch)
+    if "position_ids" in inspect.signature(type(reference).forward).parameters:
+        inputs["position_ids"] = position_ids(batch["attention_mask"])
+    with peft_model.disable_adapter():
+        z_off = peft_model(**inputs).logits
+    model = DeRaModel.from_peft(peft_model)
+    assert model.fork_layer == (2 if upper and base.forks_above_input else 0)
+
+    weight = torch.tensor(LAM)[:, None, None]
+    real = batch["attention_mask"].bool()
+    z_ref, z_aligned = reference(**inputs).logits, aligned(**inputs).logits
+    assert (z_ref.argmax(-1) != z_aligned.argmax(-1))[real].sum() >= 4, "the branches must write other texts"
+    expected = (1 - weight) * z_ref + weight * z_aligned
+    torch.testing.assert_close(model(**inputs, lam=LAM).logits[real], expected[real], atol=2e-4, rtol=1e-5)
+    torch.testing.assert_close(z_off, z_ref, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model(**inputs, lam=0).logits, z_off)
+
+    mixture = TwoModels(reference, aligned, weight.repeat_interleave(4, dim=0))
+    by_two = mixture.generate(**batch, **NEW, num_beams=4, use_cache=False)
+    assert model.generate(**batch, **NEW, num_beams=4, lam=LAM).tolist() == by_two.tolist()
+
+
+class TwoEncoderDecoders(TwoModels):
+    """Two whole encoder-decoders, both run from the start for every token; `generate` extends the decoder's tokens."""
+
+    def __init__(self, reference, aligned, lam, source: dict):
+        super().__init__(reference, aligned, lam)
+        self.config = copy.deepcopy(self.config)
+        self.config.is_encoder_decoder = False
+        self.source = source
+
+    def forward(self, input_ids, **kwargs):
+        inputs = {**self.source, "decoder_input_ids": input_ids, "use_cache": False}
+        z_ref, z_aligned = self.reference(**inputs).logits, self.aligned(**inputs).logits
+        return CausalLMOutput(logits=(1 - self.lam) * z_ref + self.lam * z_aligned)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("base", ENCODER_DECODERS, ids=lambda base: base.model_type)
+def test_encoder_decoder(base, batch, tmp_path):
+    reference = make_base(base)
+    reference.save_pretrained(tmp_path / "base")
+    peft_model = adapt(copy.deepcopy(reference), target_modules=base.targets, task_type="SEQ_2_SEQ_LM")
+    peft_model.save_pretrained(tmp_path / "adapter")
+    aligned = copy.deepcopy(peft_model).merge_and_unload().eval()
+    source = {"input_ids": batch["input_ids"].flip(1), "attention_mask": batch["attention_mask"].flip(1)}
+    start = torch.full((4, 1), reference.generation_config.decoder_start_token_id)
+
+    def mixture(lam, repeat=1):
+        weight = torch.tensor(lam).repeat_interleave(repeat)[:, None, None]
+        expanded = {name: value.repeat_interleave(repeat, dim=0) for name, value in source.items()}
+        return TwoEncoderDecoders(reference, aligned, weight, expanded)
+
+    def by_two(lam, repeat=1, **kwargs):
+        return mixture(lam, repeat).generate(start, **NEW, **kwargs).tolist()
+
+    assert by_two([0.0] * 4) != by_two([1.0] * 4)
+    labels = torch.randint(3, VOCABULARY, (4, 5), generator=torch.Generator().manual_seed(5))
+    decoder_input_ids = reference.prepare_decoder_input_ids_from_labels(labels)
+    expected = mixture(LAM)(decoder_input_ids).logits
+    loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), labels.flatten())
+    for model in (DeRaModel.from_peft(peft_model), DeRaModel.from_pretrained(tmp_path / "base", tmp_path / "adapter")):
+        output = model(**source, labels=labels, lam=LAM)
+        torch.testing.assert_close(output.logits, expected, atol=2e-4, rtol=1e-5)
+        torch.testing.assert_close(output.loss, loss, atol=2e-4, rtol=1e-5)
+        assert output.encoder_last_hidden_state.shape[0] == 6
+        model.generation_config = reference.generation_config
+        assert model.generate(**source, lam=LAM, **NEW).tolist() == by_two(LAM)
+        beams = model.generate(**source, lam=LAM, num_beams=4, **NEW)
+        assert beams.tolist() == by_two(LAM, 4, num_beams=4)
+        plain = model.generate(**source, lam=0.0, **NEW)
+        assert plain.tolist() == reference.generate(**source, **NEW).tolist()
+
+
+@torch.no_grad()
+def test_an_encoder_decoder_behind_the_commands(batch):
+    """`dera generate`'s decoding, in batches of other lengths, and what `dera info` says."""
+    base = next(base for base in ENCODER_DECODERS if base.model_type == "bart")  # its positions are absolute
+    model = DeRaModel.from_peft(adapt(make_base(base), target_modules=base.targets, task_type="SEQ_2_SEQ_LM"))
+    model.generation_config.eos_token_id = 2
+    prompts = [[5, 6, 7, 8, 2], [9, 2], [10, 11, 12, 2]]
+    requests = [Request(index, lam) for index in range(3) for lam in (0.0, 0.5, 1.0)]
+    sampling = Sampling(max_new_tokens=5, temperature=0)
+    found = {
+        completion.request: completion.tokens
+        for completions in decode(model, make_tokenizer(), prompts, requests, sampling, batch_size=4)
+        for completion in completions
+    }
+    for request in requests:
+        ids = torch.tensor([prompts[request.index]])
+        alone = model.generate(ids, lam=request.lam, max_new_tokens=5, do_sample=False, num_beams=1)[0, 1:].tolist()
+        assert found[request] == alone
+    assert len(set(map(str, found.values()))) > 3
+    facts = describe(model, "base", {})
+    assert facts["layers"] == 2
+    assert facts["cache_bytes_per_token"] == {"below_fork_per_sequence": 0, "above_fork_per_row": 2 * 2 * 32 * 4}
+
+
+@torch.no_grad()
+def test_info_of_a_base_with_a_recurrent_state():
+    base = next(base for base in BASES if base.model_type == "lfm2")
+    model = DeRaModel.from_peft(adapt(make_base(base), target_modules=base.targets))
+    # two of the four layers are attention: keys and values of 2 heads by 8 numbers of 4 bytes
+    assert describe(model, "base", {})["cache_bytes_per_token"]["above_fork_per_row"] == 2 * 2 * 16 * 4
+
+
+def test_rows_that_a_model_reorders_are_refused():
+    """An expert's batch is some tokens of all rows: nothing tells which belong to which branch."""
+    routing = Routing()
+    routing.plan, routing.length = (
+        BatchPlan((Branch("reference"), Branch("aligned", ("a",))), torch.full((2, 1), 0.5)),
+        3,
+    )
+    assert routing.rows("layer", torch.zeros(4, 3, 8), slice(2, 4)) == slice(2, 4)
+    assert routing.rows("layer", torch.zeros(12, 8), slice(2, 4)) == slice(6, 12)
+    for tokens in (4, 5, 11):
+        with pytest.raises(DeRaError, match=rf"experts.0.up_proj was called with {tokens} rows"):
+            routing.rows("experts.0.up_proj", torch.zeros(tokens, 8), slice(2, 4))
+
+
+def make_tiny(kind):
+    """The Llama, GPT-2 or tied Llama that a kind of adapter is for."""
+    base = next(base for base in BASES if base.model_type == ("gpt2" if kind.base == "gpt2" else "llama"))
+    if kind.base == "tied":
+        base = Base("llama", LINEAR, {"tie_word_embeddings": True}, common=COMMON)
+    return make_base(base)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_adapter(kind, batch, tmp_path):
+    base = make_tiny(kind)
+    base.save_pretrained(tmp_path / "base")
+    peft_model = adapt(base, **{"target_modules": LINEAR, **kind.settings})
+    peft_model.save_pretrained(tmp_path / "adapter")
+    inputs = {**batch, "position_ids": position_ids(batch["attention_mask"])}
+    z_aligned = peft_model(**inputs).logits
+    with peft_model.disable_adapter():
+        z_ref = peft_model(**inputs).logits
+    real = batch["attention_mask"].bool()
+    assert (z_ref - z_aligned)[real].abs().max() > 0.2, "the branches must differ"
+    weight = torch.tensor(LAM)[:, None, None]
+    expected = (1 - weight) * z_ref + weight * z_aligned
+    for model in (DeRaModel.from_peft(peft_model), DeRaModel.from_pretrained(tmp_path / "base", tmp_path / "adapter")):
+        torch.testing.assert_close(model(**inputs, lam=LAM).logits[real], expected[real], atol=2e-4, rtol=1e-5)
+        torch.testing.assert_close(model(**inputs, lam=0).logits, z_ref, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(**inputs, lam=1).logits, z_aligned, atol=1e-5, rtol=1e-5)
+        new = model.generate(**batch, lam=LAM, **NEW)
+        assert new.tolist() == model.generate(**batch, lam=LAM, use_cache=False, **NEW).tolist()
+        if not kind.scales:
+            model.unwrap()
+            with pytest.raises(DeRaError, match="can't be scaled"):
+                DeRaModel.from_peft(model.peft_model, mixing="weights")
+
+
+@pytest.mark.parametrize("refused", REFUSED, ids=lambda refused: refused.name)
+def test_refused(refused, tmp_path):
+    make_tiny(KINDS[0]).save_pretrained(tmp_path / "base")
+    refused.config.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(DeRaError) as caught:
+        DeRaModel.from_pretrained(tmp_path / "base", tmp_path / "adapter")
+    assert refused.message in str(caught.value)
+
+
+def test_the_table_is_current():
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        compatibility.main()
+    file = Path(__file__).parents[1] / "docs" / "compatibility.md"
+    assert file.read_text(encoding="utf-8") == text.getvalue(), (
+        "run: python tests/compatibility.py > docs/compatibility.md"
+    )
