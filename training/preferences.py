@@ -100,7 +100,7 @@ class PreferenceArguments(ProgramArguments):
     batch_size: int = field(default=64, metadata={"help": "Completions sampled at once."})
     quantization: str | None = field(
         default=None,
-        metadata={"help": "Load the model in 4 or 8 bits with bitsandbytes.", "choices": ["nf4", "int8"]},
+        metadata={"help": "Load the model in 4 or 8 bits with bitsandbytes.", "choices": ["nf4", "fp4", "int8"]},
     )
     dtype: str = field(default="auto", metadata={"help": "Of the weights: auto, float32, bfloat16 or float16."})
     device_map: str | None = field(
