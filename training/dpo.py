@@ -28,9 +28,9 @@ from pathlib import Path
 from dera_peft.errors import DeRaError
 from dera_peft.quiet import be_quiet
 from training.program import (
+    DataArguments,
     HelpFormatter,
     OutputFolder,
-    ProgramArguments,
     check_processes,
     is_main_process,
     parse,
@@ -43,7 +43,7 @@ KEEPS_BETA = {"sigmoid", "robust"}  # losses whose optimum is π_ref·exp(r/β)/
 
 
 @dataclass
-class DPOArguments(ProgramArguments):
+class DPOArguments(DataArguments):
     """The data, and the SFT adapter."""
 
     dataset_name: str | None = field(
@@ -52,12 +52,6 @@ class DPOArguments(ProgramArguments):
             "help": "Preferences: a hub id, a folder, a .jsonl/.csv/.parquet file, or path.py:function. Columns as "
             "TRL's DPOTrainer takes them: prompt, chosen and rejected, as texts or as chats."
         },
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on; a part, as train[:95%%]."})
-    dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on, if any."})
-    max_bad_rows: float = field(
-        default=0.5, metadata={"help": "Stop where a larger share of the rows is unusable or cut by max_length."}
     )
     sft_adapter: str | None = field(
         default=None,

@@ -29,6 +29,18 @@ class ProgramArguments:
     )
 
 
+@dataclass
+class DataArguments(ProgramArguments):
+    """The rows that a trainer is given; `dataset_name` is each program's own, for what it may hold."""
+
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on; a part, as train[:95%%]."})
+    dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on, if any."})
+    max_bad_rows: float = field(
+        default=0.5, metadata={"help": "Stop where a larger share of the rows is unusable or cut by max_length."}
+    )
+
+
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Shows defaults, and a description as it is written."""
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from dera_peft.errors import DeRaError
 from dera_peft.quiet import be_quiet
 from training.program import (
+    DataArguments,
     HelpFormatter,
     OutputFolder,
-    ProgramArguments,
     check_processes,
     is_main_process,
     parse,
@@ -34,7 +34,7 @@ from training.program import (
 
 
 @dataclass
-class SFTArguments(ProgramArguments):
+class SFTArguments(DataArguments):
     """The data, and what becomes of an adapter."""
 
     dataset_name: str | None = field(
@@ -43,12 +43,6 @@ class SFTArguments(ProgramArguments):
             "help": "Texts to learn from: a hub id, a folder, a .jsonl/.csv/.parquet file, or path.py:function. "
             "Columns as in TRL's SFTTrainer: text, prompt and completion (texts or chats), or messages."
         },
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on; a part, as train[:95%%]."})
-    dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on, if any."})
-    max_bad_rows: float = field(
-        default=0.5, metadata={"help": "Stop where a larger share of the rows is unusable or cut by max_length."}
     )
     merge_adapter: bool = field(
         default=False,
@@ -177,23 +171,44 @@ def check_arguments(script_args: SFTArguments, model_args) -> None:
 
 def count_cut(rows, columns: tuple[str, ...], tokenizer, training_args) -> int:
     """How many rows are longer than max_length, and lose what is beyond it."""
+    from trl import maybe_convert_to_chatml
+
     packed_whole = training_args.packing and training_args.packing_strategy in ("bfd_split", "wrapped")
     if training_args.max_length is None or packed_whole or "input_ids" in rows.column_names:
         return 0
-    if training_args.chat_template_path:  # TRL gives the tokenizer another template than it has here
-        say("rows cut by max_length are not counted with chat_template_path")
-        return 0
+    template = chat_template(training_args.chat_template_path, tokenizer)
 
     def length(row: dict) -> dict[str, int]:
         if isinstance(row[columns[0]], str):
             tokens = tokenizer("".join(row[column] for column in columns) + tokenizer.eos_token)["input_ids"]
         else:
-            messages = [message for column in columns for message in row[column]]
-            tokens = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+            row = maybe_convert_to_chatml(row)  # "conversations" become "messages"
+            names = columns if columns[0] in row else ("messages",)
+            messages = [message for column in names for message in row[column]]
+            tokens = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=True, return_dict=True)[
+                "input_ids"
+            ]
         return {"length": len(tokens)}
 
     lengths = rows.map(length, remove_columns=rows.column_names, num_proc=training_args.dataset_num_proc)["length"]
     return sum(found > training_args.max_length for found in lengths)
+
+
+def chat_template(path: str | None, tokenizer) -> str | None:
+    """The template that TRL will train with: a file's, that of another model's tokenizer, or the tokenizer's own."""
+    if path is None:
+        return tokenizer.chat_template
+    if Path(path).suffix in (".jinja", ".j2"):
+        try:
+            return Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise DeRaError(f"chat_template_path={path!r} can't be read: {error}") from None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path).chat_template
+    except (OSError, ValueError) as error:
+        raise DeRaError(f"chat_template_path={path!r} is neither a .jinja file nor a tokenizer: {error}") from error
 
 
 if __name__ == "__main__":

@@ -230,6 +230,25 @@ def test_bad_rows_of_texts(tiny_base, tmp_path, capfd):
     )
 
 
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_chats_are_counted_with_the_template_that_they_are_trained_with(tiny_base, tmp_path, capfd, column):
+    """Fifty tokens of a template, twice, are what makes a short chat too long for 64."""
+    role, content = ("role", "content") if column == "messages" else ("from", "value")
+
+    def chat(text: str) -> list[dict]:
+        return [{role: "user", content: "a"}, {role: "assistant", content: text}]
+
+    data = write_rows(tmp_path / "chats.jsonl", [{column: chat("b")}] * 4 + [{column: chat("b " * 60)}] * 2)
+    (tmp_path / "long.jinja").write_text("{% for m in messages %}" + "!" * 50 + "{{ m['content'] }}{% endfor %}")
+    settings = {"model_name_or_path": tiny_base, "dataset_name": data}
+    train("sft", tmp_path / "own", **settings)
+    assert "6 rows, 0 of them left out: 2 are cut by max_length" in capfd.readouterr().err
+    with pytest.raises(DeRaError, match="6 are cut by max_length"):
+        train("sft", tmp_path / "long", **settings, chat_template_path=tmp_path / "long.jinja")
+    with pytest.raises(DeRaError, match=r"chat_template_path='.*none\.jinja' can't be read"):
+        train("sft", tmp_path / "none", **settings, chat_template_path=tmp_path / "none.jinja")
+
+
 def test_early_stopping_keeps_the_best_checkpoint(settings, preferences, tmp_path, monkeypatch):
     """At a learning rate that soon does harm on rows that were not trained on."""
     settings = {
