@@ -13,7 +13,7 @@ BEST_WORST, ALL = "best_worst", "all"
 # Why a prompt gives no pair.
 EMPTY = "the prompt is empty"
 TOO_LONG = "prompt and max_new_tokens exceed the model's context"
-UNFINISHED = "fewer than two completions end within max_new_tokens"
+UNFINISHED = "fewer than two completions say something and end within max_new_tokens"
 UNSCORED = "fewer than two completions got a reward"
 IDENTICAL = "all completions are the same text"
 ALIKE = "no two rewards differ by more than min_margin"
@@ -50,8 +50,8 @@ def make_pairs(
 
 def _usable(group: Sequence[dict]) -> tuple[list[dict], str | None]:
     """One prompt's completions that can stand in a pair, worst first; and the reason where there are no two."""
-    # one that was cut would teach to stop in the middle
-    ended = [row for row in group if row["finish"] == "eos"]
+    # one that was cut would teach to stop in the middle, and from an empty one DPO can't learn
+    ended = [row for row in group if row["finish"] == "eos" and row["completion"].strip()]
     scored = [row for row in ended if row["reward"] is not None]
     if len(ended) < 2:
         return [], UNFINISHED

@@ -59,11 +59,13 @@ def test_why_a_prompt_gives_no_pair():
         rows(2, ("a", 1.0), ("a", 2.0)),  # a reward may be random, as a judge's
         rows(3, ("a", 1.0), ("b", 1.0)),
         rows(4, ("a", 1.0), ("b", 2.0)),
+        rows(5, ("a", 1.0), (" ", 2.0)),
+        rows(6, ("a", 1.0), ("b", 2.0), ("", 0.0), ("", 3.0)),
     ]
     for pairs in (BEST_WORST, ALL):
         made, outcomes = make_pairs(list(itertools.chain(*groups)), pairs, 0.0)
-        assert chosen_over_rejected(made) == [("b", "a")]
-        assert outcomes == {UNFINISHED: 1, UNSCORED: 1, IDENTICAL: 1, ALIKE: 1, 1: 1}
+        assert chosen_over_rejected(made) == [("b", "a")] * 2
+        assert outcomes == {UNFINISHED: 2, UNSCORED: 1, IDENTICAL: 1, ALIKE: 1, 1: 2}
 
 
 def test_one_text_is_never_set_against_itself():
