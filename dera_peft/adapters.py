@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,11 +16,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file
 
+from dera_peft.biases import drop_biases, keep_biases
 from dera_peft.errors import DeRaError
 
 # Initialisations that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, ...) change the base's own
 # weights when the adapter is created, so that "adapter off" would not be the reference.
 INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
+# Modules whose output is the sum of their bias and something else, so that a branch's bias can be added behind them.
+BIASED = (nn.Linear, Conv1D, nn.LayerNorm)
 PREFIX = "base_model.model."
 # What trainers that save without PEFT leave around a module's name: DDP's and torch.compile's wrappers.
 WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod)\.")
@@ -52,11 +55,7 @@ def check_adapter_config(adapter: str, config: PeftConfig) -> None:
         kind = getattr(config.peft_type, "value", config.peft_type)
         advice = ADVICE.get(config.peft_type, "train a LoRA adapter")
         raise DeRaError(f"adapter={adapter!r} is of type {kind}; only LoRA is supported: {advice}.")
-    if config.bias != "none":
-        raise DeRaError(
-            f"adapter={adapter!r} was trained with bias={config.bias!r}, so it changes the base's own biases and "
-            "switching it off would not give the reference back; train with bias='none' (lora_bias=True is supported)."
-        )
+    _check_one_has_biases(adapter, [config])
     if config.init_lora_weights not in INITS_THAT_KEEP_THE_BASE:
         raise DeRaError(
             f"adapter={adapter!r} was initialised with {config.init_lora_weights!r}, which changes the base's weights, "
@@ -72,6 +71,21 @@ def check_adapter_config(adapter: str, config: PeftConfig) -> None:
         raise DeRaError(
             f"adapter={adapter!r} is an activated LoRA (alora_invocation_tokens={config.alora_invocation_tokens!r}), "
             "which is only on behind its invocation; train a LoRA that is always on."
+        )
+
+
+def check_keeps_biases(adapter: str, config: LoraConfig) -> None:
+    """
+    Refuses adapters that, in a PeftModel, have replaced the base's own biases.
+
+    Raises:
+        DeRaError: names the adapter, the setting and what would work.
+    """
+    if config.bias != "none":
+        raise DeRaError(
+            f"adapter={adapter!r} has bias={config.bias!r}: PEFT writes its biases over the base's own, so switching "
+            "it off does not give the reference back. Load it from its folder (DeRaModel.from_pretrained), which keeps "
+            "both, or train with bias='none' (lora_bias=True is supported)."
         )
 
 
@@ -96,8 +110,12 @@ def check_adapter(adapter: str, base: str, skeleton: PreTrainedModel) -> set[str
     modules = dict(skeleton.named_modules())
     factors: dict[str, set[str]] = {}
     others: set[str] = set()
+    biases: set[str] = set()
     for key, shape in _tensor_shapes(adapter).items():
         found = FACTORS.fullmatch(_module_key(key))
+        if found is None and config.bias != "none" and key.endswith(".bias"):
+            biases.add(_check_bias(adapter, base, key, shape, modules))
+            continue
         if found is None:
             others.add(_check_other_weight(adapter, base, key, config, skeleton))
             continue
@@ -124,6 +142,10 @@ def check_adapter(adapter: str, base: str, skeleton: PreTrainedModel) -> set[str
     for name, found in factors.items():
         if len(found) < 2:
             raise DeRaError(f"adapter={adapter!r} is incomplete: of {name!r} it holds only {found.pop()}.")
+    if config.bias != "none":
+        expected = {name.removesuffix(".bias") for name, _ in skeleton.named_parameters() if name.endswith(".bias")}
+        if missing := sorted((expected if config.bias == "all" else expected & set(factors)) - biases):
+            raise DeRaError(f"adapter={adapter!r} with bias={config.bias!r} is incomplete: no bias of {missing[0]!r}.")
     for part in config.modules_to_save or ():
         if not any(_is_in(name, part) for name in others):
             raise DeRaError(
@@ -148,17 +170,27 @@ def add_to(model: PreTrainedModel | PeftModel, adapter: str, name: str, modules:
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     _check_copies(base, adapter)
+    config = PeftConfig.from_pretrained(adapter)
+    others = model.peft_config.values() if isinstance(model, PeftModel) else ()
+    _check_one_has_biases(adapter, [config, *others])
+    trained = {} if config.bias == "none" else _read_biases(adapter)
     # weights that live on disk or are moved in and out are not there to put an adapter beside
     offloaded = any(parameter.is_meta for parameter in base.parameters())
+    if offloaded and trained:
+        raise DeRaError(
+            f"adapter={adapter!r} holds biases of the base's own modules; where layers are offloaded that is not "
+            "supported."
+        )
     arguments = {"adapter_name": name, "autocast_adapter_dtype": False, "low_cpu_mem_usage": offloaded}
-    with _device_map_hidden(base):
+    with _device_map_hidden(base), keep_biases(base, name, trained):
         if isinstance(model, PeftModel):
             peft_model = model
             peft_model.load_adapter(adapter, **arguments)
         else:
             peft_model = PeftModel.from_pretrained(model, adapter, **arguments)
-    if any(key != PREFIX + _module_key(key) for key in _tensor_shapes(adapter)):
-        set_peft_model_state_dict(peft_model, _read_tensors(adapter), adapter_name=name, low_cpu_mem_usage=offloaded)
+        if any(key != PREFIX + _module_key(key) for key in _tensor_shapes(adapter)):
+            tensors = _read_tensors(adapter)
+            set_peft_model_state_dict(peft_model, tensors, adapter_name=name, low_cpu_mem_usage=offloaded)
     # PEFT leaves a layer that its config targets and its file lacks at random values: refuse that
     created = {path for path, module in base.named_modules() if isinstance(module, LoraLayer) and name in module.r}
     if missing := sorted(created - modules):
@@ -170,6 +202,12 @@ def add_to(model: PreTrainedModel | PeftModel, adapter: str, name: str, modules:
     _place(base, name, base.dtype)
     peft_model.eval()
     return peft_model
+
+
+def remove_from(peft_model: PeftModel, name: str) -> None:
+    """Takes an adapter that `add_to` loaded out of the model again."""
+    drop_biases(peft_model.get_base_model(), name)
+    peft_model.delete_adapter(name)
 
 
 @contextmanager
@@ -248,6 +286,44 @@ def _check_other_weight(adapter: str, base: str, key: str, config: LoraConfig, s
     return name
 
 
+def _check_bias(adapter: str, base: str, key: str, shape: Sequence[int], modules: Mapping[str, nn.Module]) -> str:
+    """A bias of one of the base's own modules. Returns the module's name."""
+    name = _bias_owner(key)
+    own = dict(modules[name].named_parameters(recurse=False)).get("bias") if name in modules else None
+    if own is None or list(own.shape) != list(shape):
+        raise DeRaError(
+            f"adapter={adapter!r} is for another base: {base!r} has no bias of {name!r} with shape {list(shape)}."
+        )
+    if not isinstance(modules[name], BIASED):
+        kind = type(modules[name]).__name__
+        raise DeRaError(
+            f"adapter={adapter!r} has a trained bias of {name!r}, a {kind}; those of linear layers and layer norms are "
+            "supported. Train with bias='lora_only' or 'none'."
+        )
+    return name
+
+
+def _check_one_has_biases(adapter: str, configs: Sequence[LoraConfig]) -> None:
+    """PEFT keeps one bias a module, and its copies of modules_to_save have biases of their own."""
+    biased = [config.bias for config in configs if config.bias != "none"]
+    if len(biased) > 1 or (biased and any(config.modules_to_save for config in configs)):
+        raise DeRaError(
+            f"adapter={adapter!r}: bias={biased[0]!r} goes together with no second such adapter in a model, and with "
+            "no modules_to_save; train with bias='none'."
+        )
+
+
+def _bias_owner(key: str) -> str:
+    return _module_key(key).removesuffix(".bias").removesuffix(".base_layer")
+
+
+def _read_biases(adapter: str) -> dict[str, torch.Tensor]:
+    """The trained biases of the base's own modules, by their names."""
+    with _open(adapter) as tensors:
+        keys = [key for key in tensors.keys() if key.endswith(".bias")]  # noqa: SIM118
+        return {_bias_owner(key): tensors.get_tensor(key) for key in keys if not FACTORS.fullmatch(_module_key(key))}
+
+
 def _is_in(name: str, part: str) -> bool:
     """Whether a module is one that `part` of modules_to_save names, or below it; PEFT compares ends of names."""
     parts = name.split(".")
@@ -264,9 +340,10 @@ def _check_copies(base: PreTrainedModel, adapter: str) -> None:
             name = name.removesuffix(".base_layer")
             # with tied weights a head is saved with the embeddings
             is_saved = config.ensure_weight_tying or any(_is_in(name, part) for part in config.modules_to_save or ())
-            if parameter != "weight" or name not in names or (config.modules_to_save and is_saved):
+            is_copy = parameter == "weight" or (parameter == "bias" and config.bias == "none")
+            if not is_copy or name not in names or (config.modules_to_save and is_saved):
                 continue
-            weight = names[name].weight
+            weight = getattr(names[name], parameter)
             copy = tensors.get_tensor(key).to(weight.device, weight.dtype)
             if copy.shape != weight.shape or not torch.equal(copy, weight):
                 raise DeRaError(

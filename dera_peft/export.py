@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from dera_peft.biases import biases_at
 from dera_peft.branches import WeightPlan, read_lam
 from dera_peft.errors import DeRaError
 from dera_peft.lora import check_scales
@@ -74,8 +75,9 @@ def describe(fit: dict) -> str:
 def _scale(model: DeRaModel, factors: dict[str, float]) -> tuple[dict[str, torch.Tensor], LoraConfig]:
     """One adapter: its second factors times λ, whatever its ranks and scalings are."""
     ((name, factor),) = factors.items()
-    tensors = get_peft_model_state_dict(model.peft_model, adapter_name=name, save_embedding_layers=False)
-    scaled = {key: tensor * factor if SECOND.search(key) else tensor for key, tensor in tensors.items()}
+    with biases_at(model.base, factor):
+        tensors = get_peft_model_state_dict(model.peft_model, adapter_name=name, save_embedding_layers=False)
+        scaled = {key: tensor * factor if SECOND.search(key) else tensor.clone() for key, tensor in tensors.items()}
     return scaled, model.peft_model.peft_config[name]
 
 
@@ -84,8 +86,8 @@ def _combine(model: DeRaModel, factors: dict[str, float]) -> tuple[dict[str, tor
     peft_model = model.peft_model
     for name in factors:
         config = peft_model.peft_config[name]
-        for option in ("use_rslora", "lora_bias", "rank_pattern"):
-            if getattr(config, option):
+        for option, plain in (("use_rslora", False), ("lora_bias", False), ("rank_pattern", {}), ("bias", "none")):
+            if getattr(config, option) != plain:
                 raise DeRaError(
                     f"adapter {name!r} has {option}={getattr(config, option)!r}, which PEFT's weighted combination of "
                     "adapters does not keep; only an adapter alone can be exported with it."

@@ -59,15 +59,17 @@ def find_fork_layer(base: PreTrainedModel, branches: Sequence[Branch], adapted: 
     return min(first, len(layers) - 1)
 
 
-def is_head_linear(base: PreTrainedModel) -> bool:
+def is_head_linear(base: PreTrainedModel, adapted: Sequence[Adapted]) -> bool:
     """
     Whether mixing the head's inputs mixes the logits.
 
     A scale behind the head or a bias does no harm, since a sequence's weights sum to one. Soft-capping bends the
-    logits, an adapted head differs between the branches, and LLM.int8()'s head is not linear in its input.
+    logits, an adapted head (be it by its bias alone) differs between the branches, and LLM.int8()'s head is not linear
+    in its input.
     """
     soft_cap = getattr(base.config.get_text_config(decoder=True), "final_logit_softcapping", None)
-    return type(base.get_output_embeddings()) is nn.Linear and soft_cap is None
+    head = base.get_output_embeddings()
+    return type(head) is nn.Linear and soft_cap is None and all(module.module is not head for module in adapted)
 
 
 def fork_inputs(inputs: Any, plan: BatchPlan, heads: int, forked: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from dera_peft.adapters import add_to, check_adapter, check_exists, first_line, is_adapter
+from dera_peft.biases import biases_at
 from dera_peft.branches import ALIGNED, REFERENCE, Branch, make_branches
 from dera_peft.errors import DeRaError
 from dera_peft.fingerprint import base_fingerprint, cached_revision
@@ -261,7 +262,8 @@ def save(model: DeRaModel, folder: str | os.PathLike) -> None:
         record = Record(base, {}, {}, 1.0, base_fingerprint(base), cached_revision(base))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    peft_model.save_pretrained(folder, selected_adapters=adapters, save_embedding_layers=False)
+    with biases_at(model.base):
+        peft_model.save_pretrained(folder, selected_adapters=adapters, save_embedding_layers=False)
     # PEFT writes the adapter "default" into the folder itself, any other into a folder of its name below it
     paths = {name: str(folder if name == "default" else folder / name) for name in adapters}
     branches = {branch.name: list(branch.adapters) for branch in model.branches}

@@ -11,6 +11,7 @@ from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
+from dera_peft.biases import TrainedBias, find_bias
 from dera_peft.branches import BatchPlan, Branch
 from dera_peft.errors import DeRaError
 
@@ -52,11 +53,16 @@ class Routing:
 
 @dataclass(frozen=True)
 class Adapted:
-    """A module of the base that adapters change, by its name there, with the names of those that are used."""
+    """
+    A module of the base that adapters change, by its name there, with the names of those that are used.
+
+    A module without LoRA may be adapted by a trained bias alone.
+    """
 
     name: str
-    module: LoraLayer | ModulesToSaveWrapper | TrainableTokensWrapper
+    module: nn.Module
     adapters: frozenset[str]
+    bias: TrainedBias | None = None
 
     @property
     def is_replaced(self) -> bool:
@@ -66,7 +72,11 @@ class Adapted:
     @property
     def scales(self) -> bool:
         """Whether an adapter's share of the output is proportional to a scale, as plain LoRA's is."""
-        return not self.is_replaced and not self.adapters & set(self.module.lora_variant)
+        return not self.is_replaced and not (self.has_lora and self.adapters & set(self.module.lora_variant))
+
+    @property
+    def has_lora(self) -> bool:
+        return isinstance(self.module, LoraLayer)
 
 
 def find_adapted(base: nn.Module, adapters: Sequence[str]) -> list[Adapted]:
@@ -77,17 +87,24 @@ def find_adapted(base: nn.Module, adapters: Sequence[str]) -> list[Adapted]:
         DeRaError: one is adapted in a way that can't be kept to a branch's rows; names module, adapter and reason.
     """
     found = []
+    inner = set()  # layers in a LoRA layer, which stands for them
     for name, module in base.named_modules():
+        bias = find_bias(module)
+        if bias is not None and bias.adapter not in adapters:
+            bias = None
         if isinstance(module, LoraLayer):
-            names = set(module.r)
+            inner.add(module.get_base_layer())
+            names = set(module.r) if bias is None else {*module.r, bias.adapter}
         elif isinstance(module, ModulesToSaveWrapper):
             names = set(module.modules_to_save)
         elif isinstance(module, TrainableTokensWrapper):
             names = set(module.token_adapter.token_indices)
+        elif bias is not None and module not in inner:
+            names = {bias.adapter}
         else:
             continue
         if names := frozenset(names.intersection(adapters)):
-            found.append(Adapted(name, module, names))
+            found.append(Adapted(name, module, names, bias))
             _check(found[-1])
     return found
 
@@ -97,12 +114,12 @@ def _check(adapted: Adapted) -> None:
     if adapted.is_replaced:
         merged = layer.token_adapter.merged_adapters if isinstance(layer, TrainableTokensWrapper) else []
     else:
-        merged = layer.merged_adapters
+        merged = layer.merged_adapters if adapted.has_lora else []
     if merged:
         raise DeRaError(f"{name}: the adapter {merged} is merged into the base; call unmerge_adapter() first.")
-    if adapted.is_replaced:
+    if not adapted.has_lora:
         return
-    for adapter in sorted(adapted.adapters):
+    for adapter in sorted(adapted.adapters.intersection(layer.r)):
         is_linear = (
             adapter in layer.lora_A
             and isinstance(layer.lora_A[adapter], nn.Linear)
@@ -141,7 +158,10 @@ def check_scales(branches: Sequence[Branch], adapted: Sequence[Adapted]) -> None
 
 def branch_forward(adapted: Adapted, routing: Routing) -> Callable:
     """The `forward` of an adapted module under a plan."""
-    return _replaced_forward(adapted, routing) if adapted.is_replaced else _lora_forward(adapted, routing)
+    if adapted.is_replaced:
+        return _replaced_forward(adapted, routing)
+    forward = _lora_forward(adapted, routing) if adapted.has_lora else adapted.module.forward
+    return forward if adapted.bias is None else _biased_forward(adapted, routing, forward)
 
 
 def _lora_forward(adapted: Adapted, routing: Routing) -> Callable:
@@ -155,7 +175,7 @@ def _lora_forward(adapted: Adapted, routing: Routing) -> Callable:
         plan = routing.plan
         y = layer.base_layer(x, *args, **kwargs)
         for adapter, runs in plan.adapter_rows.items():
-            if adapter not in adapted.adapters:
+            if adapter not in layer.r:
                 continue
             for run in runs:
                 rows = routing.rows(name, x, run)
@@ -164,15 +184,34 @@ def _lora_forward(adapted: Adapted, routing: Routing) -> Callable:
                         layer, active_adapter=adapter, x=_cast(layer, adapter, x[rows]), result=y[rows]
                     )
                     continue
-                delta = _delta(layer, adapter, x[rows])
-                if adapter in plan.adapter_scale:
-                    scale = plan.adapter_scale[adapter].to(delta.device, delta.dtype)
-                    scale = scale.repeat_interleave(delta.shape[0] // len(scale))
-                    delta = delta * scale.view(-1, *[1] * (delta.ndim - 1))
+                delta = _scaled(_delta(layer, adapter, x[rows]), plan, adapter)
                 y[rows].add_(delta, alpha=layer.scaling[adapter])
         return y
 
     return forward
+
+
+def _biased_forward(adapted: Adapted, routing: Routing, unbiased: Callable) -> Callable:
+    """y[rows] += trained bias - own bias, behind everything else: DoRA's norms leave the bias out."""
+    name, bias = adapted.name, adapted.bias
+
+    def forward(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        y = unbiased(x, *args, **kwargs)
+        for run in routing.plan.adapter_rows.get(bias.adapter, ()):
+            rows = routing.rows(name, x, run)
+            y[rows].add_(_scaled(bias.delta.expand_as(y[rows]), routing.plan, bias.adapter))
+        return y
+
+    return forward
+
+
+def _scaled(delta: torch.Tensor, plan: BatchPlan, adapter: str) -> torch.Tensor:
+    """An adapter's share of the output times its λ, where weights are mixed."""
+    if adapter not in plan.adapter_scale:
+        return delta
+    scale = plan.adapter_scale[adapter].to(delta.device, delta.dtype)
+    scale = scale.repeat_interleave(delta.shape[0] // len(scale))
+    return delta * scale.view(-1, *[1] * (delta.ndim - 1))
 
 
 def _delta(layer: LoraLayer, adapter: str, x: torch.Tensor) -> torch.Tensor:

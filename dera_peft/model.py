@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 
+from dera_peft.biases import hand_over_biases
 from dera_peft.branches import (
     ALIGNED,
     REFERENCE,
@@ -159,7 +160,7 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
             lam: the default λ.
             reference, stacked, mixing: as in `from_pretrained`, with the names of adapters of the PeftModel.
         """
-        from dera_peft.adapters import check_adapter_config
+        from dera_peft.adapters import check_adapter_config, check_keeps_biases
 
         reference = [reference] if isinstance(reference, str) else list(reference)
         names = list(peft_model.peft_config)
@@ -172,12 +173,20 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
             if name not in names:
                 raise DeRaError(f"adapter={name!r} is not in the PeftModel; it has {names}.")
             check_adapter_config(name, peft_model.peft_config[name])
+        for name, config in peft_model.peft_config.items():  # also of those that are not used: they share the biases
+            check_keeps_biases(name, config)
         return cls(peft_model, make_branches(reference, aligned, stacked), lam, mixing)
 
     def unwrap(self) -> PeftModel:
-        """The PeftModel, as it was before. This instance can't be used any more."""
+        """
+        The PeftModel, as it was before. This instance can't be used any more.
+
+        With an adapter that was trained with `bias="lora_only"` or `"all"` it is as PEFT's own loading leaves it: the
+        adapter's biases have replaced the base's.
+        """
         (peft_model,) = self._peft_model
         self._uninstall()
+        hand_over_biases(self.base)
         self.base = None
         return peft_model
 
@@ -218,6 +227,7 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
             adapter: hub id or folder.
             stacked: whether it was trained on top of the reference's adapters.
         """
+        from dera_peft.adapters import remove_from
         from dera_peft.loading import load_adapter
 
         if name in self.adapters or name in self.peft_model.peft_config:
@@ -227,12 +237,14 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
         try:
             self._reinstall((*self.branches, Branch(name, (*under, name))))
         except DeRaError:
-            self.peft_model.delete_adapter(name)
+            remove_from(self.peft_model, name)
             self._install(self.branches, self.mixing)
             raise
 
     def remove_adapter(self, name: str) -> None:
         """Removes an aligned branch, and its adapter unless another branch has it too."""
+        from dera_peft.adapters import remove_from
+
         if name not in self.aligned:
             raise DeRaError(f"name={name!r} is not an aligned branch; there are {self.aligned}.")
         if len(self.aligned) == 1:
@@ -242,7 +254,7 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
         gone = [adapter for adapter in self.adapters[name] if adapter not in kept]
         self._reinstall(remaining)
         for adapter in gone:
-            self.peft_model.delete_adapter(adapter)
+            remove_from(self.peft_model, adapter)
         if isinstance(self.lam, dict):
             self.lam = check_default_lam({k: v for k, v in self.lam.items() if k != name}, self.aligned)
 
@@ -412,7 +424,7 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
             check_scales(branches, adapted)
         self.branches, self.mixing, self._adapted = tuple(branches), mixing, adapted
         self.fork_layer = 0 if mixing == WEIGHTS else find_fork_layer(self.base, branches, adapted)
-        self.joins_before_head = is_head_linear(self.base)
+        self.joins_before_head = is_head_linear(self.base, adapted)
         self._replaced = {}
         for module in adapted:
             if "forward" in vars(module.module):  # another library's hook

@@ -261,6 +261,20 @@ KINDS = [
 ]
 
 
+# biases of the base's own modules, which the tests train; compared with two models, the one loaded by PEFT
+BIASES = [
+    Kind('`bias="lora_only"`', {"bias": "lora_only", "target_modules": ["c_attn", "c_fc"]}, base="gpt2"),
+    Kind(
+        '`bias="lora_only"` on some layers',
+        {"bias": "lora_only", "target_modules": ["q_proj", "v_proj", "fc1"], "layers_to_transform": [2, 3]},
+        base="phi",
+    ),
+    Kind('`bias="all"`', {"bias": "all", "target_modules": ["c_attn"], "fan_in_fan_out": True}, base="gpt2"),
+    Kind('`bias="all"`, the head\'s too', {"bias": "all", "target_modules": ["q_proj", "fc2"]}, base="phi"),
+    Kind('`bias="all"` with DoRA', {"bias": "all", "target_modules": ["fc1"], "use_dora": True}, False, base="phi"),
+]
+
+
 @dataclass(frozen=True)
 class Refused:
     """An adapter that is refused, by its config, with what the message says."""
@@ -272,7 +286,12 @@ class Refused:
 
 
 REFUSED = [
-    Refused("`bias`", LoraConfig(bias="all"), "bias='all'", "`bias='none'`, or `lora_bias=True`"),
+    Refused(
+        "`bias` with `modules_to_save`",
+        LoraConfig(bias="all", modules_to_save=["lm_head"]),
+        "bias='all'",
+        '`bias="none"`, or `lora_bias=True`',
+    ),
     Refused(
         "PiSSA, OLoRA, CorDA, LoftQ, ... (the base is changed when they start)",
         LoraConfig(init_lora_weights="pissa"),
@@ -334,6 +353,9 @@ def main() -> None:
     print('| adapter | result | `mixing="weights"` and `export` |\n| --- | --- | --- |')
     for kind in KINDS:
         print(f"| {kind.name} | works | {'yes' if kind.scales else 'refused: its weights do not scale'} |")
+    for kind in BIASES:
+        result = "works when loaded from its folder; `from_peft` and training refuse it"
+        print(f"| {kind.name} | {result} | {'yes' if kind.scales else 'refused: its weights do not scale'} |")
     for refused in REFUSED:
         print(f"| {refused.name} | refused; instead: {refused.instead} | |")
     print("\n`output_hidden_states` and `output_attentions` are refused: each branch has its own.")

@@ -9,9 +9,10 @@ from pathlib import Path
 import compatibility
 import pytest
 import torch
-from compatibility import BASES, COMMON, ENCODER_DECODERS, KINDS, LINEAR, REFUSED, VOCABULARY, Base
+from compatibility import BASES, BIASES, COMMON, ENCODER_DECODERS, KINDS, LINEAR, REFUSED, VOCABULARY, Base
 from conftest import make_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 from transformers.modeling_outputs import CausalLMOutput
 from two_models import TwoModels, position_ids
@@ -193,8 +194,8 @@ def test_rows_that_a_model_reorders_are_refused():
 
 
 def make_tiny(kind):
-    """The Llama, GPT-2 or tied Llama that a kind of adapter is for."""
-    base = next(base for base in BASES if base.model_type == ("gpt2" if kind.base == "gpt2" else "llama"))
+    """The base (or tied Llama) that a kind of adapter is for."""
+    base = next(base for base in BASES if base.model_type == ("llama" if kind.base == "tied" else kind.base))
     if kind.base == "tied":
         base = Base("llama", LINEAR, {"tie_word_embeddings": True}, common=COMMON)
     return make_base(base)
@@ -225,6 +226,115 @@ def test_adapter(kind, batch, tmp_path):
             model.unwrap()
             with pytest.raises(DeRaError, match="can't be scaled"):
                 DeRaModel.from_peft(model.peft_model, mixing="weights")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", BIASES, ids=lambda kind: kind.name)
+def test_trained_biases(kind, batch, tmp_path):
+    """PEFT's own loading loses the base's biases, so the reference is a base of its own."""
+    reference = make_tiny(kind)
+    reference.save_pretrained(tmp_path / "base")
+    trained = adapt(copy.deepcopy(reference), **kind.settings)
+    torch.manual_seed(3)
+    biases = {n: p for n, p in trained.named_parameters() if n.endswith(".bias") and p.requires_grad}
+    for parameter in biases.values():
+        parameter += 0.5 * torch.randn_like(parameter)
+    trained.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "plain").mkdir()
+    plain = {**kind.settings, "bias": "none", "use_dora": False}
+    adapt(copy.deepcopy(reference), **plain).save_pretrained(tmp_path / "plain")
+
+    aligned = PeftModel.from_pretrained(copy.deepcopy(reference), tmp_path / "adapter").eval()
+    inputs = {**batch, "position_ids": position_ids(batch["attention_mask"])}
+    real = batch["attention_mask"].bool()
+    z_ref, z_aligned = reference(**inputs).logits, aligned(**inputs).logits
+    with aligned.disable_adapter():
+        assert (aligned(**inputs).logits - z_ref)[real].abs().max() > 0.2, "the biases must matter"
+    weight = torch.tensor(LAM)[:, None, None]
+    expected = (1 - weight) * z_ref + weight * z_aligned
+    mixture = TwoModels(reference, aligned.get_base_model(), weight.repeat_interleave(4, dim=0))
+    by_two = mixture.generate(**batch, **NEW, num_beams=4, use_cache=False).tolist()
+
+    def check(model, **names):
+        lam = {names["name"]: LAM} if names else LAM
+        torch.testing.assert_close(model(**inputs, lam=lam).logits[real], expected[real], atol=2e-4, rtol=1e-5)
+        torch.testing.assert_close(model(**inputs, lam=dict.fromkeys(lam, 0.0) if names else 0).logits, z_ref)
+        assert model.generate(**batch, **NEW, num_beams=4, lam=lam).tolist() == by_two
+
+    model = DeRaModel.from_pretrained(tmp_path / "base", tmp_path / "adapter")
+    has_lower = "layers_to_transform" in kind.settings
+    assert model.fork_layer == (2 if has_lower else 0)
+    assert model.joins_before_head == ("head's" not in kind.name and "DoRA" not in kind.name)
+    check(model)
+    model.save_pretrained(tmp_path / "saved")
+    check(model)
+    check(DeRaModel.from_pretrained(tmp_path / "saved"))
+
+    # beside another adapter, in either order
+    for first, second in (("adapter", "plain"), ("plain", "adapter")):
+        two = DeRaModel.from_pretrained(tmp_path / "base", adapters={first: tmp_path / first})
+        two.add_adapter(second, tmp_path / second)
+        check(two, name="adapter")
+        if second == "adapter":
+            with pytest.raises(DeRaError, match="no second such adapter"):
+                two.add_adapter("third", tmp_path / "adapter")
+            two.remove_adapter("adapter")
+            one = DeRaModel.from_pretrained(tmp_path / "base", tmp_path / "plain")
+            assert torch.equal(two(**inputs, lam=LAM).logits, one(**inputs, lam=LAM).logits)
+
+    # under another adapter, as the reference's
+    aligned.load_adapter(tmp_path / "plain", "plain")
+    aligned.base_model.set_adapter(["default", "plain"])
+    expected_on_top = (1 - weight) * z_aligned + weight * aligned.eval()(**inputs).logits
+    on_top = DeRaModel.from_pretrained(tmp_path / "base", tmp_path / "plain", reference=tmp_path / "adapter")
+    torch.testing.assert_close(on_top(**inputs, lam=LAM).logits[real], expected_on_top[real], atol=2e-4, rtol=1e-5)
+
+    if kind.scales:
+        scaled = DeRaModel.from_pretrained(tmp_path / "base", tmp_path / "adapter", mixing="weights")
+        model.export(0.6, tmp_path / "exported")
+        exported = PeftModel.from_pretrained(copy.deepcopy(reference), tmp_path / "exported").eval()
+        z_scaled = exported(**inputs).logits
+        torch.testing.assert_close(scaled(**inputs, lam=0.6).logits[real], z_scaled[real], atol=2e-4, rtol=1e-5)
+        check(model)
+    else:
+        with pytest.raises(DeRaError, match="can't be scaled"):
+            model.export(0.6, tmp_path / "exported")
+
+    peft_model = model.unwrap()
+    assert torch.equal(peft_model(**inputs).logits, z_aligned), "as PEFT's own loading leaves it"
+    with pytest.raises(DeRaError, match="Load it from its folder"):
+        DeRaModel.from_peft(peft_model)
+
+
+@torch.no_grad()
+def test_biases_that_do_not_fit(tmp_path):
+    kind = next(kind for kind in BIASES if kind.base == "phi" and kind.settings["bias"] == "all")
+    make_tiny(kind).save_pretrained(tmp_path / "base")
+    adapt(make_tiny(kind), **kind.settings).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+
+    def error(tensors: dict, **kwargs) -> str:
+        save_file(tensors, file)
+        with pytest.raises(DeRaError) as caught:
+            DeRaModel.from_pretrained(tmp_path / "base", tmp_path / "adapter", **kwargs)
+        return str(caught.value)
+
+    key = "base_model.model.model.layers.1.mlp.fc1.bias"
+    assert "incomplete: no bias of 'model.layers.1.mlp.fc1'" in error({k: v for k, v in tensors.items() if k != key})
+    assert "no bias of 'model.layers.1.mlp.fc1' with shape [3]" in error({**tensors, key: torch.zeros(3)})
+    other = {**tensors, "base_model.model.model.embed_tokens.bias": torch.zeros(3)}
+    assert "no bias of 'model.embed_tokens'" in error(other)
+    offloaded = {"device_map": {"model": "cpu", "lm_head": "disk"}, "offload_folder": tmp_path / "offload"}
+    assert "where layers are offloaded" in error(tensors, **offloaded)
+    (tmp_path / "adapter" / "adapter_config.json").unlink()
+    LoraConfig(target_modules=["q_proj", "fc2"]).save_pretrained(tmp_path / "adapter")
+    assert "which is not a LoRA factor" in error(tensors)
+
+    jamba = next(base for base in BASES if base.model_type == "jamba")
+    make_base(jamba).save_pretrained(tmp_path / "base")
+    adapt(make_base(jamba), target_modules=["q_proj"], bias="all").save_pretrained(tmp_path / "adapter")
+    assert "conv1d', a Conv1d;" in error(load_file(file))
 
 
 @pytest.mark.parametrize("refused", REFUSED, ids=lambda refused: refused.name)

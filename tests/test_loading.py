@@ -146,7 +146,7 @@ def test_adapters_that_are_not_plain_lora_are_refused_by_name(tiny_base, tiny_ad
     config = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
     get_peft_model(model, config).save_pretrained(tmp_path / "ia3")
     assert "IA3" in error(tiny_base, tmp_path / "ia3")
-    for config in ({"bias": "all"}, {"init_lora_weights": "pissa"}, {"modules_to_save": ["lm_head"]}):
+    for config in ({"init_lora_weights": "pissa"}, {"modules_to_save": ["lm_head"]}):
         message = error(tiny_base, broken_adapter(tiny_adapter, tmp_path / next(iter(config)), **config))
         assert repr(next(iter(config.values()))) in message
     embedding = make_adapter(tiny_base, tmp_path / "embedding", target_modules=["q_proj", "embed_tokens"])

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.hub import cached_file
 from trl import ModelConfig, get_quantization_config
 
-from dera_peft.adapters import check_adapter_config
+from dera_peft.adapters import check_adapter_config, check_keeps_biases
 from dera_peft.errors import DeRaError
 from dera_peft.fingerprint import cached_revision, file_fingerprint, weights_fingerprint
 from dera_peft.lora import find_adapted
@@ -252,6 +252,7 @@ def check_adapter(adapter: str) -> PeftConfig:
 
 def _check_config(adapter: str, config: PeftConfig) -> None:
     check_adapter_config(adapter, config)
+    check_keeps_biases(adapter, config)
     # a second copy of these would have to follow the reference through continued training, which TRL's does not
     for option in ("modules_to_save", "trainable_token_indices"):
         if value := getattr(config, option):

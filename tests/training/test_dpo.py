@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 from small_runs import load_plainly, log_probs, train
 
@@ -11,6 +12,7 @@ from dera_peft import DeRaError, DeRaModel
 from dera_peft.fingerprint import base_fingerprint
 from dera_peft.record import Record
 from training.data import dataset_fingerprint, read_dataset
+from training.models import check_adapter
 
 IDS = torch.arange(3, 43).view(2, 20)
 
@@ -162,6 +164,12 @@ def test_settings_that_cannot_be(settings, message, tiny_base, sft_adapter, pref
     settings = {name: names.get(value, value) if isinstance(value, str) else value for name, value in settings.items()}
     with pytest.raises(DeRaError, match=message):
         train("dpo", tmp_path / "dpo", **{"model_name_or_path": tiny_base, "dataset_name": preferences, **settings})
+
+
+def test_an_sft_adapter_with_trained_biases_is_refused(tmp_path):
+    LoraConfig(bias="lora_only").save_pretrained(tmp_path)
+    with pytest.raises(DeRaError, match=r"bias='lora_only'.* does not give the reference back"):
+        check_adapter(str(tmp_path))
 
 
 def test_a_record_of_another_base_is_refused_before_training(tiny_base, merged, preferences, tmp_path):
