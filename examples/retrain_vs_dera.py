@@ -250,16 +250,15 @@ def draw(comparisons: Sequence[Comparison], dera: SweepResult, file: Path) -> No
         )  # fmt: skip
     for c in comparisons:
         left.plot([c.dera.kl, c.retrained.kl], [c.dera.reward, c.retrained.reward], color="0.8", linewidth=4, zorder=0)
-        beside_axis = c is comparisons[0]  # where a label on the left would run into the axis
-        left.annotate(
-            f"λ={c.lam:g}",
-            (c.dera.kl, c.dera.reward),
-            xytext=(5, -12) if beside_axis else (-7, 5),
-            ha="left" if beside_axis else "right",
-            textcoords="offset points",
-            fontsize=8,
-            color=DERA,
+        # a label on the left of the first points would run into the axis
+        near_axis = _root(c.dera.kl / dera.summaries[-1].kl) < 0.1
+        place, side = (
+            ((5, -12), "left") if c is comparisons[0] else ((-13, 8), "center") if near_axis else ((-7, 5), "right")
         )
+        left.annotate(
+            f"λ={c.lam:g}", (c.dera.kl, c.dera.reward), xytext=place, ha=side, textcoords="offset points", fontsize=8,
+            color=DERA,
+        )  # fmt: skip
     left.annotate(
         "reference",
         (0, dera.summaries[0].reward),
@@ -325,9 +324,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Comparison]:
     comparisons = compare(args.beta, dera, {lam: decode(args, folder, [1.0]) for lam, folder in retrained.items()})
 
     rows = rows_of(comparisons)
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     for name in COLUMNS:
-        table.add_column(name, justify="right")
+        table.add_column(name.replace(": ", ":\n"), justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     console = Console()
