@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dera_peft.decoding import Request
 from dera_peft.errors import DeRaError
-from dera_peft.prompts import Prompt
+from dera_peft.prompts import RESULT_COLUMNS, Prompt
 
 
 class Results:
@@ -69,18 +69,31 @@ class Results:
         The rows so far by the request that they answer.
 
         Raises:
-            DeRaError: they are of other prompts than these.
+            DeRaError: they are of other prompts than these, or their prompts had other columns, which a reward may
+                have read.
         """
         rows = {}
         for row in self.rows:
             index = row["index"]
-            if index < len(prompts) and prompts[index].content != row["prompt"]:
-                raise DeRaError(
-                    f"{str(self.file)!r} holds the results of other prompts: {row['prompt']!r}, where "
-                    f"{prompts[index].source} is {prompts[index].content!r}. Move the file away or name another output."
-                )
+            if index < len(prompts):
+                self._compare(row, prompts[index])
             rows[Request(index, row["lambda"], row["sample"])] = row
         return rows
+
+    def _compare(self, row: dict, prompt: Prompt) -> None:
+        way_out = "Move the file away or name another output."
+        if prompt.content != row["prompt"]:
+            raise DeRaError(
+                f"{str(self.file)!r} holds the results of other prompts: {row['prompt']!r}, where {prompt.source} is "
+                f"{prompt.content!r}. {way_out}"
+            )
+        before, now = _columns(row), _columns(prompt.columns)
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name):
+                raise DeRaError(
+                    f"{str(self.file)!r} holds the results of other columns: {name!r} was "
+                    f"{before.get(name, 'not there')}, and {prompt.source} has {now.get(name, 'none')}. {way_out}"
+                )
 
     def append(self, rows: Iterable[dict]) -> list[dict]:
         """Writes rows, each with this run's fingerprint, and returns them so."""
@@ -89,3 +102,9 @@ class Results:
             stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         self.rows.extend(rows)
         return rows
+
+
+def _columns(row: dict) -> dict[str, str]:
+    """A prompt's own columns in a row, each as JSON, in which NaN is NaN."""
+    own = row.keys() - RESULT_COLUMNS - {"prompt", "lambda"}
+    return {name: json.dumps(row[name], sort_keys=True, ensure_ascii=False) for name in own}

@@ -159,11 +159,8 @@ def main(arguments: list[str] | None = None) -> None:
     source = find_source(ModelConfig(model_name_or_path=args.model_name_or_path), args.sft_adapter)
     if source.is_function:
         raise DeRaError(f"model_name_or_path={source.base!r} is a function; fine-tune what it makes first.")
-    inputs = {
-        **source.fingerprint(),
-        "reward": reward_fingerprint(args.reward),
-        "prompts": settings_fingerprint([prompt.content for prompt in prompts]),
-    }
+    # not the prompts: there may be more of them, and each completion is compared with its own
+    inputs = {**source.fingerprint(), "reward": reward_fingerprint(args.reward)}
     prompts = prompts[: args.max_prompts]
     folder = Path(args.output_dir)
     output = OutputFolder(folder, settings_of(args, ignore=NOT_OF_A_COMPLETION), inputs, args.overwrite)

@@ -113,6 +113,23 @@ def test_more_samples_go_on_from_those_that_are_there(files, base):
     ), "another seed gives other texts"
 
 
+def test_more_prompts_go_on_from_those_that_are_there_and_other_columns_are_an_error(files, base):
+    data = ["--dataset_name", str(files / "prompts.jsonl"), "--reward_columns", "weight"]
+    prompts = files / "prompts.jsonl"
+    make(files, base, reward="weighted", data=data)
+    before, text = (files / "out" / "completions.jsonl").read_text(), prompts.read_text()
+    prompts.write_text(text + json.dumps({"prompt": "The baker sold", "weight": 2, "other": 1}) + "\n")
+    make(files, base, reward="weighted", data=data)
+    after = (files / "out" / "completions.jsonl").read_text()
+    assert after.startswith(before)
+    assert len(after.splitlines()) == len(before.splitlines()) + 3
+    prompts.write_text(text.replace('"weight": 0', '"weight": 7'))
+    with pytest.raises(DeRaError, match=r"other columns: 'weight' was 0, and .*row [13] has 7"):
+        make(files, base, reward="weighted", data=data)
+    make(files, base, "out", "--overwrite", "true", reward="weighted", data=data)
+    assert {row["weight"] for row in read(files / "out" / "completions.jsonl")} == {7, 1}
+
+
 def test_an_sft_adapter_samples_as_the_model_that_it_is_merged_into(files, base, tiny_adapter):
     merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tiny_adapter).merge_and_unload()
     merged.save_pretrained(files / "merged")
