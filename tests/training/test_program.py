@@ -36,6 +36,7 @@ def test_datasets_by_file_folder_and_function(tmp_path):
     (tmp_path / "made.py").write_text(
         "from datasets import Dataset, DatasetDict\n"
         "def split(): return DatasetDict({'a': Dataset.from_list([{'x': 1}]), 'b': Dataset.from_list([{'x': 2}])})\n"
+        "def plain(): return Dataset.from_list([{'x': i} for i in range(10)])\n"
         "def wrong(): return [1]\n"
         "def empty(): return Dataset.from_list([])\n"
     )
@@ -44,10 +45,17 @@ def test_datasets_by_file_folder_and_function(tmp_path):
     assert read_dataset(f"{tmp_path}/made.py:split", "b")[0] == {"x": 2}
     assert read_dataset(str(tmp_path / "rows.jsonl"), "train[:67%]").to_list() == rows[:2]
     assert read_dataset(str(tmp_path / "rows.jsonl"), "train[67%:]").to_list() == rows[2:]
+    for split, expected in [
+        ("train", range(10)), ("train[:90%]", range(9)), ("train[90%:]", [9]), ("train[:2]+train[-1:]", [0, 1, 9]),
+    ]:  # fmt: skip
+        assert read_dataset(f"{tmp_path}/made.py:plain", split)["x"] == list(expected)
+    assert read_dataset(f"{tmp_path}/made.py:split", "a+b[:1]")["x"] == [1, 2]
     for name, split, message in [
         ("nowhere.jsonl", "train", "there is no such file"),
         (f"{tmp_path}/rows.jsonl", "test", "Unknown split"),
-        (f"{tmp_path}/made.py:split", "c", r"no split 'c'; it has \['a', 'b'\]"),
+        (f"{tmp_path}/made.py:split", "c", r"split='c'.*Unknown split \"c\". Should be one of \['a', 'b'\]"),
+        (f"{tmp_path}/made.py:plain", "test[:9]", r"Unknown split \"test\". Should be one of \['train'\]"),
+        (f"{tmp_path}/made.py:plain", "train[:0]", "is empty"),
         (f"{tmp_path}/made.py:wrong", "train", "gave a list"),
         (f"{tmp_path}/made.py:empty", "train", "is empty"),
         ("some-org/no-such-dataset", "train", "some-org/no-such-dataset"),
