@@ -64,6 +64,11 @@ class PromptTooLong(DeRaError):
     """A prompt that, with what is to be generated, does not fit into the model's context."""
 
 
+def column_names(prompts: Sequence[Prompt]) -> list[str]:
+    """Of all the prompts, for rows need not be alike."""
+    return list(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
+
+
 def is_chat(content: Any) -> bool:
     return (
         isinstance(content, list)

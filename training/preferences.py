@@ -259,9 +259,9 @@ def sample(
     """
     from dera_peft.commands.common import progress
     from dera_peft.decoding import decode
-    from dera_peft.evaluate.rewards import score
+    from dera_peft.evaluate.rewards import score_batch
     from dera_peft.loading import load_config, load_tokenizer_of
-    from dera_peft.prompts import PromptTooLong, encode
+    from dera_peft.prompts import PromptTooLong, column_names, encode
     from dera_peft.sampling import Sampling
     from training.sampler import load_sft_model
 
@@ -277,13 +277,13 @@ def sample(
     todo = [request for request in todo if request.index in tokens]
     if not todo:
         return
+    names = column_names(prompts)
     model = load_sft_model(source, args.quantization, args.dtype, device_map)
     with progress("sampling", there + len(todo), there) as advance:
         for completions in decode(model, tokenizer, tokens, todo, sampling, args.batch_size):
             of = [prompts[completion.request.index] for completion in completions]
-            columns = {name: [prompt.columns.get(name) for prompt in of] for name in of[0].columns}
             texts = [completion.text for completion in completions]
-            rewards = score(reward, [prompt.content for prompt in of], texts, columns, allow_none=True)
+            rewards = score_batch(reward, of, texts, names, allow_none=True)
             results.append(
                 {**completion.row(prompt), "reward": value}
                 for prompt, completion, value in zip(of, completions, rewards, strict=True)

@@ -16,6 +16,7 @@ from dera_peft.devices import read_device_map
 from dera_peft.errors import DeRaError
 from dera_peft.fingerprint import file_fingerprint, weights_fingerprint
 from dera_peft.objects import is_object_path, load_object
+from dera_peft.prompts import Prompt
 
 # f(prompts, completions, **columns) -> list[float | None]; None for a completion that it does not score
 Reward = Callable[..., list[float | None]]
@@ -179,6 +180,23 @@ def score(
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             raise DeRaError(f"the reward {name!r} gave {value!r} for the completion {completion[:80]!r}.")
     return [None if value is None else float(value) for value in values]
+
+
+def score_batch(
+    reward: Reward,
+    prompts: Sequence[Prompt],
+    completions: Sequence[str],
+    names: Sequence[str],
+    allow_none: bool = False,
+) -> list[float | None]:
+    """
+    As `score`, for prompts with the columns of their rows.
+
+    Args:
+        names: of the columns that the reward is given, the same in every batch: `column_names` of the run's prompts.
+    """
+    columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+    return score(reward, [prompt.content for prompt in prompts], completions, columns, allow_none)
 
 
 def _first_line(error: BaseException) -> str:

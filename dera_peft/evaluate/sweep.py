@@ -10,12 +10,12 @@ from dera_peft.decoding import Completion, Request, decode
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate.kl import token_kl
 from dera_peft.evaluate.plot import plot_sweep
-from dera_peft.evaluate.rewards import Reward, load_reward, reward_fingerprint, score
+from dera_peft.evaluate.rewards import Reward, load_reward, reward_fingerprint, score_batch
 from dera_peft.evaluate.summary import LambdaSummary, summarise, write_csv
 from dera_peft.fingerprint import model_fingerprint, settings_fingerprint
 from dera_peft.loading import load, load_config, load_tokenizer, resolve
 from dera_peft.model import DeRaModel
-from dera_peft.prompts import Prompt, encode, from_file
+from dera_peft.prompts import Prompt, column_names, encode, from_file
 from dera_peft.results import Results
 from dera_peft.sampling import Sampling
 
@@ -153,8 +153,9 @@ def sweep(
             dtype=config.dtype,
             device_map=config.device_map,
         )
+        names = column_names(prompts)
         for completions in decode(model, tokenizer, tokens, todo, config.sampling, config.batch_size):
-            results.append(_measure(model, prompts, tokens, completions, reward))
+            results.append(_measure(model, prompts, tokens, completions, reward, names))
             if on_progress:
                 on_progress(len(completions))
     finished = results.finished(prompts)
@@ -186,11 +187,11 @@ def _measure(
     tokens: Sequence[Sequence[int]],
     completions: Sequence[Completion],
     reward: Reward,
+    names: Sequence[str],
 ) -> list[dict]:
     """The rows of a batch: with rewards, and with KL(π_λ ‖ π_ref) in nats, summed over each completion's tokens."""
     of = [prompts[completion.request.index] for completion in completions]
-    columns = {name: [prompt.columns.get(name) for prompt in of] for name in of[0].columns}
-    rewards = score(reward, [prompt.content for prompt in of], [completion.text for completion in completions], columns)
+    rewards = score_batch(reward, of, [completion.text for completion in completions], names)
     divergences = token_kl(
         model,
         [tokens[completion.request.index] for completion in completions],

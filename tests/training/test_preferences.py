@@ -154,6 +154,23 @@ def test_a_datasets_column_of_texts_with_columns_for_the_reward(files, base):
         make(files, base, "other", reward="weighted", data=data[:2])
 
 
+def test_every_batch_has_the_columns_of_all_rows(files, base):
+    """Also where its first row lacks one."""
+    rows = read(files / "prompts.jsonl")
+    for row in rows[::2]:
+        del row["other"]
+    (files / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (files / "reward.py").write_text(
+        "def length(prompts, completions, other, weight, **columns):\n"
+        "    assert not columns\n"
+        "    return [len(completion) + 1000 * (value or 0) for completion, value in zip(completions, other)]\n"
+    )
+    make(files, base, "out", "--batch_size", "1")
+    sampled = read(files / "out" / "completions.jsonl")
+    assert len(sampled) == 12
+    assert all(row["reward"] == len(row["completion"]) + 1000 * row.get("other", 0) for row in sampled)
+
+
 def test_a_datasets_column_of_chats(files, base, capsys):
     """What stands before the answer is the prompt; rows that have none, or one too long, are counted."""
     user = {"role": "user", "content": "What does the fox do?"}
