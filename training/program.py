@@ -6,7 +6,7 @@ import shutil
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -125,12 +125,11 @@ def settings_of(*arguments: Any, ignore: tuple[str, ...] = ()) -> dict[str, Any]
     """The fields of dataclasses that are not at their defaults, as JSON would hold them; without those to `ignore`."""
     settings = {}
     for group in arguments:
-        values = group.to_dict() if hasattr(group, "to_dict") else asdict(group)
         for f in fields(group):
-            default = f.default if f.default_factory is MISSING else f.default_factory()
-            if f.name in values and values[f.name] != default:
-                settings[f.name] = values[f.name]
-    for name in (*ignore, "output_dir", "overwrite", "traceback", "num_processes"):
+            value = getattr(group, f.name)  # to_dict would mask an eos_token as it does the hub's
+            if f.init and value != (f.default if f.default_factory is MISSING else f.default_factory()):
+                settings[f.name] = value
+    for name in (*ignore, "output_dir", "overwrite", "traceback", "num_processes", "hub_token"):
         settings.pop(name, None)
     return json.loads(json.dumps(settings, default=str))
 

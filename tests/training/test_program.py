@@ -6,7 +6,8 @@ import pytest
 
 from dera_peft import DeRaError
 from training.data import dataset_fingerprint, read_dataset
-from training.program import OutputFolder
+from training.program import OutputFolder, settings_of
+from training.trainer import ModelConfig, SFTConfig
 
 
 def test_a_folder_is_reused_by_the_same_run_alone(tmp_path):
@@ -27,6 +28,15 @@ def test_a_folder_is_reused_by_the_same_run_alone(tmp_path):
     (folder / "run.json").write_text("{")
     with pytest.raises(DeRaError, match="damaged"):
         OutputFolder(folder, {"seed": 2}, {"model": "abc"})
+
+
+def test_settings_are_told_as_they_are_but_for_the_hubs_token(tmp_path):
+    config = SFTConfig(output_dir=str(tmp_path), eos_token="</s>", hub_token="secret", lr_scheduler_type="cosine")
+    settings = settings_of(config, ModelConfig(dtype="bfloat16", lora_r=16), ignore=("dtype",))
+    assert settings["eos_token"] == "</s>"
+    assert settings["lr_scheduler_type"] == "cosine"
+    assert not settings.keys() & {"hub_token", "output_dir", "dtype", "lora_r", "learning_rate"}
+    assert "secret" not in json.dumps(settings)
 
 
 def test_datasets_by_file_folder_and_function(tmp_path):
