@@ -30,6 +30,27 @@ def test_a_folder_is_reused_by_the_same_run_alone(tmp_path):
         OutputFolder(folder, {"seed": 2}, {"model": "abc"})
 
 
+def test_overwriting_takes_away_what_the_programs_wrote_and_nothing_else(tmp_path):
+    ours = [
+        "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json",
+        "generation_config.json", "adapter_config.json", "adapter_model.safetensors", "dera.json",
+        "merged/config.json", "sft/adapter_config.json", "checkpoint-3/optimizer.pt",
+    ]  # fmt: skip
+    others = ["notes.txt", "rewards.safetensors", "tokenizer.json", "mine/config.json"]
+    for name in (*ours, *others):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    for name in ("model_name_or_path", "sft_adapter"):
+        for source in (tmp_path, tmp_path / "sft"):
+            with pytest.raises(DeRaError, match=rf"{name}=.* is in the folder to overwrite"):
+                OutputFolder(tmp_path, {name: str(source)}, {}, overwrite=True)
+    OutputFolder(tmp_path, {}, {}, overwrite=True)
+    assert (tmp_path / "model.safetensors").exists(), "no program had made that folder"
+    OutputFolder(tmp_path, {"model_name_or_path": "org/sft"}, {}, overwrite=True)
+    found = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+    assert found == {*others, "run.json"}
+
+
 def test_settings_are_told_as_they_are_but_for_the_hubs_token(tmp_path):
     config = SFTConfig(output_dir=str(tmp_path), eos_token="</s>", hub_token="secret", lr_scheduler_type="cosine")
     settings = settings_of(config, ModelConfig(dtype="bfloat16", lora_r=16), ignore=("dtype",))
