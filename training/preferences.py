@@ -23,7 +23,7 @@ from typing import Any
 from dera_peft.errors import DeRaError
 from dera_peft.quiet import be_quiet
 from training.pairs import ALL, BEST_WORST, EMPTY, TOO_LONG, make_pairs, outcome_table
-from training.program import OutputFolder, ProgramArguments, check_processes, parse, settings_of, start
+from training.program import HelpFormatter, OutputFolder, ProgramArguments, check_processes, parse, settings_of, start
 
 # What does not decide a completion or its reward: where they are there already, they are reused.
 NOT_OF_A_COMPLETION = (
@@ -130,7 +130,11 @@ def make_parser():
     from trl import TrlParser
 
     return TrlParser(
-        (PreferenceArguments,), prog="python -m training.preferences", description=__doc__, allow_abbrev=False
+        (PreferenceArguments,),
+        prog="python -m training.preferences",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
     )
 
 

@@ -227,6 +227,12 @@ def test_two_processes_make_what_one_makes(files, base):
     assert read(files / "two" / "preferences.jsonl") == one
 
 
+def test_help_shows_the_text_as_it_is_written(capsys):
+    with pytest.raises(SystemExit):
+        preferences.main(["--help"])
+    assert preferences.__doc__ in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
