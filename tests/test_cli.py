@@ -233,9 +233,14 @@ BAD_INPUTS = {
     "no model": (["--prompt", "x"], "no model is named"),
     "nan": ([*MODEL, "--lambda", "nan", "--prompt", "x"], "'nan' is not finite"),
     "infinite": ([*MODEL, "--lambda", "0,inf", "--prompt", "x"], "'inf' is not finite"),
+    "infinite in fp32": ([*MODEL, "--lambda", "1e39", "--prompt", "x"], "'1e39' is not finite in fp32"),
     "no number": ([*MODEL, "--lambda", "0,much", "--prompt", "x"], "'much' is not a number"),
     "empty prompt": ([*MODEL, "--prompt", "x", "--prompt", ""], "--prompt 2: the prompt is empty"),
     "long prompt": ([*MODEL, "--prompt", "xy " * 300], "tokens, which with 128 new ones is more than"),
+    "too large a lambda": (
+        [*MODEL, "--prompts", "{folder}/large.jsonl"],
+        "line 1: lambda must be a finite number or a list of such",
+    ),
     "malformed line": ([*MODEL, "--prompts", "{folder}/bad.jsonl"], "line 2: not valid JSON"),
     "two sources": ([*MODEL, "--prompt", "x", "--prompts", "y.txt"], "not both"),
     "not UTF-8": ([*MODEL, "--prompt", "\udcff"], "--prompt 1: the prompt is not valid UTF-8"),
@@ -253,6 +258,7 @@ BAD_INPUTS = {
 @pytest.mark.parametrize("case", BAD_INPUTS)
 def test_bad_input_is_one_message_and_exit_code_2(dera, tmp_path, tiny_base, tiny_adapter, case):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    (tmp_path / "large.jsonl").write_text(f'{{"prompt": "a", "lambda": [0, 1{"0" * 400}]}}\n')
     (tmp_path / "chat.jsonl").write_text('{"prompt": [{"role": "user", "content": "Hi"}]}\n')
     other = shutil.copytree(tiny_adapter, tmp_path / "other")
     factors = load_file(tiny_adapter / "adapter_model.safetensors")
