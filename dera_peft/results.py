@@ -18,25 +18,32 @@ class Results:
     again; a file of another run, or one that is damaged elsewhere, is an error and stays as it is.
 
     Args:
-        file: is made, with its folder, if it is not there; it must be possible to write it.
+        file: is made with the first rows, if it is not there; it must be possible to write it.
         run: from `fingerprint`.
+        argument: what names the file for the user, for messages.
 
     Raises:
-        DeRaError: the file is of another run or damaged.
-        OSError: it can't be read or written.
+        DeRaError: the file is of another run or damaged, or it can't be read or written.
     """
 
-    def __init__(self, file: str | os.PathLike, run: str):
+    def __init__(self, file: str | os.PathLike, run: str, argument: str = "output_dir"):
         self.file = Path(file)
         self.run = run
         self.rows: list[dict] = []
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("ab"):  # can it be written at all? Better known now than after an hour of decoding
-            pass
-        self._read()
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            is_new = not os.path.lexists(self.file)
+            with self.file.open("ab"):  # can it be written at all? Better known now than after an hour of decoding
+                pass
+            if is_new:
+                self.file.unlink()
+                return
+            data = self.file.read_bytes()
+        except OSError as error:
+            raise DeRaError(f"{argument}: {str(self.file)!r} can't be written: {error.strerror}.") from error
+        self._read(data)
 
-    def _read(self) -> None:
-        data = self.file.read_bytes()
+    def _read(self, data: bytes) -> None:
         whole, _, torn = data.rpartition(b"\n")
         for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
             try:

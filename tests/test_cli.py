@@ -248,7 +248,10 @@ BAD_INPUTS = {
     "device": ([*MODEL, "--prompt", "x", "--device-map", "wherever"], "device_map='wherever' is not a device"),
     "no device": ([*MODEL, "--prompt", "x", "--device-map", "cuda:99"], "there is no such device here"),
     "no option": ([*MODEL, "--prompt", "x", "--quantization", "nf5"], "'nf5' is not one of 'nf4', 'fp4', 'int8'"),
-    "output": ([*MODEL, "--prompt", "x", "--output", "/proc/none/out.jsonl"], "/proc/none"),
+    "output": (
+        [*MODEL, "--prompt", "x", "--output", "/proc/none/out.jsonl"],
+        "--output: '/proc/none/out.jsonl' can't be written",
+    ),
     "stream": ([*MODEL, "--prompt", "x", "--lambda", "0,1", "--stream"], "--stream shows one completion"),
     "unknown option": ([*MODEL, "--prompt", "x", "--lambad", "1"], "No such option"),
     "out of range": ([*MODEL, "--prompt", "x", "--top-p", "2"], "top_p=2.0 must be in"),
@@ -308,7 +311,18 @@ def test_an_output_that_cannot_be_written_is_told_before_the_model_loads(dera, m
     monkeypatch.setattr("dera_peft.commands.generate.load", None)
     code, _, err = dera("generate", *model, "--prompt", "x", "--output", tmp_path)
     assert code == 2
-    assert f"Is a directory: '{tmp_path}'" in err
+    assert f"--output: '{tmp_path}' can't be written: Is a directory." in err
+
+
+def test_a_run_that_fails_leaves_no_empty_output(dera, model, tmp_path):
+    file = tmp_path / "out.jsonl"
+    code, _, err = dera("generate", *model, "--prompt", "xy " * 300, "--output", file)
+    assert code == 2
+    assert "is more than the model's context" in err
+    assert not file.exists()
+    file.touch()
+    dera("generate", *model, "--prompt", "xy " * 300, "--output", file)
+    assert file.exists(), "that one was there before"
 
 
 def test_what_nf4_cannot_quantize_is_told(dera, stories, stories_adapter, monkeypatch):
