@@ -1,12 +1,12 @@
 """Prompts as users have them: texts, files, chats; and the token ids that they become."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -17,6 +17,8 @@ Chat = list[dict[str, str]]
 
 # What the rows of results say themselves; a prompt's own columns stand beside it and may not be called so.
 RESULT_COLUMNS = frozenset(("run", "index", "sample", "completion", "tokens", "finish", "reward", "kl"))
+
+MAX_LAMBDA = torch.finfo(torch.float32).max  # logits are mixed in fp32
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ class PromptTooLong(DeRaError):
     """A prompt that, with what is to be generated, does not fit into the model's context."""
 
 
+def column_names(prompts: Sequence[Prompt]) -> list[str]:
+    """Of all the prompts, for rows need not be alike."""
+    return list(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
+
+
 def is_chat(content: Any) -> bool:
     return (
         isinstance(content, list)
@@ -82,15 +89,15 @@ def from_texts(texts: Sequence[str], source: str = "--prompt") -> list[Prompt]:
 def from_lines(stream: TextIO, source: str) -> list[Prompt]:
     """One prompt a line."""
     try:
-        lines = _split_lines(stream.read())
+        lines = _split_lines(stream.read().removeprefix("\ufeff"))  # a byte order mark is no part of a prompt
     except UnicodeDecodeError as error:
         raise DeRaError(f"{source} can't be read: {error}") from None
     return [Prompt(index, line, f"{source}, line {index + 1}") for index, line in enumerate(lines)]
 
 
 def _split_lines(text: str) -> list[str]:
-    """Only a newline ends a line: `str.splitlines` would also cut at U+2028, which JSON allows inside a string."""
-    return text.removesuffix("\n").split("\n") if text else []
+    """Only \\n or \\r\\n ends a line: `str.splitlines` would also cut at U+2028, which JSON allows inside a string."""
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
 
 
 def from_file(name: str) -> list[Prompt]:
@@ -146,10 +153,15 @@ def _from_rows(rows: Sequence[dict], sources: Sequence[str]) -> list[Prompt]:
     return prompts
 
 
+def is_lambda(value: Any) -> bool:
+    """Whether it is a number, and finite in fp32 too."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_LAMBDA
+
+
 def _read_lambdas(lam: Any, source: str) -> tuple[float, ...]:
     values = lam if isinstance(lam, list) else [lam]
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not is_lambda(value):
             raise DeRaError(f"{source}: lambda must be a finite number or a list of such; got {lam!r}.")
     if not values:
         raise DeRaError(f"{source}: lambda is an empty list.")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dera_peft.decoding import Request
 from dera_peft.errors import DeRaError
-from dera_peft.prompts import Prompt
+from dera_peft.prompts import RESULT_COLUMNS, Prompt
 
 
 class Results:
@@ -18,25 +18,32 @@ class Results:
     again; a file of another run, or one that is damaged elsewhere, is an error and stays as it is.
 
     Args:
-        file: is made, with its folder, if it is not there; it must be possible to write it.
+        file: is made with the first rows, if it is not there; it must be possible to write it.
         run: from `fingerprint`.
+        argument: what names the file for the user, for messages.
 
     Raises:
-        DeRaError: the file is of another run or damaged.
-        OSError: it can't be read or written.
+        DeRaError: the file is of another run or damaged, or it can't be read or written.
     """
 
-    def __init__(self, file: str | os.PathLike, run: str):
+    def __init__(self, file: str | os.PathLike, run: str, argument: str = "output_dir"):
         self.file = Path(file)
         self.run = run
         self.rows: list[dict] = []
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("ab"):  # can it be written at all? Better known now than after an hour of decoding
-            pass
-        self._read()
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            is_new = not os.path.lexists(self.file)
+            with self.file.open("ab"):  # can it be written at all? Better known now than after an hour of decoding
+                pass
+            if is_new:
+                self.file.unlink()
+                return
+            data = self.file.read_bytes()
+        except OSError as error:
+            raise DeRaError(f"{argument}: {str(self.file)!r} can't be written: {error.strerror}.") from error
+        self._read(data)
 
-    def _read(self) -> None:
-        data = self.file.read_bytes()
+    def _read(self, data: bytes) -> None:
         whole, _, torn = data.rpartition(b"\n")
         for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
             try:
@@ -69,18 +76,31 @@ class Results:
         The rows so far by the request that they answer.
 
         Raises:
-            DeRaError: they are of other prompts than these.
+            DeRaError: they are of other prompts than these, or their prompts had other columns, which a reward may
+                have read.
         """
         rows = {}
         for row in self.rows:
             index = row["index"]
-            if index < len(prompts) and prompts[index].content != row["prompt"]:
-                raise DeRaError(
-                    f"{str(self.file)!r} holds the results of other prompts: {row['prompt']!r}, where "
-                    f"{prompts[index].source} is {prompts[index].content!r}. Move the file away or name another output."
-                )
+            if index < len(prompts):
+                self._compare(row, prompts[index])
             rows[Request(index, row["lambda"], row["sample"])] = row
         return rows
+
+    def _compare(self, row: dict, prompt: Prompt) -> None:
+        way_out = "Move the file away or name another output."
+        if prompt.content != row["prompt"]:
+            raise DeRaError(
+                f"{str(self.file)!r} holds the results of other prompts: {row['prompt']!r}, where {prompt.source} is "
+                f"{prompt.content!r}. {way_out}"
+            )
+        before, now = _columns(row), _columns(prompt.columns)
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name):
+                raise DeRaError(
+                    f"{str(self.file)!r} holds the results of other columns: {name!r} was "
+                    f"{before.get(name, 'not there')}, and {prompt.source} has {now.get(name, 'none')}. {way_out}"
+                )
 
     def append(self, rows: Iterable[dict]) -> list[dict]:
         """Writes rows, each with this run's fingerprint, and returns them so."""
@@ -89,3 +109,9 @@ class Results:
             stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         self.rows.extend(rows)
         return rows
+
+
+def _columns(row: dict) -> dict[str, str]:
+    """A prompt's own columns in a row, each as JSON, in which NaN is NaN."""
+    own = row.keys() - RESULT_COLUMNS - {"prompt", "lambda"}
+    return {name: json.dumps(row[name], sort_keys=True, ensure_ascii=False) for name in own}

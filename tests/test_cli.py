@@ -233,9 +233,14 @@ BAD_INPUTS = {
     "no model": (["--prompt", "x"], "no model is named"),
     "nan": ([*MODEL, "--lambda", "nan", "--prompt", "x"], "'nan' is not finite"),
     "infinite": ([*MODEL, "--lambda", "0,inf", "--prompt", "x"], "'inf' is not finite"),
+    "infinite in fp32": ([*MODEL, "--lambda", "1e39", "--prompt", "x"], "'1e39' is not finite in fp32"),
     "no number": ([*MODEL, "--lambda", "0,much", "--prompt", "x"], "'much' is not a number"),
     "empty prompt": ([*MODEL, "--prompt", "x", "--prompt", ""], "--prompt 2: the prompt is empty"),
     "long prompt": ([*MODEL, "--prompt", "xy " * 300], "tokens, which with 128 new ones is more than"),
+    "too large a lambda": (
+        [*MODEL, "--prompts", "{folder}/large.jsonl"],
+        "line 1: lambda must be a finite number or a list of such",
+    ),
     "malformed line": ([*MODEL, "--prompts", "{folder}/bad.jsonl"], "line 2: not valid JSON"),
     "two sources": ([*MODEL, "--prompt", "x", "--prompts", "y.txt"], "not both"),
     "not UTF-8": ([*MODEL, "--prompt", "\udcff"], "--prompt 1: the prompt is not valid UTF-8"),
@@ -243,7 +248,10 @@ BAD_INPUTS = {
     "device": ([*MODEL, "--prompt", "x", "--device-map", "wherever"], "device_map='wherever' is not a device"),
     "no device": ([*MODEL, "--prompt", "x", "--device-map", "cuda:99"], "there is no such device here"),
     "no option": ([*MODEL, "--prompt", "x", "--quantization", "nf5"], "'nf5' is not one of 'nf4', 'fp4', 'int8'"),
-    "output": ([*MODEL, "--prompt", "x", "--output", "/proc/none/out.jsonl"], "/proc/none"),
+    "output": (
+        [*MODEL, "--prompt", "x", "--output", "/proc/none/out.jsonl"],
+        "--output: '/proc/none/out.jsonl' can't be written",
+    ),
     "stream": ([*MODEL, "--prompt", "x", "--lambda", "0,1", "--stream"], "--stream shows one completion"),
     "unknown option": ([*MODEL, "--prompt", "x", "--lambad", "1"], "No such option"),
     "out of range": ([*MODEL, "--prompt", "x", "--top-p", "2"], "top_p=2.0 must be in"),
@@ -253,6 +261,7 @@ BAD_INPUTS = {
 @pytest.mark.parametrize("case", BAD_INPUTS)
 def test_bad_input_is_one_message_and_exit_code_2(dera, tmp_path, tiny_base, tiny_adapter, case):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    (tmp_path / "large.jsonl").write_text(f'{{"prompt": "a", "lambda": [0, 1{"0" * 400}]}}\n')
     (tmp_path / "chat.jsonl").write_text('{"prompt": [{"role": "user", "content": "Hi"}]}\n')
     other = shutil.copytree(tiny_adapter, tmp_path / "other")
     factors = load_file(tiny_adapter / "adapter_model.safetensors")
@@ -302,7 +311,18 @@ def test_an_output_that_cannot_be_written_is_told_before_the_model_loads(dera, m
     monkeypatch.setattr("dera_peft.commands.generate.load", None)
     code, _, err = dera("generate", *model, "--prompt", "x", "--output", tmp_path)
     assert code == 2
-    assert f"Is a directory: '{tmp_path}'" in err
+    assert f"--output: '{tmp_path}' can't be written: Is a directory." in err
+
+
+def test_a_run_that_fails_leaves_no_empty_output(dera, model, tmp_path):
+    file = tmp_path / "out.jsonl"
+    code, _, err = dera("generate", *model, "--prompt", "xy " * 300, "--output", file)
+    assert code == 2
+    assert "is more than the model's context" in err
+    assert not file.exists()
+    file.touch()
+    dera("generate", *model, "--prompt", "xy " * 300, "--output", file)
+    assert file.exists(), "that one was there before"
 
 
 def test_what_nf4_cannot_quantize_is_told(dera, stories, stories_adapter, monkeypatch):

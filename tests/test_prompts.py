@@ -51,6 +51,7 @@ def test_texts_lines_and_files(tmp_path):
         ("p.jsonl", [{"prompt": "  "}], "p.jsonl, line 1: the prompt is empty"),
         ("p.jsonl", [{"prompt": "a", "lambda": "b"}], "p.jsonl, line 1: lambda must be a finite number"),
         ("p.jsonl", ['{"prompt": "a", "lambda": NaN}'], "p.jsonl, line 1: lambda must be a finite number"),
+        ("p.jsonl", [{"prompt": "a", "lambda": -1e39}], "p.jsonl, line 1: lambda must be a finite number"),
         ("p.jsonl", [{"prompt": "a", "lambda": []}], "p.jsonl, line 1: lambda is an empty list"),
         ("p.jsonl", [{"prompt": "a"}, ""], "p.jsonl, line 2: not valid JSON"),
         ("p.jsonl", [{"prompt": "a", "run": 3}], "p.jsonl, line 1: the key 'run' is one that the results have"),
@@ -70,6 +71,8 @@ def test_text_is_taken_as_it_stands(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a\u2028b", "lambda": [0, -0.0, 1, 1.0]}\n', encoding="utf-8")
     (prompt,) = from_file(str(tmp_path / "p.jsonl"))
     assert (prompt.content, str(prompt.lam)) == ("a\u2028b", "(0.0, 1.0)")
+    stream = io.TextIOWrapper(io.BytesIO("\ufeffAna\r\nBob\r\n".encode()), encoding="utf-8", newline="\n")
+    assert [prompt.content for prompt in from_lines(stream, "standard input")] == ["Ana", "Bob"]
     with pytest.raises(DeRaError, match="standard input can't be read"):
         from_lines(io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8"), "standard input")
 

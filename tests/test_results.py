@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from dera_peft import DeRaError
 from dera_peft.decoding import Request
 from dera_peft.fingerprint import settings_fingerprint, weights_fingerprint
-from dera_peft.prompts import from_texts
+from dera_peft.prompts import Prompt, from_texts
 from dera_peft.results import Results
 
 ROW = {"index": 0, "prompt": "a", "lambda": 0.5, "sample": 0, "completion": "b"}
@@ -38,6 +38,24 @@ def test_other_settings_other_prompts_and_damage_are_errors_that_change_nothing(
     with pytest.raises(DeRaError, match="line 1, is not a row"):
         Results(file, "run1")
     assert file.read_bytes() == b"what?\n" + before
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"topic": "y", "weight": float("nan")}, 'other columns: \'topic\' was "x", and p, line 1 has "y"'),
+        ({"topic": "x"}, "'weight' was NaN, and p, line 1 has none"),
+        ({"topic": "x", "weight": float("nan"), "new": 1}, "'new' was not there, and p, line 1 has 1"),
+    ],
+)
+def test_rows_of_other_columns_are_an_error(tmp_path, columns, message):
+    """A reward may have read them."""
+    same = {"topic": "x", "weight": float("nan")}
+    Results(tmp_path / "out.jsonl", "run1").append([{**same, **ROW, "reward": 1.0, "tokens": 3}])
+    results = Results(tmp_path / "out.jsonl", "run1")
+    assert len(results.finished([Prompt(0, "a", "p, line 1", columns=same)])) == 1
+    with pytest.raises(DeRaError, match=message):
+        results.finished([Prompt(0, "a", "p, line 1", columns=columns)])
 
 
 @pytest.mark.parametrize("text", ["my notes, one line without an end", '{"run": "run2", "ind', '{"prompt": "a"}'])

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
 from dera_peft.errors import DeRaError
@@ -19,7 +19,8 @@ def read_dataset(name: str, split: str = "train", config: str | None = None) -> 
     Args:
         name: a hub id; a folder, or a .json, .jsonl, .csv or .parquet file; or a function that returns a dataset, as
             path.py:name.
-        split: of a dataset that has several; a part of one, as train[:95%], except from a function.
+        split: of a dataset that has several; or a part of one, as train[:95%]. A file's rows are the split train, and
+            so are those of a function that returns a single Dataset.
         config: of a hub dataset that has several.
 
     Raises:
@@ -29,10 +30,8 @@ def read_dataset(name: str, split: str = "train", config: str | None = None) -> 
     try:
         if is_object_path(name):
             dataset = load_object(name)()
-            if isinstance(dataset, DatasetDict):
-                if split not in dataset:
-                    raise DeRaError(f"dataset={name!r} has no split {split!r}; it has {list(dataset)}.")
-                dataset = dataset[split]
+            if isinstance(dataset, (Dataset, DatasetDict)):
+                dataset = _select(dataset if isinstance(dataset, DatasetDict) else {"train": dataset}, split)
         elif path.suffix in FORMATS:
             if not path.is_file():
                 raise DeRaError(f"dataset={name!r}: there is no such file.")
@@ -50,6 +49,12 @@ def read_dataset(name: str, split: str = "train", config: str | None = None) -> 
     if len(dataset) == 0:
         raise DeRaError(f"dataset={name!r} is empty.")
     return dataset
+
+
+def _select(splits: dict[str, Dataset], split: str) -> Dataset:
+    """The part of these splits that `load_dataset` would read of a file's; ValueError if there is no such split."""
+    parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
+    return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 
 def read_splits(script_args) -> tuple[Dataset, Dataset | None]:

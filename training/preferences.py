@@ -23,7 +23,7 @@ from typing import Any
 from dera_peft.errors import DeRaError
 from dera_peft.quiet import be_quiet
 from training.pairs import ALL, BEST_WORST, EMPTY, TOO_LONG, make_pairs, outcome_table
-from training.program import OutputFolder, ProgramArguments, check_processes, parse, settings_of, start
+from training.program import HelpFormatter, OutputFolder, ProgramArguments, check_processes, parse, settings_of, start
 
 # What does not decide a completion or its reward: where they are there already, they are reused.
 NOT_OF_A_COMPLETION = (
@@ -130,7 +130,11 @@ def make_parser():
     from trl import TrlParser
 
     return TrlParser(
-        (PreferenceArguments,), prog="python -m training.preferences", description=__doc__, allow_abbrev=False
+        (PreferenceArguments,),
+        prog="python -m training.preferences",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
     )
 
 
@@ -159,11 +163,8 @@ def main(arguments: list[str] | None = None) -> None:
     source = find_source(ModelConfig(model_name_or_path=args.model_name_or_path), args.sft_adapter)
     if source.is_function:
         raise DeRaError(f"model_name_or_path={source.base!r} is a function; fine-tune what it makes first.")
-    inputs = {
-        **source.fingerprint(),
-        "reward": reward_fingerprint(args.reward),
-        "prompts": settings_fingerprint([prompt.content for prompt in prompts]),
-    }
+    # not the prompts: there may be more of them, and each completion is compared with its own
+    inputs = {**source.fingerprint(), "reward": reward_fingerprint(args.reward)}
     prompts = prompts[: args.max_prompts]
     folder = Path(args.output_dir)
     output = OutputFolder(folder, settings_of(args, ignore=NOT_OF_A_COMPLETION), inputs, args.overwrite)
@@ -262,9 +263,9 @@ def sample(
     """
     from dera_peft.commands.common import progress
     from dera_peft.decoding import decode
-    from dera_peft.evaluate.rewards import score
+    from dera_peft.evaluate.rewards import score_batch
     from dera_peft.loading import load_config, load_tokenizer_of
-    from dera_peft.prompts import PromptTooLong, encode
+    from dera_peft.prompts import PromptTooLong, column_names, encode
     from dera_peft.sampling import Sampling
     from training.sampler import load_sft_model
 
@@ -280,13 +281,13 @@ def sample(
     todo = [request for request in todo if request.index in tokens]
     if not todo:
         return
+    names = column_names(prompts)
     model = load_sft_model(source, args.quantization, args.dtype, device_map)
     with progress("sampling", there + len(todo), there) as advance:
         for completions in decode(model, tokenizer, tokens, todo, sampling, args.batch_size):
             of = [prompts[completion.request.index] for completion in completions]
-            columns = {name: [prompt.columns.get(name) for prompt in of] for name in of[0].columns}
             texts = [completion.text for completion in completions]
-            rewards = score(reward, [prompt.content for prompt in of], texts, columns, allow_none=True)
+            rewards = score_batch(reward, of, texts, names, allow_none=True)
             results.append(
                 {**completion.row(prompt), "reward": value}
                 for prompt, completion, value in zip(of, completions, rewards, strict=True)

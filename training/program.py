@@ -6,7 +6,7 @@ import shutil
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from typing import Any
 from dera_peft.errors import DeRaError
 
 FILE_NAME = "run.json"
+# What the programs write, beside a tokenizer, which every run writes anew; with --overwrite it goes.
+MODEL_FILES = ("adapter_config.json", "adapter_model.*", "config.json", "generation_config.json", "model*.safetensors*")
+MODEL_FOLDERS = ("merged", "sft")
 
 
 @dataclass
@@ -125,12 +128,11 @@ def settings_of(*arguments: Any, ignore: tuple[str, ...] = ()) -> dict[str, Any]
     """The fields of dataclasses that are not at their defaults, as JSON would hold them; without those to `ignore`."""
     settings = {}
     for group in arguments:
-        values = group.to_dict() if hasattr(group, "to_dict") else asdict(group)
         for f in fields(group):
-            default = f.default if f.default_factory is MISSING else f.default_factory()
-            if f.name in values and values[f.name] != default:
-                settings[f.name] = values[f.name]
-    for name in (*ignore, "output_dir", "overwrite", "traceback", "num_processes"):
+            value = getattr(group, f.name)  # to_dict would mask an eos_token as it does the hub's
+            if f.init and value != (f.default if f.default_factory is MISSING else f.default_factory()):
+                settings[f.name] = value
+    for name in (*ignore, "output_dir", "overwrite", "traceback", "num_processes", "hub_token"):
         settings.pop(name, None)
     return json.loads(json.dumps(settings, default=str))
 
@@ -176,7 +178,23 @@ class OutputFolder:
             return True
 
     def _forget(self) -> None:
-        """Takes away what would let an unfinished folder pass for a finished one, or be continued."""
+        """
+        Takes away what would let an unfinished folder pass for a finished one, or be continued; and, where a program
+        made this folder, the model files of which the next one may write others.
+
+        Raises:
+            DeRaError: this run's own model is among them.
+        """
+        for name in ("model_name_or_path", "sft_adapter"):
+            value = self.record["settings"].get(name)
+            if value and Path(value).exists() and Path(value).resolve().is_relative_to(self.folder.resolve()):
+                raise DeRaError(f"{name}={value!r} is in the folder to overwrite: choose another output_dir.")
+        if self.file.is_file():
+            for pattern in MODEL_FILES:
+                for file in self.folder.glob(pattern):
+                    file.unlink()
+            for name in MODEL_FOLDERS:
+                shutil.rmtree(self.folder / name, ignore_errors=True)
         self.file.unlink(missing_ok=True)
         (self.folder / "dera.json").unlink(missing_ok=True)
         for checkpoint in self.folder.glob("checkpoint-*"):

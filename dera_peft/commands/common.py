@@ -1,6 +1,5 @@
 """What several commands share."""
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dera_peft.errors import DeRaError
+from dera_peft.prompts import is_lambda
 
 MIN_COLUMN = 38  # characters; λ stand side by side where each gets at least so many
 
@@ -25,8 +25,8 @@ def read_lambdas(texts: Sequence[str]) -> list[float]:
             raise DeRaError(
                 f"--lambda: {part.strip()!r} is not a number; write numbers with commas, as 0,0.5,1."
             ) from None
-        if not math.isfinite(value):
-            raise DeRaError(f"--lambda: {part.strip()!r} is not finite.")
+        if not is_lambda(value):
+            raise DeRaError(f"--lambda: {part.strip()!r} is not finite in fp32, in which logits are mixed.")
         value += 0.0  # -0.0 is 0.0
         if value not in values:
             values.append(value)

@@ -9,7 +9,7 @@ from rich.console import Console
 from dera_peft.errors import DeRaError
 from dera_peft.export import NEW_TOKENS, describe
 from dera_peft.loading import load, load_config, load_tokenizer, resolve
-from dera_peft.prompts import encode, from_file, from_texts
+from dera_peft.prompts import encode, from_file, from_texts, is_lambda
 
 
 def read_lam(text: str) -> float | dict[str, float]:
@@ -21,7 +21,7 @@ def read_lam(text: str) -> float | dict[str, float]:
             number = float(value)
         except ValueError:
             number = math.nan
-        if not math.isfinite(number) or (not equals and "," in text):
+        if not is_lambda(number) or (not equals and "," in text):
             raise DeRaError(f"--lambda: {text!r} is not a number, nor name=number for each adapter with commas.")
         if not equals:
             return number

@@ -81,7 +81,7 @@ def generate(
             "sampling": asdict(sampling),
         }
     )
-    results = None if output is None else Results(output, run)
+    results = None if output is None else Results(output, run, "--output")
     finished = {} if results is None else results.finished(prompts)
     todo = [request for request in requests if request not in finished]
     if len(todo) < len(requests):

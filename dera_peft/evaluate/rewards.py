@@ -16,6 +16,7 @@ from dera_peft.devices import read_device_map
 from dera_peft.errors import DeRaError
 from dera_peft.fingerprint import file_fingerprint, weights_fingerprint
 from dera_peft.objects import is_object_path, load_object
+from dera_peft.prompts import Prompt
 
 # f(prompts, completions, **columns) -> list[float | None]; None for a completion that it does not score
 Reward = Callable[..., list[float | None]]
@@ -162,7 +163,7 @@ def score(
         allow_none: pass on None, a reward's word for "not scored"; without, it is an error.
 
     Raises:
-        DeRaError: the reward raises, or returns another number of values, or one that is not finite.
+        DeRaError: the reward raises, or returns no list, or another number of values, or one that is not finite.
     """
     name = getattr(reward, "__name__", repr(reward))
     try:
@@ -171,14 +172,39 @@ def score(
         raise
     except Exception as error:
         raise DeRaError(f"the reward {name!r} raised {type(error).__name__}: {error}") from error
+    if not isinstance(values, (list, tuple)):
+        raise DeRaError(
+            f"the reward {name!r} returned a {type(values).__name__}: it must return a list of numbers, one for each "
+            "completion."
+        )
     if len(values) != len(completions):
         raise DeRaError(f"the reward {name!r} gave {len(values)} values for {len(completions)} completions.")
     for value, completion in zip(values, completions, strict=True):
         if value is None and allow_none:
             continue
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise DeRaError(f"the reward {name!r} gave {value!r} for the completion {completion[:80]!r}.")
+        if not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+            raise DeRaError(
+                f"the reward {name!r} gave {value!r} for the completion {completion[:80]!r}: it must be a finite "
+                "number."
+            )
     return [None if value is None else float(value) for value in values]
+
+
+def score_batch(
+    reward: Reward,
+    prompts: Sequence[Prompt],
+    completions: Sequence[str],
+    names: Sequence[str],
+    allow_none: bool = False,
+) -> list[float | None]:
+    """
+    As `score`, for prompts with the columns of their rows.
+
+    Args:
+        names: of the columns that the reward is given, the same in every batch: `column_names` of the run's prompts.
+    """
+    columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+    return score(reward, [prompt.content for prompt in prompts], completions, columns, allow_none)
 
 
 def _first_line(error: BaseException) -> str:

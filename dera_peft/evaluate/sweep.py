@@ -1,5 +1,6 @@
 """A sweep over λ: decode held-out prompts, score them, and say what each λ gives."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -10,14 +11,23 @@ from dera_peft.decoding import Completion, Request, decode
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate.kl import token_kl
 from dera_peft.evaluate.plot import plot_sweep
-from dera_peft.evaluate.rewards import Reward, load_reward, reward_fingerprint, score
+from dera_peft.evaluate.rewards import Reward, load_reward, reward_fingerprint, score_batch
 from dera_peft.evaluate.summary import LambdaSummary, summarise, write_csv
 from dera_peft.fingerprint import model_fingerprint, settings_fingerprint
 from dera_peft.loading import load, load_config, load_tokenizer, resolve
 from dera_peft.model import DeRaModel
-from dera_peft.prompts import Prompt, encode, from_file
+from dera_peft.prompts import Prompt, column_names, encode, from_file, is_lambda
 from dera_peft.results import Results
 from dera_peft.sampling import Sampling
+
+# What a key's value must be, by the type of its field; a sampling's own are checked by `Sampling`.
+KINDS = {
+    str: "a text",
+    str | None: "a text, or left out",
+    int: "an integer of at least 1",
+    int | None: "an integer of at least 1, or left out",
+    bool: "true or false",
+}
 
 
 @dataclass(frozen=True)
@@ -61,13 +71,19 @@ class SweepConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise DeRaError(f"{name}={getattr(self, name)!r} must be at least 1.")
-        if not self.lambdas or not all(isinstance(lam, (int, float)) for lam in self.lambdas):
-            raise DeRaError(f"lambdas={self.lambdas!r} must be a list of numbers, as [0, 0.5, 1].")
-        object.__setattr__(self, "lambdas", tuple(dict.fromkeys(map(float, self.lambdas))))
         self.sampling  # noqa: B018 (checks itself)
+        of_sampling = {field.name for field in fields(Sampling)}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type not in KINDS or field.name in of_sampling:
+                continue
+            holds = isinstance(value, field.type) and isinstance(value, bool) == (field.type is bool)
+            if not holds or (type(value) is int and value < 1):
+                raise DeRaError(f"{field.name}={value!r} must be {KINDS[field.type]}.")
+        if not isinstance(self.lambdas, (list, tuple)) or not self.lambdas or not all(map(is_lambda, self.lambdas)):
+            raise DeRaError(f"lambdas={self.lambdas!r} must be a list of finite numbers, as [0, 0.5, 1].")
+        # -0.0 is 0.0
+        object.__setattr__(self, "lambdas", tuple(dict.fromkeys(float(lam) + 0.0 for lam in self.lambdas)))
 
     @property
     def sampling(self) -> Sampling:
@@ -130,6 +146,12 @@ def sweep(
     """
     reward = load_reward(config.reward)
     prompts = from_file(config.prompts)[: config.max_prompts]
+    if own := sum(prompt.lam is not None for prompt in prompts):
+        print(
+            f"{config.prompts}: {own} of {len(prompts)} prompts have a lambda of their own, which a sweep leaves "
+            "aside: it decodes each at all of its lambdas",
+            file=sys.stderr,
+        )
     results = Results(Path(config.output_dir) / "samples.jsonl", _fingerprint(config))
     requests = [
         Request(prompt.index, lam, sample)
@@ -153,8 +175,9 @@ def sweep(
             dtype=config.dtype,
             device_map=config.device_map,
         )
+        names = column_names(prompts)
         for completions in decode(model, tokenizer, tokens, todo, config.sampling, config.batch_size):
-            results.append(_measure(model, prompts, tokens, completions, reward))
+            results.append(_measure(model, prompts, tokens, completions, reward, names))
             if on_progress:
                 on_progress(len(completions))
     finished = results.finished(prompts)
@@ -186,11 +209,11 @@ def _measure(
     tokens: Sequence[Sequence[int]],
     completions: Sequence[Completion],
     reward: Reward,
+    names: Sequence[str],
 ) -> list[dict]:
     """The rows of a batch: with rewards, and with KL(π_λ ‖ π_ref) in nats, summed over each completion's tokens."""
     of = [prompts[completion.request.index] for completion in completions]
-    columns = {name: [prompt.columns.get(name) for prompt in of] for name in of[0].columns}
-    rewards = score(reward, [prompt.content for prompt in of], [completion.text for completion in completions], columns)
+    rewards = score_batch(reward, of, [completion.text for completion in completions], names)
     divergences = token_kl(
         model,
         [tokens[completion.request.index] for completion in completions],

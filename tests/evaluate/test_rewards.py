@@ -26,6 +26,16 @@ def short(prompts, completions, **columns):
 def nan(prompts, completions, **columns):
     return [float("nan")] * len(completions)
 
+def nothing(prompts, completions, **columns):
+    pass
+
+def tensor(prompts, completions, **columns):
+    import torch
+    return torch.zeros(len(completions))
+
+def huge(prompts, completions, **columns):
+    return [10**400] * len(completions)
+
 number = 3
 """
 
@@ -47,6 +57,9 @@ def test_rewards_and_columns(file):
         ("broken", "'broken' raised KeyError"),
         ("short", "'short' gave 1 values for 2"),
         ("nan", "'nan' gave nan for the completion 'xy'"),
+        ("nothing", "'nothing' returned a NoneType: it must return a list of numbers"),
+        ("tensor", "'tensor' returned a Tensor: it must return a list of numbers"),
+        ("huge", "'huge' gave 1000.*: it must be a finite number"),
         ("weighted", "missing 1 required"),
     ],
 )

@@ -113,6 +113,23 @@ def test_more_samples_go_on_from_those_that_are_there(files, base):
     ), "another seed gives other texts"
 
 
+def test_more_prompts_go_on_from_those_that_are_there_and_other_columns_are_an_error(files, base):
+    data = ["--dataset_name", str(files / "prompts.jsonl"), "--reward_columns", "weight"]
+    prompts = files / "prompts.jsonl"
+    make(files, base, reward="weighted", data=data)
+    before, text = (files / "out" / "completions.jsonl").read_text(), prompts.read_text()
+    prompts.write_text(text + json.dumps({"prompt": "The baker sold", "weight": 2, "other": 1}) + "\n")
+    make(files, base, reward="weighted", data=data)
+    after = (files / "out" / "completions.jsonl").read_text()
+    assert after.startswith(before)
+    assert len(after.splitlines()) == len(before.splitlines()) + 3
+    prompts.write_text(text.replace('"weight": 0', '"weight": 7'))
+    with pytest.raises(DeRaError, match=r"other columns: 'weight' was 0, and .*row [13] has 7"):
+        make(files, base, reward="weighted", data=data)
+    make(files, base, "out", "--overwrite", "true", reward="weighted", data=data)
+    assert {row["weight"] for row in read(files / "out" / "completions.jsonl")} == {7, 1}
+
+
 def test_an_sft_adapter_samples_as_the_model_that_it_is_merged_into(files, base, tiny_adapter):
     merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tiny_adapter).merge_and_unload()
     merged.save_pretrained(files / "merged")
@@ -135,6 +152,23 @@ def test_a_datasets_column_of_texts_with_columns_for_the_reward(files, base):
     assert "other" not in sampled[0]
     with pytest.raises(DeRaError, match="missing 1 required positional argument: 'weight'"):
         make(files, base, "other", reward="weighted", data=data[:2])
+
+
+def test_every_batch_has_the_columns_of_all_rows(files, base):
+    """Also where its first row lacks one."""
+    rows = read(files / "prompts.jsonl")
+    for row in rows[::2]:
+        del row["other"]
+    (files / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (files / "reward.py").write_text(
+        "def length(prompts, completions, other, weight, **columns):\n"
+        "    assert not columns\n"
+        "    return [len(completion) + 1000 * (value or 0) for completion, value in zip(completions, other)]\n"
+    )
+    make(files, base, "out", "--batch_size", "1")
+    sampled = read(files / "out" / "completions.jsonl")
+    assert len(sampled) == 12
+    assert all(row["reward"] == len(row["completion"]) + 1000 * row.get("other", 0) for row in sampled)
 
 
 def test_a_datasets_column_of_chats(files, base, capsys):
@@ -191,6 +225,12 @@ def test_two_processes_make_what_one_makes(files, base):
     parts = [read(files / "two" / name) for name in ("completions.jsonl", "completions-1.jsonl")]
     assert [len(part) for part in parts] == [6, 6]
     assert read(files / "two" / "preferences.jsonl") == one
+
+
+def test_help_shows_the_text_as_it_is_written(capsys):
+    with pytest.raises(SystemExit):
+        preferences.main(["--help"])
+    assert preferences.__doc__ in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

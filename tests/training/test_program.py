@@ -6,7 +6,8 @@ import pytest
 
 from dera_peft import DeRaError
 from training.data import dataset_fingerprint, read_dataset
-from training.program import OutputFolder
+from training.program import OutputFolder, settings_of
+from training.trainer import ModelConfig, SFTConfig
 
 
 def test_a_folder_is_reused_by_the_same_run_alone(tmp_path):
@@ -29,6 +30,36 @@ def test_a_folder_is_reused_by_the_same_run_alone(tmp_path):
         OutputFolder(folder, {"seed": 2}, {"model": "abc"})
 
 
+def test_overwriting_takes_away_what_the_programs_wrote_and_nothing_else(tmp_path):
+    ours = [
+        "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json",
+        "generation_config.json", "adapter_config.json", "adapter_model.safetensors", "dera.json",
+        "merged/config.json", "sft/adapter_config.json", "checkpoint-3/optimizer.pt",
+    ]  # fmt: skip
+    others = ["notes.txt", "rewards.safetensors", "tokenizer.json", "mine/config.json"]
+    for name in (*ours, *others):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    for name in ("model_name_or_path", "sft_adapter"):
+        for source in (tmp_path, tmp_path / "sft"):
+            with pytest.raises(DeRaError, match=rf"{name}=.* is in the folder to overwrite"):
+                OutputFolder(tmp_path, {name: str(source)}, {}, overwrite=True)
+    OutputFolder(tmp_path, {}, {}, overwrite=True)
+    assert (tmp_path / "model.safetensors").exists(), "no program had made that folder"
+    OutputFolder(tmp_path, {"model_name_or_path": "org/sft"}, {}, overwrite=True)
+    found = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+    assert found == {*others, "run.json"}
+
+
+def test_settings_are_told_as_they_are_but_for_the_hubs_token(tmp_path):
+    config = SFTConfig(output_dir=str(tmp_path), eos_token="</s>", hub_token="secret", lr_scheduler_type="cosine")
+    settings = settings_of(config, ModelConfig(dtype="bfloat16", lora_r=16), ignore=("dtype",))
+    assert settings["eos_token"] == "</s>"
+    assert settings["lr_scheduler_type"] == "cosine"
+    assert not settings.keys() & {"hub_token", "output_dir", "dtype", "lora_r", "learning_rate"}
+    assert "secret" not in json.dumps(settings)
+
+
 def test_datasets_by_file_folder_and_function(tmp_path):
     rows = [{"prompt": f"p{i}", "chosen": " a", "rejected": " b"} for i in range(3)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -36,6 +67,7 @@ def test_datasets_by_file_folder_and_function(tmp_path):
     (tmp_path / "made.py").write_text(
         "from datasets import Dataset, DatasetDict\n"
         "def split(): return DatasetDict({'a': Dataset.from_list([{'x': 1}]), 'b': Dataset.from_list([{'x': 2}])})\n"
+        "def plain(): return Dataset.from_list([{'x': i} for i in range(10)])\n"
         "def wrong(): return [1]\n"
         "def empty(): return Dataset.from_list([])\n"
     )
@@ -44,10 +76,17 @@ def test_datasets_by_file_folder_and_function(tmp_path):
     assert read_dataset(f"{tmp_path}/made.py:split", "b")[0] == {"x": 2}
     assert read_dataset(str(tmp_path / "rows.jsonl"), "train[:67%]").to_list() == rows[:2]
     assert read_dataset(str(tmp_path / "rows.jsonl"), "train[67%:]").to_list() == rows[2:]
+    for split, expected in [
+        ("train", range(10)), ("train[:90%]", range(9)), ("train[90%:]", [9]), ("train[:2]+train[-1:]", [0, 1, 9]),
+    ]:  # fmt: skip
+        assert read_dataset(f"{tmp_path}/made.py:plain", split)["x"] == list(expected)
+    assert read_dataset(f"{tmp_path}/made.py:split", "a+b[:1]")["x"] == [1, 2]
     for name, split, message in [
         ("nowhere.jsonl", "train", "there is no such file"),
         (f"{tmp_path}/rows.jsonl", "test", "Unknown split"),
-        (f"{tmp_path}/made.py:split", "c", r"no split 'c'; it has \['a', 'b'\]"),
+        (f"{tmp_path}/made.py:split", "c", r"split='c'.*Unknown split \"c\". Should be one of \['a', 'b'\]"),
+        (f"{tmp_path}/made.py:plain", "test[:9]", r"Unknown split \"test\". Should be one of \['train'\]"),
+        (f"{tmp_path}/made.py:plain", "train[:0]", "is empty"),
         (f"{tmp_path}/made.py:wrong", "train", "gave a list"),
         (f"{tmp_path}/made.py:empty", "train", "is empty"),
         ("some-org/no-such-dataset", "train", "some-org/no-such-dataset"),
