@@ -123,7 +123,8 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
             adapters: instead of `adapter`, several aligned models: name -> hub id or folder.
             reference: adapters (one, or a list) that the reference is made of with the base, as an SFT adapter.
             stacked: whether the aligned adapters were trained on top of the reference's, which then are under both
-                branches (True), or go on from a copy of them and replace them (False).
+                branches (True), or go on from a copy of them and replace them (False). A `dera.json` of the adapter
+                says it; without one it is True unless given.
             quantization: None, "nf4", "fp4" or "int8" (bitsandbytes); or a `quantization_config`, as in transformers.
             dtype: a torch dtype or its name; the base's own unless given.
             device_map: as in transformers.
@@ -216,7 +217,7 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
         """Branch name -> the adapters that its rows see on top of the base."""
         return {branch.name: branch.adapters for branch in self.branches}
 
-    def add_adapter(self, name: str, adapter: str | os.PathLike, stacked: bool = True) -> None:
+    def add_adapter(self, name: str, adapter: str | os.PathLike, stacked: bool | None = None) -> None:
         """
         Loads another aligned adapter, as a branch of the name `name`, checked as `from_pretrained` does.
 
@@ -225,14 +226,17 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
 
         Args:
             adapter: hub id or folder.
-            stacked: whether it was trained on top of the reference's adapters.
+            stacked: whether it was trained on top of the reference's adapters; its `dera.json`'s word, or else True.
+
+        Raises:
+            DeRaError: it is of another base, or its `dera.json` tells of another reference.
         """
         from dera_peft.adapters import remove_from
         from dera_peft.loading import load_adapter
 
         if name in self.adapters or name in self.peft_model.peft_config:
             raise DeRaError(f"name={name!r} is taken; the model has the branches {list(self.adapters)}.")
-        load_adapter(self, name, os.fspath(adapter))
+        stacked = load_adapter(self, name, os.fspath(adapter), stacked)
         under = self.branches[0].adapters if stacked else ()
         try:
             self._reinstall((*self.branches, Branch(name, (*under, name))))

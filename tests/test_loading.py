@@ -303,3 +303,31 @@ def test_a_hub_base_is_known_by_its_commit_and_its_cached_weights(tiny_base, tin
     assert torch.equal(DeRaModel.from_pretrained(tiny_base, tmp_path / "saved")(IDS).logits, expected)
     with pytest.raises(DeRaError, match="is not the base that the adapter was trained on"):
         DeRaModel.from_pretrained(adapter=tmp_path / "saved", revision="b" * 40)
+
+
+def test_a_record_whose_values_do_not_fit(tiny_base, tiny_adapter, tmp_path):
+    good = {
+        "format": 1,
+        "base": str(tiny_base),
+        "adapters": {"default": str(tiny_adapter)},
+        "branches": {"aligned": ["default"], "reference": []},
+    }
+    file = tmp_path / "dera.json"
+    file.write_text(json.dumps(good))
+    model = DeRaModel.from_pretrained(tmp_path)
+    assert model.adapters == {"reference": (), "aligned": ("default",)}, "in whatever order the file has them"
+    assert list(model.adapters) == ["reference", "aligned"]
+    for values, message in (
+        ({"branches": {"reference": [], "aligned": ["dpo"]}}, "names the adapter 'dpo'"),
+        ({"branches": {"reference": [], "aligned": "default"}}, "lists of adapters"),
+        ({"branches": {"reference": [], "aligned": []}}, "'aligned' has no adapter"),
+        ({"branches": {"reference": []}}, "no aligned branch"),
+        ({"branches": {"aligned": ["default"]}}, "no 'reference'"),
+        ({"base": None}, '"base" must name a model; it is None'),
+        ({"adapters": ["default"]}, '"adapters" must map'),
+        ({"training": ["dpo"]}, '"training" must be'),
+    ):
+        file.write_text(json.dumps({**good, **values}))
+        found = error(tmp_path)
+        assert str(file) in found
+        assert message in found
