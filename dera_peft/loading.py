@@ -213,7 +213,9 @@ def _own_adapter(
     names = next(names for branch, names in record.branches.items() if branch != REFERENCE)
     own = names[-1]
     if names not in ([own], [*under, own]):
-        raise DeRaError(f"adapter={adapter!r}: its record's aligned model is {names}, more than one adapter of its own.")
+        raise DeRaError(
+            f"adapter={adapter!r}: its record's aligned model is {names}, more than one adapter of its own."
+        )
     recorded = [record.adapters[name] for name in under]
     if under and not references:
         raise DeRaError(

@@ -71,7 +71,9 @@ def test_two_aligned_adapters_generate(tiny_base, adapters):
     inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True, return_token_type_ids=False)
     cached = model.generate(**inputs, lam=WEIGHTS, num_beams=3, **NEW)
     assert cached.tolist() == model.generate(**inputs, lam=WEIGHTS, num_beams=3, use_cache=False, **NEW).tolist()
-    ends = [model.generate(**inputs, lam=lam, **NEW).tolist() for lam in ({}, {"helpful": 1}, {"harmless": 1})]
+    ends = [
+        model.generate(**inputs, lam=lam, **NEW).tolist() for lam in ({"helpful": 0}, {"helpful": 1}, {"harmless": 1})
+    ]
     assert ends[0] != ends[1] != ends[2] != ends[0]
     start, tokens = inputs.input_ids.shape[1], inputs.input_ids
     greedy = model.generate(**inputs, lam=WEIGHTS, **NEW)
@@ -332,3 +334,20 @@ def test_an_adapter_that_is_added_must_agree_with_the_model(tiny_base, adapters,
         DeRaModel.from_pretrained(tiny_base, adapters["helpful"], reference=adapters["harmless"]).add_adapter(
             "other", recorded["stacked"]
         )
+
+
+def test_two_adapters_of_a_branch_that_replace_one_module_are_refused(tiny_base, tiny_adapter, tmp_path):
+    for kind, module in (
+        ({"modules_to_save": ["lm_head"]}, "lm_head"),
+        ({"trainable_token_indices": [5]}, "model.embed_tokens"),
+    ):
+        one, two = (make_adapter(tiny_base, tmp_path / f"{module}{seed}", seed=seed, **kind) for seed in (1, 2))
+        with pytest.raises(DeRaError, match=rf"{module}: the adapters \['reference_1', 'aligned'\] of the branch"):
+            DeRaModel.from_pretrained(tiny_base, two, reference=one)
+    one, two = (tmp_path / f"lm_head{seed}" for seed in (1, 2))
+    model = DeRaModel.from_pretrained(tiny_base, tiny_adapter, reference=one)
+    before = model(IDS, lam=0.5).logits
+    with pytest.raises(DeRaError, match="lm_head: the adapters"):
+        model.add_adapter("two", two)
+    assert torch.equal(model(IDS, lam=0.5).logits, before)
+    model.add_adapter("two", two, stacked=False)

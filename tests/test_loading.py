@@ -36,6 +36,14 @@ def test_save_and_load_one_folder(tiny_base, tiny_adapter, tmp_path):
     assert torch.equal(plain(IDS).logits, model(IDS, lam=1).logits)
 
 
+def test_options_of_saving_that_are_not_known(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "dera", safe_serialization=True)
+    for kwargs in ({"safe_serialization": False}, {"max_shard_size": "1GB"}, {"push_to_hub": True}):
+        with pytest.raises(DeRaError, match=next(iter(kwargs))):
+            tiny_model.save_pretrained(tmp_path / "other", **kwargs)
+    assert not (tmp_path / "other").exists()
+
+
 @torch.no_grad()
 def test_a_saved_tree_can_be_moved(tiny_base, tiny_adapter, tmp_path):
     shutil.copytree(tiny_base, tmp_path / "a" / "base")
