@@ -98,8 +98,8 @@ def _combine(model: DeRaModel, factors: dict[str, float]) -> tuple[dict[str, tor
         if not module.scales:
             raise DeRaError(
                 f"{module.name}: {sorted(module.adapters)} adapt it by more than plain LoRA (modules_to_save, "
-                "trainable tokens or DoRA), which PEFT's weighted combination of adapters does not keep; only an adapter alone "
-                "can be exported with it."
+                "trainable tokens or DoRA), which PEFT's weighted combination of adapters does not keep; only an "
+                "adapter alone can be exported with it."
             )
     # the combination takes its settings from the first adapter: it must find the modules of all of them
     modules = {module.name for module in model._adapted}

@@ -265,15 +265,22 @@ def load_tokenizer(base: str | os.PathLike | None, adapter: str | os.PathLike | 
         DeRaError: neither has one.
     """
     record = resolve(base, adapter)
-    return load_tokenizer_of(*record.adapters.values(), record.base)
+    return load_tokenizer_of(*record.adapters.values(), record.base, revision=record.base_revision)
 
 
-def load_tokenizer_of(*sources: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of the first of `sources` (hub ids or folders) that has one; see `load_tokenizer`."""
+def load_tokenizer_of(*sources: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer of the first of `sources` (hub ids or folders) that has one; see `load_tokenizer`.
+
+    Args:
+        revision: of the last source, the base, where it is of the hub.
+    """
     errors = []
     for source in sources:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, padding_side="left", revision=revision if source == sources[-1] else None
+            )
         except (OSError, ValueError, HFValidationError) as error:
             errors.append(f"{source!r}: {first_line(error)}")
             continue

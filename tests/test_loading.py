@@ -311,6 +311,11 @@ def test_a_hub_base_is_known_by_its_commit_and_its_cached_weights(tiny_base, tin
     assert torch.equal(DeRaModel.from_pretrained(tiny_base, tmp_path / "saved")(IDS).logits, expected)
     with pytest.raises(DeRaError, match="is not the base that the adapter was trained on"):
         DeRaModel.from_pretrained(adapter=tmp_path / "saved", revision="b" * 40)
+    for file in second.glob("tokenizer*"):
+        file.unlink()
+    assert len(load_tokenizer(None, tmp_path / "saved")) == 320, "the tokenizer of the record's commit"
+    with pytest.raises(DeRaError, match="no tokenizer can be loaded"):
+        load_tokenizer("org/tiny", tiny_adapter)
 
 
 def test_a_record_whose_values_do_not_fit(tiny_base, tiny_adapter, tmp_path):
