@@ -1,6 +1,5 @@
 """Which rows of a batch belong to which branch, and with which weight they are joined."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ from dera_peft.errors import DeRaError
 
 REFERENCE = "reference"
 ALIGNED = "aligned"
+ROUNDING = 1e-6  # of a sum of λ that were given as float32
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,25 @@ def read_lam(lam, batch_size: int, aligned: Sequence[str]) -> torch.Tensor:
         `[B, K]` float64 on the CPU.
 
     Raises:
-        DeRaError: λ is not a finite number, or its count fits neither the prompts nor the branches.
+        DeRaError: λ is not a number that is finite in float32, or its count fits neither the prompts nor the branches.
     """
     if isinstance(lam, Mapping):
         unknown = [name for name in lam if name not in aligned]
         if unknown:
             raise DeRaError(f"lam names {unknown[0]!r}, which is not an aligned branch; there are: {list(aligned)}.")
+        if not lam:
+            raise DeRaError(f"lam={{}} names no aligned branch; there are: {list(aligned)}.")
         columns = [read_lam(lam.get(name, 0.0), batch_size, [name]) for name in aligned]
         return torch.cat(columns, dim=1)
     try:
         values = torch.as_tensor(lam, dtype=torch.float64, device="cpu").detach()
+        is_bool = torch.as_tensor(lam).dtype == torch.bool
     except (TypeError, ValueError, RuntimeError):
         raise DeRaError(f"lam must be a number, or one per sequence; got {lam!r}.") from None
-    if not torch.isfinite(values).all():
-        raise DeRaError(f"lam must be finite; got {lam!r}.")
+    if is_bool:
+        raise DeRaError(f"lam must be a number, not a truth value; got {lam!r}.")
+    if not torch.isfinite(values.float()).all():  # the weights of the join are float32
+        raise DeRaError(f"lam must be finite in float32; got {lam!r}.")
     if values.ndim < 2 and len(aligned) != 1:
         raise DeRaError(
             f"lam={lam!r} gives one weight, and the model has {len(aligned)} aligned branches {list(aligned)}: "
@@ -88,6 +93,17 @@ def read_lam(lam, batch_size: int, aligned: Sequence[str]) -> torch.Tensor:
             "sequences expand them)."
         )
     return values
+
+
+def _branch_weights(lam: torch.Tensor) -> torch.Tensor:
+    """
+    `[B, K]` λ to the weights of the reference and the aligned branches, `[B, K+1]`, which sum to one.
+
+    Where λ sums to one but for the rounding of float32, it is taken to do so, and the reference has weight zero.
+    """
+    total = lam.sum(dim=1, keepdim=True)
+    is_whole = (total - 1.0).abs() < ROUNDING
+    return torch.cat([torch.where(is_whole, 0.0, 1.0 - total), torch.where(is_whole, lam / total, lam)], dim=1)
 
 
 @dataclass(frozen=True)
@@ -129,7 +145,7 @@ class BatchPlan:
         self.every_branch = every_branch
         self.batch_size = lam.shape[0]
 
-        weights = torch.cat([1.0 - lam.sum(dim=1, keepdim=True), lam], dim=1)  # [B, K+1]
+        weights = _branch_weights(lam)
         computed = torch.ones_like(weights, dtype=torch.bool) if every_branch else weights != 0
         self.segments: list[Segment] = []
         self.row_of = torch.zeros(len(self.branches), self.batch_size, dtype=torch.long)  # only read where computed
@@ -240,7 +256,7 @@ class WeightPlan(BatchPlan):
         super().__init__([single], lam[:, :0], device)
         self.lam = lam
         self.mixed_branches = tuple(branches)
-        weights = torch.cat([1.0 - lam.sum(dim=1, keepdim=True), lam], dim=1)  # [B, K+1]
+        weights = _branch_weights(lam)
         common = set.intersection(*(set(branch.adapters) for branch in branches))
         self._scale: dict[str, torch.Tensor] = {}
         for name in names:
@@ -270,8 +286,10 @@ def check_default_lam(lam: float | Mapping[str, float], aligned: Sequence[str] =
     if isinstance(lam, Mapping):
         if unknown := [name for name in lam if name not in aligned]:
             raise DeRaError(f"the default λ names {unknown[0]!r}, which is not an aligned branch: {list(aligned)}.")
+        if not lam:
+            raise DeRaError(f"the default λ is {{}}; name the aligned branches: {list(aligned)}.")
         values = {name: check_default_lam(value) for name, value in lam.items()}
         return values if len(aligned) > 1 else values.get(aligned[0], 0.0)
-    if isinstance(lam, bool) or not isinstance(lam, (int, float)) or not math.isfinite(lam):
-        raise DeRaError(f"the default λ must be one finite number; got {lam!r}.")
+    if isinstance(lam, bool) or not isinstance(lam, (int, float)) or not abs(lam) <= torch.finfo(torch.float32).max:
+        raise DeRaError(f"the default λ must be one number, finite in float32; got {lam!r}.")
     return float(lam)

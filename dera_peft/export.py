@@ -38,6 +38,8 @@ weights are mixed.
 @torch.no_grad()
 def export(model: DeRaModel, lam, folder: str | os.PathLike, prompts: Sequence[Sequence[int]] = ()) -> dict:
     """`DeRaModel.export`; see there."""
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise DeRaError("prompts: one is empty; leave it out, or give at least the token that begins a text.")
     weights = read_lam(lam, 1, model.aligned)
     check_scales(model.branches, model._adapted)
     plan = WeightPlan(model.branches, weights)
@@ -92,10 +94,24 @@ def _combine(model: DeRaModel, factors: dict[str, float]) -> tuple[dict[str, tor
                     f"adapter {name!r} has {option}={getattr(config, option)!r}, which PEFT's weighted combination of "
                     "adapters does not keep; only an adapter alone can be exported with it."
                 )
+    for module in model._adapted:
+        if not module.scales:
+            raise DeRaError(
+                f"{module.name}: {sorted(module.adapters)} adapt it by more than plain LoRA (modules_to_save, "
+                "trainable tokens or DoRA), which PEFT's weighted combination of adapters does not keep; only an "
+                "adapter alone can be exported with it."
+            )
+    # the combination takes its settings from the first adapter: it must find the modules of all of them
+    modules = {module.name for module in model._adapted}
+    exact = {"target_modules": modules, "layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
+    configs = {name: peft_model.peft_config[name] for name in factors}
+    peft_model.peft_config.update({name: replace(config, **exact) for name, config in configs.items()})
     try:
         peft_model.add_weighted_adapter(list(factors), list(factors.values()), COMBINED, combination_type="cat")
     except ValueError as error:
         raise DeRaError(f"PEFT can't combine the adapters {list(factors)}: {error}") from error
+    finally:
+        peft_model.peft_config.update(configs)
     try:
         tensors = get_peft_model_state_dict(peft_model, adapter_name=COMBINED, save_embedding_layers=False)
         return {key: tensor.clone() for key, tensor in tensors.items()}, peft_model.peft_config[COMBINED]

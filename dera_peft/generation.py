@@ -7,6 +7,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
 from dera_peft.branches import BatchPlan
+from dera_peft.errors import DeRaError
 
 
 class DeRaGenerationMixin(GenerationMixin):
@@ -17,7 +18,11 @@ class DeRaGenerationMixin(GenerationMixin):
         transformers' `generate`, at strength `lam` (see `DeRaModel`); every other argument as ever.
 
         λ's count is checked against the prompts before beams and return sequences expand them.
+
+        Raises:
+            DeRaError: λ does not fit; or with `guidance_scale` or `assistant_model`, whose forward passes know no λ.
         """
+        self._check_wrapped()
         return super().generate(inputs, *args, lam=lam, **kwargs)
 
     def _prepare_generation_config(self, generation_config, **kwargs):
@@ -26,6 +31,14 @@ class DeRaGenerationMixin(GenerationMixin):
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         model_kwargs["lam"] = getattr(generation_config, "lam", None) if lam is None else lam
         return generation_config, model_kwargs
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        scale = generation_config.guidance_scale
+        if scale is not None and scale != 1:
+            raise DeRaError(f"guidance_scale={scale!r} is not supported: its own forward pass is not given λ.")
+        if generation_mode_kwargs.get("assistant_model") is not None:
+            raise DeRaError("assistant_model is not supported: it is not given λ; prompt_lookup_num_tokens is.")
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         plan = model_kwargs.pop("lam", None)

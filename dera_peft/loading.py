@@ -25,7 +25,7 @@ from dera_peft.adapters import add_to, check_adapter, check_exists, first_line, 
 from dera_peft.biases import biases_at
 from dera_peft.branches import ALIGNED, REFERENCE, Branch, make_branches
 from dera_peft.errors import DeRaError
-from dera_peft.fingerprint import base_fingerprint, cached_revision
+from dera_peft.fingerprint import base_fingerprint, cached_revision, weights_fingerprint
 from dera_peft.model import LOGITS, DeRaModel
 from dera_peft.record import Record
 
@@ -40,7 +40,7 @@ def load(
     *,
     adapters: Mapping[str, Source] | None = None,
     reference: Source | Sequence[Source] = (),
-    stacked: bool = True,
+    stacked: bool | None = None,
     quantization: str | None = None,
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
@@ -81,11 +81,23 @@ def load(
     return dera_model
 
 
-def load_adapter(model: DeRaModel, name: str, adapter: str) -> None:
-    """Loads a further adapter into a model, as `name`, with the checks of `load`."""
+def load_adapter(model: DeRaModel, name: str, adapter: str, stacked: bool | None = None) -> bool:
+    """
+    Loads a further adapter into a model, as `name`, with the checks of `load`.
+
+    Returns:
+        Whether it comes on top of the reference's adapters.
+    """
     base = model.config.name_or_path
+    check_exists("adapter", adapter)
+    known = {} if model.record is None else model.record.adapters
+    under = [known.get(reference) for reference in model.branches[0].adapters]
+    adapter, stacked, record = _own_adapter(adapter, under, stacked)
+    if record is not None and base:
+        record.with_base(base).check_base(None if model.record is None else model.record.base_revision)
     modules = check_adapter(adapter, base, _skeleton(model.config, None))
     add_to(model.peft_model, adapter, name, modules)
+    return stacked
 
 
 def resolve(
@@ -93,7 +105,7 @@ def resolve(
     adapter: Source | None = None,
     adapters: Mapping[str, Source] | None = None,
     reference: Source | Sequence[Source] = (),
-    stacked: bool = True,
+    stacked: bool | None = None,
 ) -> Record:
     """
     What the arguments of `DeRaModel.from_pretrained` name, as a record with the folders (or hub ids) to load.
@@ -133,44 +145,40 @@ def _resolve_one(base: str | None, adapter: str | None) -> Record:
 
 
 def _resolve_several(
-    base: str | None, adapters: Mapping[str, Source], reference: Sequence[Source], stacked: bool
+    base: str | None, adapters: Mapping[str, Source], reference: Sequence[Source], stacked: bool | None
 ) -> Record:
     """Several aligned adapters over one reference, which their records, where they have one, must agree on."""
     references = {f"{REFERENCE}_{index}": os.fspath(folder) for index, folder in enumerate(reference, 1)}
+    for folder in references.values():
+        check_exists("reference", folder)
     folders: dict[str, str] = {}
+    on_top: dict[str, bool] = {}
     records: dict[str, Record] = {}
     for name, adapter in adapters.items():
-        adapter = os.fspath(adapter)
         if not name.isidentifier():
             raise DeRaError(f"adapters: {name!r} can't be a name; use letters, digits and underscores.")
+        adapter = os.fspath(adapter)
         check_exists("adapter", adapter)
-        folders[name] = adapter
-        if not Record.is_in(adapter):
-            continue
-        record = Record.load(adapter)
-        if len(record.branches) != 2:
-            raise DeRaError(f"adapter={adapter!r} is a record of {len(record.branches) - 1} aligned models; name one.")
-        under = record.branches[REFERENCE]
-        *_, own = next(names for branch, names in record.branches.items() if branch != REFERENCE)
-        if not reference and under:
-            raise DeRaError(
-                f"adapter={adapter!r} was trained against the reference adapters "
-                f"{[record.adapters[name] for name in under]}: name them with reference=."
-            )
-        folders[name], records[name] = record.adapters[own], record
-    first = next(iter(records.values()), None)
+        folders[name], on_top[name], record = _own_adapter(adapter, list(references.values()), stacked)
+        if record is not None:
+            records[name] = record
+    if len(set(on_top.values())) > 1:
+        raise DeRaError(
+            f"adapters: {[name for name in on_top if on_top[name]]} come on top of the reference's adapters and the "
+            "others replace them; load one kind, and bring the other with add_adapter()."
+        )
+    known_bases = records | {name: Record.load(folder) for name, folder in references.items() if Record.is_in(folder)}
+    first = next(iter(known_bases.values()), None)
     if base is None and first is None:
         raise DeRaError(f"adapters={list(adapters)} have no dera.json that names their base: give the base too.")
-    for name, record in records.items():
+    for name, record in known_bases.items():
         known = None not in (record.base_fingerprint, first.base_fingerprint)
         same = record.base_fingerprint == first.base_fingerprint if known else record.base == first.base
         if not same and (known or base is None):
             raise DeRaError(f"adapter {name!r} is of another base ({record.base!r}) than the others ({first.base!r}).")
-    for folder in references.values():
-        check_exists("reference", folder)
     if taken := set(references) & set(folders):
         raise DeRaError(f"{taken.pop()!r} is a name for the reference's adapters; give the aligned one another.")
-    branches = make_branches(list(references), {name: name for name in folders}, stacked)
+    branches = make_branches(list(references), {name: name for name in folders}, all(on_top.values()))
     # one number says enough only for one aligned model
     lam = 1.0 if len(folders) == 1 else dict.fromkeys(folders, 1.0 / len(folders))
     found = first or Record(base, {}, {})
@@ -179,8 +187,61 @@ def _resolve_several(
         adapters={**references, **folders},
         branches={branch.name: list(branch.adapters) for branch in branches},
         lam=lam,
-        training=found.training if len(folders) == 1 else {},
+        training=next(iter(records.values())).training if len(folders) == len(records) == 1 else {},
     )
+
+
+def _own_adapter(
+    adapter: str, references: Sequence[str | None], stacked: bool | None
+) -> tuple[str, bool, Record | None]:
+    """
+    The folder of an aligned adapter, whether it comes on top of the reference's adapters, and its record, if any.
+
+    Args:
+        references: the folders (or hub ids) of the reference's adapters; None for one that is not known.
+        stacked: what the caller says; None to take it from the record, and True without one.
+
+    Raises:
+        DeRaError: the record tells of another reference, or of another place on it.
+    """
+    if not Record.is_in(adapter):
+        return adapter, stacked is not False, None
+    record = Record.load(adapter)
+    if len(record.branches) != 2:
+        raise DeRaError(f"adapter={adapter!r} is a record of {len(record.branches) - 1} aligned models; name one.")
+    under = record.branches[REFERENCE]
+    names = next(names for branch, names in record.branches.items() if branch != REFERENCE)
+    own = names[-1]
+    if names not in ([own], [*under, own]):
+        raise DeRaError(
+            f"adapter={adapter!r}: its record's aligned model is {names}, more than one adapter of its own."
+        )
+    recorded = [record.adapters[name] for name in under]
+    if under and not references:
+        raise DeRaError(
+            f"adapter={adapter!r} was trained against the reference adapters {recorded}: name them with reference=."
+        )
+    if not _have_same_weights(references, recorded):
+        trained = f"the reference adapters {recorded}" if recorded else "the base alone"
+        raise DeRaError(
+            f"adapter={adapter!r} was trained against {trained}, and the reference's adapters here are "
+            f"{list(references)}, with other weights: name those that it was trained against."
+        )
+    if under and stacked not in (None, len(names) > 1):
+        place = "on top of" if len(names) > 1 else "from a copy of"
+        raise DeRaError(
+            f"stacked={stacked}: by its record adapter={adapter!r} was trained {place} the reference's adapters; leave "
+            "stacked out."
+        )
+    return record.adapters[own], len(names) > 1 if under else stacked is not False, record
+
+
+def _have_same_weights(references: Sequence[str | None], recorded: Sequence[str]) -> bool:
+    """Whether two lists of adapters are the same, as far as it can be told: of hub ids only their number is known."""
+    if len(references) != len(recorded):
+        return False
+    found = [None if folder is None else weights_fingerprint(folder) for folder in (*references, *recorded)]
+    return None in found or sorted(found[: len(references)]) == sorted(found[len(references) :])
 
 
 def load_config(base: str, **hub_arguments) -> PreTrainedConfig:
@@ -204,15 +265,22 @@ def load_tokenizer(base: str | os.PathLike | None, adapter: str | os.PathLike | 
         DeRaError: neither has one.
     """
     record = resolve(base, adapter)
-    return load_tokenizer_of(*record.adapters.values(), record.base)
+    return load_tokenizer_of(*record.adapters.values(), record.base, revision=record.base_revision)
 
 
-def load_tokenizer_of(*sources: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of the first of `sources` (hub ids or folders) that has one; see `load_tokenizer`."""
+def load_tokenizer_of(*sources: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer of the first of `sources` (hub ids or folders) that has one; see `load_tokenizer`.
+
+    Args:
+        revision: of the last source, the base, where it is of the hub.
+    """
     errors = []
     for source in sources:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, padding_side="left", revision=revision if source == sources[-1] else None
+            )
         except (OSError, ValueError, HFValidationError) as error:
             errors.append(f"{source!r}: {first_line(error)}")
             continue

@@ -156,6 +156,23 @@ def check_scales(branches: Sequence[Branch], adapted: Sequence[Adapted]) -> None
             )
 
 
+def check_one_replaces(branches: Sequence[Branch], adapted: Sequence[Adapted]) -> None:
+    """
+    Refuses a branch of which two adapters replace the weights of one module: only one could be used.
+
+    Raises:
+        DeRaError: names module and adapters.
+    """
+    for module in adapted:
+        for branch in branches:
+            both = [name for name in branch.adapters if name in module.adapters]
+            if module.is_replaced and len(both) > 1:
+                raise DeRaError(
+                    f"{module.name}: the adapters {both} of the branch {branch.name!r} each bring weights of their own "
+                    "for it (modules_to_save or trainable tokens), and only one's can be used."
+                )
+
+
 def branch_forward(adapted: Adapted, routing: Routing) -> Callable:
     """The `forward` of an adapted module under a plan."""
     if adapted.is_replaced:

@@ -27,7 +27,7 @@ from dera_peft.branches import (
 from dera_peft.errors import DeRaError
 from dera_peft.fork import find_fork_layer, find_layers, fork_inputs, is_head_linear
 from dera_peft.generation import DeRaGenerationMixin
-from dera_peft.lora import Routing, branch_forward, check_scales, find_adapted
+from dera_peft.lora import Routing, branch_forward, check_one_replaces, check_scales, find_adapted
 
 LOGITS, WEIGHTS = "logits", "weights"  # what λ mixes
 # what a batch's rows and tokens are counted by, the decoder's where there are two
@@ -105,8 +105,8 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
         self._forked_inputs: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._keep_branches = False
         self.training = base.training
+        self.lam = check_default_lam(lam, [branch.name for branch in branches if branch.name != REFERENCE])
         self._install(branches, mixing)
-        self.lam = check_default_lam(lam, self.aligned)
 
     # -- making one, and taking it apart ---------------------------------------------------------------------------
 
@@ -123,7 +123,8 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
             adapters: instead of `adapter`, several aligned models: name -> hub id or folder.
             reference: adapters (one, or a list) that the reference is made of with the base, as an SFT adapter.
             stacked: whether the aligned adapters were trained on top of the reference's, which then are under both
-                branches (True), or go on from a copy of them and replace them (False).
+                branches (True), or go on from a copy of them and replace them (False). A `dera.json` of the adapter
+                says it; without one it is True unless given.
             quantization: None, "nf4", "fp4" or "int8" (bitsandbytes); or a `quantization_config`, as in transformers.
             dtype: a torch dtype or its name; the base's own unless given.
             device_map: as in transformers.
@@ -184,21 +185,36 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
         With an adapter that was trained with `bias="lora_only"` or `"all"` it is as PEFT's own loading leaves it: the
         adapter's biases have replaced the base's.
         """
+        self._check_wrapped()
         (peft_model,) = self._peft_model
         self._uninstall()
         hand_over_biases(self.base)
         self.base = None
         return peft_model
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs) -> None:
         """
         Writes the adapters (PEFT's format) and `dera.json` into one folder; never the base, which is named there.
 
-        `DeRaModel.from_pretrained(save_directory)` restores the model.
+        `DeRaModel.from_pretrained(save_directory)` restores the model. Other options of transformers' `save_pretrained`
+        are refused.
         """
         from dera_peft.loading import save
 
-        save(self, save_directory, **kwargs)
+        self._check_wrapped()
+        if not safe_serialization:
+            raise DeRaError("safe_serialization=False: adapters are only written as safetensors.")
+        if kwargs:
+            raise DeRaError(
+                f"save_pretrained: {next(iter(kwargs))!r} is not supported; it writes one folder, as it is."
+            )
+        save(self, save_directory)
+
+    def __deepcopy__(self, memo: dict) -> None:
+        raise DeRaError(
+            "a DeRaModel can't be copied: the copy's modules would go on to follow this one's plan; unwrap() it, copy "
+            "the PeftModel, and wrap both."
+        )
 
     @property
     def peft_model(self) -> PeftModel:
@@ -216,7 +232,7 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
         """Branch name -> the adapters that its rows see on top of the base."""
         return {branch.name: branch.adapters for branch in self.branches}
 
-    def add_adapter(self, name: str, adapter: str | os.PathLike, stacked: bool = True) -> None:
+    def add_adapter(self, name: str, adapter: str | os.PathLike, stacked: bool | None = None) -> None:
         """
         Loads another aligned adapter, as a branch of the name `name`, checked as `from_pretrained` does.
 
@@ -225,14 +241,18 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
 
         Args:
             adapter: hub id or folder.
-            stacked: whether it was trained on top of the reference's adapters.
+            stacked: whether it was trained on top of the reference's adapters; its `dera.json`'s word, or else True.
+
+        Raises:
+            DeRaError: it is of another base, or its `dera.json` tells of another reference.
         """
         from dera_peft.adapters import remove_from
         from dera_peft.loading import load_adapter
 
+        self._check_wrapped()
         if name in self.adapters or name in self.peft_model.peft_config:
             raise DeRaError(f"name={name!r} is taken; the model has the branches {list(self.adapters)}.")
-        load_adapter(self, name, os.fspath(adapter))
+        stacked = load_adapter(self, name, os.fspath(adapter), stacked)
         under = self.branches[0].adapters if stacked else ()
         try:
             self._reinstall((*self.branches, Branch(name, (*under, name))))
@@ -245,6 +265,7 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
         """Removes an aligned branch, and its adapter unless another branch has it too."""
         from dera_peft.adapters import remove_from
 
+        self._check_wrapped()
         if name not in self.aligned:
             raise DeRaError(f"name={name!r} is not an aligned branch; there are {self.aligned}.")
         if len(self.aligned) == 1:
@@ -256,7 +277,7 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
         for adapter in gone:
             remove_from(self.peft_model, adapter)
         if isinstance(self.lam, dict):
-            self.lam = check_default_lam({k: v for k, v in self.lam.items() if k != name}, self.aligned)
+            self.lam = check_default_lam({k: self.lam.get(k, 0.0) for k in self.aligned}, self.aligned)
 
     def export(self, lam, folder: str | os.PathLike, prompts: Sequence[Sequence[int]] = ()) -> dict:
         """
@@ -278,6 +299,7 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
         """
         from dera_peft.export import export
 
+        self._check_wrapped()
         return export(self, lam, folder, prompts)
 
     # -- one forward pass ------------------------------------------------------------------------------------------
@@ -316,8 +338,7 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
             DeRaError: λ does not fit the batch, the cache holds other rows, or an output is asked for that only the
                 branches have (hidden states, attentions).
         """
-        if self.base is None:
-            raise DeRaError("this DeRaModel was taken apart by unwrap(); wrap the PeftModel again with from_peft.")
+        self._check_wrapped()
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name):
                 raise DeRaError(f"{name}=True: the branches have their own, which DeRaModel does not return.")
@@ -334,7 +355,7 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
         tokens = next(inputs[name] for name in TOKENS if name in inputs)
         plan = lam if isinstance(lam, BatchPlan) else self.plan(lam, tokens.shape[0], every_branch=output_branches)
         self._check_inputs(inputs, plan, tokens.shape[0], output_branches)
-        if plan is not lam:
+        if not torch.compiler.is_compiling():  # a compiled step only follows one that was not, with the same plan
             self._check_cache(past_key_values, plan)
 
         self._routing.plan, self._routing.length = plan, tokens.shape[1]
@@ -389,13 +410,18 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
         """A cache holds the rows of the plan that filled it; under another plan it would be read as other branches'."""
         if past_key_values is None:
             return
-        if past_key_values.get_seq_length() == 0:
-            past_key_values.dera_pattern = plan.pattern
-        elif getattr(past_key_values, "dera_pattern", plan.pattern) != plan.pattern:
+        filled = getattr(past_key_values, "dera_pattern", plan.pattern)
+        # a static cache's length is on the device, and is only asked for where it matters
+        if filled != plan.pattern and past_key_values.get_seq_length() > 0:
             raise DeRaError(
                 "past_key_values was filled at a λ for which other branches were computed; go on with a λ that needs "
                 "the same branches for each sequence, or start with plan(lam, batch_size, every_branch=True)."
             )
+        past_key_values.dera_pattern = plan.pattern
+
+    def _check_wrapped(self) -> None:
+        if self.base is None:
+            raise DeRaError("this DeRaModel was taken apart by unwrap(); wrap the PeftModel again with from_peft.")
 
     # -- what transformers asks of a model: the base's answers ---------------------------------------------------------
 
@@ -422,6 +448,9 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
         adapted = find_adapted(self.base, names)
         if mixing == WEIGHTS:
             check_scales(branches, adapted)
+        check_one_replaces(branches, adapted)
+        if "is_in_dera" in vars(self.base):
+            raise DeRaError("the PeftModel is wrapped by a DeRaModel already; unwrap() that one first.")
         self.branches, self.mixing, self._adapted = tuple(branches), mixing, adapted
         self.fork_layer = 0 if mixing == WEIGHTS else find_fork_layer(self.base, branches, adapted)
         self.joins_before_head = is_head_linear(self.base, adapted)
@@ -438,12 +467,14 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
                 self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         head = self.base.get_output_embeddings()
         self._handles.append(head.register_forward_pre_hook(self._join_hidden_states))
+        self.base.is_in_dera = True
 
     def _reinstall(self, branches: Sequence[Branch]) -> None:
         self._uninstall()
         self._install(branches, self.mixing)
 
     def _uninstall(self) -> None:
+        del self.base.is_in_dera
         for handle in self._handles:
             handle.remove()
         for module in self._adapted:

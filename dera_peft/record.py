@@ -6,6 +6,7 @@ import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from dera_peft.branches import REFERENCE
 from dera_peft.errors import DeRaError
 from dera_peft.fingerprint import base_fingerprint
 
@@ -105,7 +106,7 @@ class Record:
         Reads `folder/dera.json`; relative folders in it become paths from here.
 
         Raises:
-            DeRaError: the file is missing, is not JSON, or has another format or other keys.
+            DeRaError: the file is missing, is not JSON, or has another format, other keys or values that don't fit.
         """
         file = Path(folder) / FILE_NAME
         try:
@@ -121,6 +122,8 @@ class Record:
             record = cls(**values)
         except TypeError as error:
             raise DeRaError(f"{str(file)!r}: {error}") from None
+        if problem := record._problem():
+            raise DeRaError(f"{str(file)!r}: {problem}.")
 
         def resolve(name: str) -> str:
             return os.path.normpath(Path(folder) / name) if name.startswith(".") else name
@@ -129,7 +132,29 @@ class Record:
             record,
             base=resolve(record.base),
             adapters={name: resolve(path) for name, path in record.adapters.items()},
+            branches={REFERENCE: record.branches[REFERENCE], **record.branches},  # the reference is always the first
         )
+
+    def _problem(self) -> str | None:
+        """What a file's values have that no record has."""
+        if not isinstance(self.base, str) or not self.base:
+            return f'"base" must name a model; it is {self.base!r}'
+        if not isinstance(self.adapters, dict) or not all(isinstance(path, str) for path in self.adapters.values()):
+            return f'"adapters" must map names to folders or hub ids; it is {self.adapters!r}'
+        if not isinstance(self.training, dict):
+            return f'"training" must be an object; it is {self.training!r}'
+        if not isinstance(self.branches, dict) or not all(isinstance(names, list) for names in self.branches.values()):
+            return f'"branches" must map names to lists of adapters; it is {self.branches!r}'
+        if REFERENCE not in self.branches:
+            return f'"branches" has no {REFERENCE!r}; it has {list(self.branches)}'
+        if len(self.branches) < 2:
+            return '"branches" has no aligned branch beside the reference'
+        for branch, names in self.branches.items():
+            if unknown := [name for name in names if not isinstance(name, str) or name not in self.adapters]:
+                return f"branch {branch!r} names the adapter {unknown[0]!r}, and there are {list(self.adapters)}"
+            if branch != REFERENCE and not names:
+                return f"branch {branch!r} has no adapter"
+        return None
 
 
 def _quantized(name: str | None) -> str:

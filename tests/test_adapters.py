@@ -1,6 +1,7 @@
 """Several aligned adapters, reference adapters, and mixing of weights, against separate models."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -70,7 +71,9 @@ def test_two_aligned_adapters_generate(tiny_base, adapters):
     inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True, return_token_type_ids=False)
     cached = model.generate(**inputs, lam=WEIGHTS, num_beams=3, **NEW)
     assert cached.tolist() == model.generate(**inputs, lam=WEIGHTS, num_beams=3, use_cache=False, **NEW).tolist()
-    ends = [model.generate(**inputs, lam=lam, **NEW).tolist() for lam in ({}, {"helpful": 1}, {"harmless": 1})]
+    ends = [
+        model.generate(**inputs, lam=lam, **NEW).tolist() for lam in ({"helpful": 0}, {"helpful": 1}, {"harmless": 1})
+    ]
     assert ends[0] != ends[1] != ends[2] != ends[0]
     start, tokens = inputs.input_ids.shape[1], inputs.input_ids
     greedy = model.generate(**inputs, lam=WEIGHTS, **NEW)
@@ -261,3 +264,90 @@ def test_records_say_which_base_and_which_reference(tiny_base, tiny_adapter, top
     record.write_text(json.dumps({**values, "base": str(stories), "base_fingerprint": "another"}))
     with pytest.raises(DeRaError, match="'two' is of another base"):
         DeRaModel.from_pretrained(adapters=sources)
+
+
+@pytest.fixture(scope="module")
+def recorded(tiny_base, adapters, tmp_path_factory) -> dict:
+    """Adapters with the records that trainings leave: SFT, DPO on top of it, and DPO that goes on from a copy of it."""
+    folder = tmp_path_factory.mktemp("recorded")
+    DeRaModel.from_pretrained(tiny_base, adapters["sft"]).save_pretrained(folder / "sft")
+    for name, stacked in (("stacked", True), ("continued", False)):
+        model = DeRaModel.from_pretrained(
+            tiny_base, adapters={name: adapters["harmless"]}, reference=folder / "sft", stacked=stacked
+        )
+        model.save_pretrained(folder / name)
+    return {name: folder / name for name in ("sft", "stacked", "continued")}
+
+
+@torch.no_grad()
+def test_a_record_says_whether_the_adapter_replaces_the_references(tiny_base, adapters, recorded):
+    for name in ("stacked", "continued"):
+        model = DeRaModel.from_pretrained(tiny_base, recorded[name], reference=recorded["sft"])
+        under = ("reference_1",) if name == "stacked" else ()
+        assert model.adapters == {"reference": ("reference_1",), "aligned": (*under, "aligned")}
+        z_aligned = logits(tiny_base, *([recorded["sft"]] if under else []), adapters["harmless"])
+        torch.testing.assert_close(model(IDS, lam=1.0).logits, z_aligned, atol=2e-4, rtol=1e-5)
+        with pytest.raises(DeRaError, match=f"stacked={name != 'stacked'}: by its record"):
+            DeRaModel.from_pretrained(tiny_base, recorded[name], reference=recorded["sft"], stacked=name != "stacked")
+        with pytest.raises(DeRaError, match="with other weights"):
+            DeRaModel.from_pretrained(tiny_base, recorded[name], reference=adapters["helpful"])
+    with pytest.raises(DeRaError, match="trained against the base alone"):
+        DeRaModel.from_pretrained(tiny_base, recorded["sft"], reference=adapters["helpful"])
+    both = {"a": recorded["stacked"], "b": recorded["continued"]}
+    with pytest.raises(DeRaError, match=r"\['a'\] come on top.*add_adapter"):
+        DeRaModel.from_pretrained(tiny_base, adapters=both, reference=recorded["sft"])
+
+
+def other_base(recorded_folder, folder):
+    """A copy of a recorded adapter, of a base with other weights."""
+    shutil.copytree(recorded_folder, folder)
+    values = json.loads((folder / "dera.json").read_text())
+    (folder / "dera.json").write_text(json.dumps({**values, "base_fingerprint": "another"}))
+    return folder
+
+
+def test_a_reference_of_another_base_is_refused(tiny_base, adapters, recorded, tmp_path):
+    other = other_base(recorded["sft"], tmp_path / "other")
+    with pytest.raises(DeRaError, match="is not the base that the adapter was trained on"):
+        DeRaModel.from_pretrained(tiny_base, adapters["harmless"], reference=other)
+    with pytest.raises(DeRaError, match="'reference_1' is of another base"):
+        DeRaModel.from_pretrained(tiny_base, recorded["stacked"], reference=other)
+
+
+def test_an_adapter_that_is_added_must_agree_with_the_model(tiny_base, adapters, recorded, tmp_path):
+    model = DeRaModel.from_pretrained(tiny_base, adapters["helpful"], reference=recorded["sft"])
+    for name in ("stacked", "continued"):
+        model.add_adapter(name, recorded[name])
+        under = ("reference_1",) if name == "stacked" else ()
+        assert model.adapters[name] == (*under, name)
+    for adapter, stacked, message in (
+        (recorded["stacked"], False, "stacked=False: by its record"),
+        (recorded["sft"], None, "trained against the base alone"),
+        (other_base(recorded["stacked"], tmp_path / "other"), None, "is not the base that the adapter was trained on"),
+    ):
+        with pytest.raises(DeRaError, match=message):
+            model.add_adapter("other", adapter, stacked=stacked)
+    plain = DeRaModel.from_pretrained(tiny_base, adapters["helpful"])
+    with pytest.raises(DeRaError, match="name them with reference="):
+        plain.add_adapter("other", recorded["stacked"])
+    with pytest.raises(DeRaError, match="with other weights"):
+        DeRaModel.from_pretrained(tiny_base, adapters["helpful"], reference=adapters["harmless"]).add_adapter(
+            "other", recorded["stacked"]
+        )
+
+
+def test_two_adapters_of_a_branch_that_replace_one_module_are_refused(tiny_base, tiny_adapter, tmp_path):
+    for kind, module in (
+        ({"modules_to_save": ["lm_head"]}, "lm_head"),
+        ({"trainable_token_indices": [5]}, "model.embed_tokens"),
+    ):
+        one, two = (make_adapter(tiny_base, tmp_path / f"{module}{seed}", seed=seed, **kind) for seed in (1, 2))
+        with pytest.raises(DeRaError, match=rf"{module}: the adapters \['reference_1', 'aligned'\] of the branch"):
+            DeRaModel.from_pretrained(tiny_base, two, reference=one)
+    one, two = (tmp_path / f"lm_head{seed}" for seed in (1, 2))
+    model = DeRaModel.from_pretrained(tiny_base, tiny_adapter, reference=one)
+    before = model(IDS, lam=0.5).logits
+    with pytest.raises(DeRaError, match="lm_head: the adapters"):
+        model.add_adapter("two", two)
+    assert torch.equal(model(IDS, lam=0.5).logits, before)
+    model.add_adapter("two", two, stacked=False)

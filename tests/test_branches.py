@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dera_peft import DeRaError
-from dera_peft.branches import BatchPlan, Branch, check_default_lam, read_lam
+from dera_peft.branches import BatchPlan, Branch, check_default_lam, make_branches, read_lam
 
 TWO = (Branch("reference"), Branch("aligned", ("default",)))
 THREE = (Branch("reference", ("sft",)), Branch("helpful", ("sft", "h")), Branch("harmless", ("sft", "s")))
@@ -104,3 +104,14 @@ def test_an_adapter_under_all_branches_touches_all_rows_and_neighbours_share_a_s
 def test_the_default_lam_is_one_finite_number(lam):
     with pytest.raises(DeRaError, match="default λ"):
         check_default_lam(lam)
+
+
+def test_weights_that_sum_to_one_in_float32_leave_no_reference():
+    branches = make_branches([], {"a": "a", "b": "b"})
+    lam = read_lam(torch.tensor([[0.1, 0.9], [0.1, 0.8]]), 2, ["a", "b"])
+    assert lam[0].sum() != 1
+    for plan in (BatchPlan(branches, lam), BatchPlan(branches, lam).expand(2)):
+        assert plan.num_rows == 5 * plan.batch_size // 2
+        total = plan.join(torch.ones(plan.num_rows, 1))
+        torch.testing.assert_close(total, torch.ones(plan.batch_size, 1), rtol=0, atol=1e-7)
+    assert BatchPlan(branches, lam + 1e-5).num_rows == 6

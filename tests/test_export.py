@@ -79,3 +79,32 @@ def test_what_does_not_scale_is_refused(tiny_base, tmp_path):
     model = DeRaModel.from_pretrained(tiny_base, make_adapter(tiny_base, tmp_path / "dora", use_dora=True))
     with pytest.raises(DeRaError, match="DoRA"):
         model.export(0.5, tmp_path / "out")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("targets", [["q_proj", "up_proj"], r".*\.(q_proj|up_proj)"], ids=["list", "expression"])
+def test_the_first_adapters_layers_do_not_hide_the_others(tiny_base, top_adapter, tmp_path, targets):
+    layers = {} if isinstance(targets, str) else {"layers_to_transform": [0, 3]}
+    names = {"first": top_adapter, "second": make_adapter(tiny_base, tmp_path / "a", target_modules=targets, **layers)}
+    model = DeRaModel.from_pretrained(tiny_base, adapters=names, mixing="weights")
+    configs = dict(model.peft_model.peft_config)
+    lam = {"first": 0.7, "second": 0.6}
+    expected = model(IDS, lam=lam).logits
+    assert (expected - model(IDS, lam={"first": 0.7}).logits).abs().max() > 0.5
+    model.export(lam, tmp_path / "out")
+    torch.testing.assert_close(plain(tiny_base, tmp_path / "out"), expected, atol=2e-4, rtol=1e-5)
+    assert model.peft_model.peft_config == configs
+
+
+def test_what_a_combination_would_lose_is_refused(tiny_base, tiny_adapter, tmp_path):
+    sft = make_adapter(tiny_base, tmp_path / "sft", modules_to_save=["lm_head"])
+    model = DeRaModel.from_pretrained(tiny_base, tiny_adapter, reference=sft)
+    with pytest.raises(DeRaError, match="modules_to_save, trainable tokens or DoRA"):
+        model.export(0.5, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_prompt_is_refused(tiny_model, tmp_path):
+    with pytest.raises(DeRaError, match="prompts: one is empty"):
+        tiny_model.export(0.6, tmp_path / "out", [[]])
+    assert not (tmp_path / "out").exists()

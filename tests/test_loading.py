@@ -36,6 +36,14 @@ def test_save_and_load_one_folder(tiny_base, tiny_adapter, tmp_path):
     assert torch.equal(plain(IDS).logits, model(IDS, lam=1).logits)
 
 
+def test_options_of_saving_that_are_not_known(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "dera", safe_serialization=True)
+    for kwargs in ({"safe_serialization": False}, {"max_shard_size": "1GB"}, {"push_to_hub": True}):
+        with pytest.raises(DeRaError, match=next(iter(kwargs))):
+            tiny_model.save_pretrained(tmp_path / "other", **kwargs)
+    assert not (tmp_path / "other").exists()
+
+
 @torch.no_grad()
 def test_a_saved_tree_can_be_moved(tiny_base, tiny_adapter, tmp_path):
     shutil.copytree(tiny_base, tmp_path / "a" / "base")
@@ -303,3 +311,36 @@ def test_a_hub_base_is_known_by_its_commit_and_its_cached_weights(tiny_base, tin
     assert torch.equal(DeRaModel.from_pretrained(tiny_base, tmp_path / "saved")(IDS).logits, expected)
     with pytest.raises(DeRaError, match="is not the base that the adapter was trained on"):
         DeRaModel.from_pretrained(adapter=tmp_path / "saved", revision="b" * 40)
+    for file in second.glob("tokenizer*"):
+        file.unlink()
+    assert len(load_tokenizer(None, tmp_path / "saved")) == 320, "the tokenizer of the record's commit"
+    with pytest.raises(DeRaError, match="no tokenizer can be loaded"):
+        load_tokenizer("org/tiny", tiny_adapter)
+
+
+def test_a_record_whose_values_do_not_fit(tiny_base, tiny_adapter, tmp_path):
+    good = {
+        "format": 1,
+        "base": str(tiny_base),
+        "adapters": {"default": str(tiny_adapter)},
+        "branches": {"aligned": ["default"], "reference": []},
+    }
+    file = tmp_path / "dera.json"
+    file.write_text(json.dumps(good))
+    model = DeRaModel.from_pretrained(tmp_path)
+    assert model.adapters == {"reference": (), "aligned": ("default",)}, "in whatever order the file has them"
+    assert list(model.adapters) == ["reference", "aligned"]
+    for values, message in (
+        ({"branches": {"reference": [], "aligned": ["dpo"]}}, "names the adapter 'dpo'"),
+        ({"branches": {"reference": [], "aligned": "default"}}, "lists of adapters"),
+        ({"branches": {"reference": [], "aligned": []}}, "'aligned' has no adapter"),
+        ({"branches": {"reference": []}}, "no aligned branch"),
+        ({"branches": {"aligned": ["default"]}}, "no 'reference'"),
+        ({"base": None}, '"base" must name a model; it is None'),
+        ({"adapters": ["default"]}, '"adapters" must map'),
+        ({"training": ["dpo"]}, '"training" must be'),
+    ):
+        file.write_text(json.dumps({**good, **values}))
+        found = error(tmp_path)
+        assert str(file) in found
+        assert message in found

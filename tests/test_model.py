@@ -1,5 +1,7 @@
 """`DeRaModel.forward` against two separately loaded models and the formula, in fp32."""
 
+import copy
+
 import pytest
 import torch
 from peft import PeftModel
@@ -147,6 +149,9 @@ def test_a_plan_can_be_made_once_and_used_often(tiny_model):
     assert torch.equal(tiny_model(ids, lam=plan).logits, tiny_model(ids, lam=[0.0, 0.5]).logits)
     with pytest.raises(DeRaError, match="planned for 2 sequences"):
         tiny_model(ids[:1], lam=plan)
+    cache = tiny_model(ids[:, :5], lam=[0.5, 0.5], use_cache=True).past_key_values
+    with pytest.raises(DeRaError, match="past_key_values"):
+        tiny_model(ids[:, 5:], lam=plan, past_key_values=cache)
 
 
 @torch.no_grad()
@@ -170,8 +175,16 @@ def test_wrapping_copies_nothing_and_unwrapping_restores_bit_for_bit(tiny_base, 
     assert torch.equal(peft_model(ids).logits, before)
     with peft_model.disable_adapter():
         assert torch.equal(peft_model(ids).logits, off_before)
-    with pytest.raises(DeRaError, match="unwrap"):
-        model(ids)
+    for call in (
+        lambda: model(ids),
+        lambda: model.generate(ids),
+        model.unwrap,
+        lambda: model.save_pretrained("nowhere"),
+        lambda: model.export(0.5, "nowhere"),
+        lambda: model.add_adapter("other", tiny_adapter),
+    ):
+        with pytest.raises(DeRaError, match=r"taken apart by unwrap\(\)"):
+            call()
 
 
 def test_outputs_that_only_branches_have_are_refused(tiny_model):
@@ -208,3 +221,43 @@ def test_nf4_on_the_cpu_equals_two_passes_over_the_same_quantized_base(tiny_base
     assert_branches_differ(z_ref, z_aligned, torch.ones_like(ids, dtype=torch.bool))
     for lam, logits in mixed.items():
         torch.testing.assert_close(logits, (1 - lam) * z_ref + lam * z_aligned, atol=1e-4, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_peft_model_is_wrapped_once_at_a_time(tiny_base, tiny_adapter):
+    base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    peft_model = PeftModel.from_pretrained(base, tiny_adapter)
+    with pytest.raises(DeRaError, match="default λ"):
+        DeRaModel.from_peft(peft_model, lam=float("nan"))
+    model = DeRaModel.from_peft(peft_model)
+    ids = torch.arange(3, 15).view(2, 6)
+    before = model(ids, lam=0.5).logits
+    with pytest.raises(DeRaError, match="wrapped by a DeRaModel already"):
+        DeRaModel.from_peft(peft_model)
+    assert torch.equal(model(ids, lam=0.5).logits, before)
+    model.unwrap()
+    assert torch.equal(DeRaModel.from_peft(peft_model)(ids, lam=0.5).logits, before)
+
+
+def test_a_copy_is_refused(tiny_model):
+    with pytest.raises(DeRaError, match=r"can't be copied.*unwrap\(\)"):
+        copy.deepcopy(tiny_model)
+
+
+def test_lam_that_is_no_number(tiny_model):
+    ids = torch.arange(3, 15).view(2, 6)
+    for lam, message in (
+        (1e39, "finite in float32"),
+        ([0.5, -1e39], "finite in float32"),
+        (float("nan"), "finite in float32"),
+        (True, "not a truth value"),
+        ([True, False], "not a truth value"),
+        (torch.tensor([True, False]), "not a truth value"),
+        ({"aligned": True}, "not a truth value"),
+        ({}, "names no aligned branch"),
+    ):
+        with pytest.raises(DeRaError, match=message):
+            tiny_model(ids, lam=lam)
+    for lam in (1e39, {}, True):
+        with pytest.raises(DeRaError, match="default λ"):
+            DeRaModel.from_peft(tiny_model.peft_model, lam=lam)

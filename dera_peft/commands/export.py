@@ -49,7 +49,8 @@ def export(
     prompts = from_file(prompts_file) if prompts_file else from_texts(texts)
     tokens = []
     if prompts:
-        config = load_config(resolve(base, adapter).base)
+        record = resolve(base, adapter)
+        config = load_config(record.base, revision=record.base_revision)
         tokens = encode(prompts, load_tokenizer(base, adapter), config, NEW_TOKENS, chat)
     model = load(base, adapter, quantization=quantization, dtype=dtype, device_map=device_map)
     fit = model.export(strength, folder, tokens)

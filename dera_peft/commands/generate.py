@@ -92,7 +92,7 @@ def generate(
         _print_rows(finished[request] for request in requests if request in finished)
 
     if todo:
-        config = load_config(record.base)
+        config = load_config(record.base, revision=record.base_revision)
         tokenizer = load_tokenizer(base, adapter)
         tokens = encode(prompts, tokenizer, config, sampling.max_new_tokens, chat)
         model = load(base, adapter, quantization=quantization, dtype=dtype, device_map=device_map)

@@ -30,7 +30,7 @@ def describe(model: DeRaModel, base: str, adapters: dict[str, str]) -> dict:
     one = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     decoder = {"decoder_input_ids": one} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
-        cache = model(one, lam={}, use_cache=True, **decoder).past_key_values
+        cache = model(one, lam=dict.fromkeys(model.aligned, 0.0), use_cache=True, **decoder).past_key_values
     layers = cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers
     # a recurrent state does not grow with the context
     per_layer = [

@@ -166,7 +166,8 @@ def sweep(
         on_start(len(requests), reused)
     if todo:
         tokenizer = load_tokenizer(config.base, config.adapter)
-        base_config = load_config(resolve(config.base, config.adapter).base)
+        record = resolve(config.base, config.adapter)
+        base_config = load_config(record.base, revision=record.base_revision)
         tokens = encode(prompts, tokenizer, base_config, config.max_new_tokens, config.chat)
         model = load(
             config.base,
