@@ -36,6 +36,7 @@ def model_fingerprint(record: "Record") -> dict[str, Any]:
         "base": (record.base, weights_fingerprint(record.base)),
         "adapters": {name: (folder, weights_fingerprint(folder)) for name, folder in record.adapters.items()},
         "branches": record.branches,
+        "mixing": record.mixing,
     }
 
 

@@ -26,8 +26,8 @@ from dera_peft.biases import biases_at
 from dera_peft.branches import ALIGNED, REFERENCE, Branch, make_branches
 from dera_peft.errors import DeRaError
 from dera_peft.fingerprint import base_fingerprint, cached_revision, weights_fingerprint
-from dera_peft.model import LOGITS, DeRaModel
-from dera_peft.record import Record
+from dera_peft.model import DeRaModel
+from dera_peft.record import LOGITS, Record
 
 QUANTIZATIONS = ("nf4", "fp4", "int8")
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
@@ -45,7 +45,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
     lam: float | Mapping[str, float] | None = None,
-    mixing: str = LOGITS,
+    mixing: str | None = None,
     **kwargs,
 ) -> DeRaModel:
     """`DeRaModel.from_pretrained`; see there."""
@@ -74,7 +74,8 @@ def load(
     for name, folder in folders.items():
         model = add_to(model, folder, name, modules[name])
     branches = [Branch(name, tuple(names)) for name, names in record.branches.items()]
-    dera_model = DeRaModel(model, branches, record.lam if lam is None else lam, mixing)
+    lam, mixing = record.lam if lam is None else lam, record.mixing if mixing is None else mixing
+    dera_model = DeRaModel(model, branches, lam, mixing)
     dera_model.record = replace(
         record, base_fingerprint=base_fingerprint(base, revision), base_revision=cached_revision(base, revision)
     )
@@ -187,6 +188,7 @@ def _resolve_several(
         adapters={**references, **folders},
         branches={branch.name: list(branch.adapters) for branch in branches},
         lam=lam,
+        mixing=LOGITS,
         training=next(iter(records.values())).training if len(folders) == len(records) == 1 else {},
     )
 
@@ -327,7 +329,7 @@ def save(model: DeRaModel, folder: str | os.PathLike) -> None:
         base = model.config.name_or_path or peft_model.peft_config[adapters[0]].base_model_name_or_path
         if not base:
             raise DeRaError("the base has no name (it was not loaded from a hub or a folder): dera.json can't name it.")
-        record = Record(base, {}, {}, 1.0, base_fingerprint(base), cached_revision(base))
+        record = Record(base, {}, {}, base_fingerprint=base_fingerprint(base), base_revision=cached_revision(base))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with biases_at(model.base):
@@ -335,7 +337,7 @@ def save(model: DeRaModel, folder: str | os.PathLike) -> None:
     # PEFT writes the adapter "default" into the folder itself, any other into a folder of its name below it
     paths = {name: str(folder if name == "default" else folder / name) for name in adapters}
     branches = {branch.name: list(branch.adapters) for branch in model.branches}
-    replace(record, adapters=paths, branches=branches, lam=model.lam).save(folder)
+    replace(record, adapters=paths, branches=branches, lam=model.lam, mixing=model.mixing).save(folder)
 
 
 def _auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForSeq2SeqLM]:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -28,13 +28,10 @@ from dera_peft.errors import DeRaError
 from dera_peft.fork import find_fork_layer, find_layers, fork_inputs, is_head_linear
 from dera_peft.generation import DeRaGenerationMixin
 from dera_peft.lora import Routing, branch_forward, check_one_replaces, check_scales, find_adapted
+from dera_peft.record import LOGITS, WEIGHTS, Record
 
-LOGITS, WEIGHTS = "logits", "weights"  # what λ mixes
 # what a batch's rows and tokens are counted by, the decoder's where there are two
 TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
-
-if TYPE_CHECKING:
-    from dera_peft.record import Record
 
 
 @dataclass
@@ -129,7 +126,8 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
             dtype: a torch dtype or its name; the base's own unless given.
             device_map: as in transformers.
             lam: the default λ, a number or a dict by adapter; the record's, else 1.0.
-            mixing: "logits" (DeRa), or "weights" to scale the adapters' weights by λ instead.
+            mixing: "logits" (DeRa), or "weights" to scale the adapters' weights by λ instead; the record's, else
+                "logits".
             **kwargs: passed to `AutoModelForCausalLM.from_pretrained` (`AutoModelForSeq2SeqLM` where the base has an
                 encoder).
 

@@ -12,6 +12,7 @@ from dera_peft.fingerprint import base_fingerprint
 
 FILE_NAME = "dera.json"
 FORMAT = 1
+LOGITS, WEIGHTS = "logits", "weights"  # what λ mixes
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Record:
         adapters: adapter name -> hub id or folder of the PEFT adapter.
         branches: branch name -> the adapters that its rows see; "reference" is always there.
         lam: the default λ; of several aligned branches one each, by name.
+        mixing: "logits", or "weights": what λ mixes.
         base_fingerprint: of the base's weights, see `fingerprint.base_fingerprint`; None if unknown.
         base_revision: the commit of a hub base; None for a folder, or if unknown.
         training: how the adapter was trained, empty if unknown. `training.dpo` and `training.sft` write: method, beta,
@@ -35,6 +37,7 @@ class Record:
     adapters: dict[str, str]
     branches: dict[str, list[str]]
     lam: float | dict[str, float] = 1.0
+    mixing: str = LOGITS
     base_fingerprint: str | None = None
     base_revision: str | None = None
     training: dict = field(default_factory=dict)
@@ -141,6 +144,8 @@ class Record:
             return f'"base" must name a model; it is {self.base!r}'
         if not isinstance(self.adapters, dict) or not all(isinstance(path, str) for path in self.adapters.values()):
             return f'"adapters" must map names to folders or hub ids; it is {self.adapters!r}'
+        if self.mixing not in (LOGITS, WEIGHTS):
+            return f'"mixing" must be {LOGITS!r} or {WEIGHTS!r}; it is {self.mixing!r}'
         if not isinstance(self.training, dict):
             return f'"training" must be an object; it is {self.training!r}'
         if not isinstance(self.branches, dict) or not all(isinstance(names, list) for names in self.branches.values()):

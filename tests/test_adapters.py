@@ -351,3 +351,14 @@ def test_two_adapters_of_a_branch_that_replace_one_module_are_refused(tiny_base,
         model.add_adapter("two", two)
     assert torch.equal(model(IDS, lam=0.5).logits, before)
     model.add_adapter("two", two, stacked=False)
+
+
+@torch.no_grad()
+def test_what_is_mixed_is_saved(tiny_base, adapters, tmp_path):
+    model = DeRaModel.from_pretrained(tiny_base, adapters["helpful"], mixing="weights")
+    model.save_pretrained(tmp_path / "saved")
+    again = DeRaModel.from_pretrained(tmp_path / "saved")
+    assert again.mixing == "weights"
+    assert torch.equal(again(IDS, lam=0.5).logits, model(IDS, lam=0.5).logits)
+    by_logits = DeRaModel.from_pretrained(tmp_path / "saved", mixing="logits")
+    assert (by_logits(IDS, lam=0.5).logits - model(IDS, lam=0.5).logits).abs().max() > 0.5

@@ -339,6 +339,7 @@ def test_a_record_whose_values_do_not_fit(tiny_base, tiny_adapter, tmp_path):
         ({"base": None}, '"base" must name a model; it is None'),
         ({"adapters": ["default"]}, '"adapters" must map'),
         ({"training": ["dpo"]}, '"training" must be'),
+        ({"mixing": "logit"}, '"mixing" must be'),
     ):
         file.write_text(json.dumps({**good, **values}))
         found = error(tmp_path)
