@@ -271,7 +271,8 @@ def sample(
 
     sampling = Sampling(args.max_new_tokens, args.temperature, top_p=args.top_p, seed=args.seed)
     config = load_config(source.base, revision=source.revision)
-    tokenizer = load_tokenizer_of(*([source.adapter] if source.adapter else []), source.base)
+    adapters = [source.adapter] if source.adapter else []
+    tokenizer = load_tokenizer_of(*adapters, source.base, revision=source.revision)
     tokens: dict[int, list[int]] = {}
     for index in sorted({request.index for request in todo}):
         try:
