@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file
 
 from dera_peft.biases import drop_biases, keep_biases
-from dera_peft.errors import DeRaError
+from dera_peft.errors import DeRaError, first_line
 
 # Initialisations that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, ...) change the base's own
 # weights when the adapter is created, so that "adapter off" would not be the reference.
@@ -399,7 +399,3 @@ def _features(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
     return None
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]

@@ -21,10 +21,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dera_peft.adapters import add_to, check_adapter, check_exists, first_line, is_adapter
+from dera_peft.adapters import add_to, check_adapter, check_exists, is_adapter
 from dera_peft.biases import biases_at
 from dera_peft.branches import ALIGNED, REFERENCE, Branch, make_branches
-from dera_peft.errors import DeRaError
+from dera_peft.errors import DeRaError, first_line
 from dera_peft.fingerprint import base_fingerprint, cached_revision, weights_fingerprint
 from dera_peft.model import DeRaModel
 from dera_peft.record import LOGITS, Record

@@ -17,7 +17,7 @@ from transformers.utils.hub import cached_file
 from trl import ModelConfig, get_quantization_config
 
 from dera_peft.adapters import check_adapter_config, check_keeps_biases
-from dera_peft.errors import DeRaError
+from dera_peft.errors import DeRaError, first_line
 from dera_peft.fingerprint import cached_revision, file_fingerprint, weights_fingerprint
 from dera_peft.lora import find_adapted
 from dera_peft.objects import is_object_path, load_object
@@ -97,7 +97,7 @@ def find_source(model_args: ModelConfig, adapter: str | None = None) -> Source:
     try:
         AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError, HFValidationError) as error:
-        raise DeRaError(f"model_name_or_path={name!r} can't be loaded: {_first_line(error)}") from error
+        raise DeRaError(f"model_name_or_path={name!r} can't be loaded: {first_line(error)}") from error
     for argument, folder in (("model_name_or_path", name), ("sft_adapter", adapter)):
         if folder is not None and OutputFolder.is_unfinished(folder):
             raise DeRaError(
@@ -139,7 +139,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
             try:
                 return AutoTokenizer.from_pretrained(name, revision=revision)
             except (OSError, ValueError, HFValidationError) as error:
-                errors.append(f"{name!r}: {_first_line(error)}")
+                errors.append(f"{name!r}: {first_line(error)}")
     raise DeRaError("no tokenizer can be loaded: " + "; ".join(errors))
 
 
@@ -245,7 +245,7 @@ def check_adapter(adapter: str) -> PeftConfig:
     try:
         config = PeftConfig.from_pretrained(adapter)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DeRaError(f"sft_adapter={adapter!r} can't be read: {_first_line(error)}") from error
+        raise DeRaError(f"sft_adapter={adapter!r} can't be read: {first_line(error)}") from error
     _check_config(adapter, config)
     return config
 
@@ -282,7 +282,3 @@ def _base_of(adapter: str) -> str:
             "model_name_or_path and the adapter as sft_adapter."
         )
     return base
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]

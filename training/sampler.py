@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import ModelConfig, get_quantization_config
 
 from dera_peft.adapters import check_adapter
-from dera_peft.errors import DeRaError
+from dera_peft.errors import DeRaError, first_line
 from dera_peft.loading import QUANTIZATIONS, check_quantization, load_config
 from training.models import Source
 
@@ -54,8 +54,7 @@ def load_sft_model(
             use_safetensors=True,
         )
     except (OSError, ValueError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise DeRaError(f"model_name_or_path={source.base!r} can't be loaded: {first_line}") from error
+        raise DeRaError(f"model_name_or_path={source.base!r} can't be loaded: {first_line(error)}") from error
     if source.adapter is not None:
         model = PeftModel.from_pretrained(model, source.adapter).get_base_model()
     return model.eval()

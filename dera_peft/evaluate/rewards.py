@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from dera_peft.devices import read_device_map
-from dera_peft.errors import DeRaError
+from dera_peft.errors import DeRaError, first_line
 from dera_peft.fingerprint import file_fingerprint, weights_fingerprint
 from dera_peft.objects import is_object_path, load_object
 from dera_peft.prompts import Prompt
@@ -74,7 +74,7 @@ class RewardModel:
         except (OSError, ValueError, HFValidationError) as error:
             raise DeRaError(
                 f"reward={name!r} is neither a function, as path.py:name, nor a model that can be loaded: "
-                f"{_first_line(error)}"
+                f"{first_line(error)}"
             ) from error
         if self.config.num_labels != 1:
             raise DeRaError(
@@ -98,7 +98,7 @@ class RewardModel:
                 output_loading_info=True,
             )
         except (OSError, ValueError) as error:
-            raise DeRaError(f"reward={self.name!r} can't be loaded: {_first_line(error)}") from error
+            raise DeRaError(f"reward={self.name!r} can't be loaded: {first_line(error)}") from error
         if missing := sorted(loading["missing_keys"]):
             raise DeRaError(
                 f"reward={self.name!r} was not trained as a reward model: it has no {missing[0]!r}, which would be "
@@ -205,7 +205,3 @@ def score_batch(
     """
     columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
     return score(reward, [prompt.content for prompt in prompts], completions, columns, allow_none)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
