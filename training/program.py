@@ -134,6 +134,9 @@ def settings_of(*arguments: Any, ignore: tuple[str, ...] = ()) -> dict[str, Any]
                 settings[f.name] = value
     for name in (*ignore, "output_dir", "overwrite", "traceback", "num_processes", "hub_token"):
         settings.pop(name, None)
+    for name, value in settings.items():
+        if isinstance(value, dict):  # model_init_kwargs may hold a secret of the hub's
+            settings[name] = {key: part for key, part in value.items() if key != "token"}
     return json.loads(json.dumps(settings, default=str))
 
 

@@ -60,6 +60,14 @@ def test_settings_are_told_as_they_are_but_for_the_hubs_token(tmp_path):
     assert "secret" not in json.dumps(settings)
 
 
+def test_a_token_for_the_hub_is_not_written_down(tmp_path):
+    kwargs = {"revision": "main", "token": "hf_secret"}
+    config = SFTConfig(output_dir=str(tmp_path), model_init_kwargs=kwargs, hub_token="hf_secret")
+    assert settings_of(config)["model_init_kwargs"] == {"revision": "main"}
+    assert "hf_secret" not in json.dumps(settings_of(config))
+    assert config.model_init_kwargs == kwargs, "the run itself still has it"
+
+
 def test_datasets_by_file_folder_and_function(tmp_path):
     rows = [{"prompt": f"p{i}", "chosen": " a", "rejected": " b"} for i in range(3)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
