@@ -180,8 +180,9 @@ def _resolve_several(
     if taken := set(references) & set(folders):
         raise DeRaError(f"{taken.pop()!r} is a name for the reference's adapters; give the aligned one another.")
     branches = make_branches(list(references), {name: name for name in folders}, all(on_top.values()))
-    # one number says enough only for one aligned model
-    lam = 1.0 if len(folders) == 1 else dict.fromkeys(folders, 1.0 / len(folders))
+    # one number says enough only for one aligned model, whose own record may name it
+    own = [record.lam for record in records.values() if isinstance(record.lam, (int, float))] or [1.0]
+    lam = own[0] if len(folders) == 1 else dict.fromkeys(folders, 1.0 / len(folders))
     found = first or Record(base, {}, {})
     return replace(
         found if base is None else found.with_base(base),

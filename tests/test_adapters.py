@@ -273,7 +273,7 @@ def recorded(tiny_base, adapters, tmp_path_factory) -> dict:
     DeRaModel.from_pretrained(tiny_base, adapters["sft"]).save_pretrained(folder / "sft")
     for name, stacked in (("stacked", True), ("continued", False)):
         model = DeRaModel.from_pretrained(
-            tiny_base, adapters={name: adapters["harmless"]}, reference=folder / "sft", stacked=stacked
+            tiny_base, adapters={name: adapters["harmless"]}, reference=folder / "sft", stacked=stacked, lam=0.6
         )
         model.save_pretrained(folder / name)
     return {name: folder / name for name in ("sft", "stacked", "continued")}
@@ -285,6 +285,7 @@ def test_a_record_says_whether_the_adapter_replaces_the_references(tiny_base, ad
         model = DeRaModel.from_pretrained(tiny_base, recorded[name], reference=recorded["sft"])
         under = ("reference_1",) if name == "stacked" else ()
         assert model.adapters == {"reference": ("reference_1",), "aligned": (*under, "aligned")}
+        assert model.lam == 0.6, "as the record says"
         z_aligned = logits(tiny_base, *([recorded["sft"]] if under else []), adapters["harmless"])
         torch.testing.assert_close(model(IDS, lam=1.0).logits, z_aligned, atol=2e-4, rtol=1e-5)
         with pytest.raises(DeRaError, match=f"stacked={name != 'stacked'}: by its record"):
