@@ -196,7 +196,17 @@ class BatchPlan:
 
         Beams of one prompt share its λ, and so have rows in the same branches.
         """
-        row_of = self.row_of.to(sequences.device)
+        return self.rows_in(self, sequences)
+
+    def rows_in(self, filled: "BatchPlan", sequences: torch.Tensor) -> torch.Tensor:
+        """
+        Where this plan's rows are found among those of another plan of the same branches, `[R]` int64.
+
+        Args:
+            filled: computes, for each sequence, at least the branches that this plan needs for it.
+            sequences: `[B]` int64, the sequence of `filled` that each sequence of this plan is.
+        """
+        row_of = filled.row_of.to(sequences.device)
         branch = self._branch_of_row.to(sequences.device)
         return row_of[branch, sequences[self.source.to(sequences.device)]]
 

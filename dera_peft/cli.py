@@ -2,7 +2,6 @@
 
 import sys
 import traceback
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,7 +22,7 @@ app = typer.Typer(
 )
 
 INTERRUPTED = 130  # the exit code that Typer makes of Ctrl-C, as shells do: 128 + SIGINT
-MODEL, PROMPTS, SAMPLING, OUTPUT = "Model", "Prompts", "Sampling", "Output"
+MODEL, PROMPTS, SAMPLING, MEASURE, OUTPUT = "Model", "Prompts", "Sampling", "Measuring", "Output"
 
 Base = Annotated[
     str | None,
@@ -215,6 +214,95 @@ def generate(
 
 
 @app.command()
+def score(
+    completions: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="A .jsonl file: rows with a 'prompt' (a text or chat messages) and a 'completion' (a text), as those "
+            "of dera generate --output.",
+            rich_help_panel=PROMPTS,
+        ),
+    ],
+    base: Base = None,
+    adapter: Adapter = None,
+    quantization: Quantization = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    lambdas: Annotated[
+        list[str],
+        typer.Option(
+            "--lambda",
+            metavar="λ[,λ…]",
+            help="Strengths, with commas or the option repeated. By default the one that dera.json names, else 1.",
+            rich_help_panel=PROMPTS,
+        ),
+    ] = [],  # noqa: B006
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Render prompts with the tokenizer's chat template.", rich_help_panel=PROMPTS),
+    ] = False,
+    end: Annotated[
+        bool | None,
+        typer.Option(
+            "--end/--no-end",
+            help="Whether the tokenizer's end token is part of each completion. By default it is of those whose row "
+            "has 'finish': 'eos'.",
+            show_default=False,
+            rich_help_panel=PROMPTS,
+        ),
+    ] = None,
+    temperature: Annotated[
+        float,
+        typer.Option(metavar="T", help="Divides the mixed logits; the KL is at 1.", rich_help_panel=SAMPLING),
+    ] = 1.0,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A .jsonl file: a line per completion and λ, written as it finishes; run again, it is continued.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    tokens: Annotated[
+        bool,
+        typer.Option("--tokens", help="Also give the values of each token in those lines.", rich_help_panel=OUTPUT),
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print those lines instead of the table.", rich_help_panel=OUTPUT)
+    ] = False,
+) -> None:
+    """Say how probable given completions are at many λ, from one pass: total, per token, perplexity, KL; in nats.
+
+    A completion is split into tokens by itself and put behind its prompt's, which is how it was decoded.
+
+    **Examples**
+
+    `dera score --adapter ./dpo --completions out.jsonl --lambda 0,0.25,0.5,0.75,1`
+
+    `dera score --adapter ./dpo --completions chats.jsonl --chat --end --lambda 0,1 --output scores.jsonl`
+    """
+    from dera_peft.commands.score import score as run
+    from dera_peft.devices import read_device_map
+
+    run(
+        base=base,
+        adapter=adapter,
+        quantization=quantization,
+        dtype=dtype,
+        device_map=read_device_map(device_map),
+        completions_file=completions,
+        lambdas=lambdas,
+        chat=chat,
+        end=end,
+        temperature=temperature,
+        per_token=tokens,
+        output=output,
+        as_json=json,
+    )
+
+
+@app.command()
 def info(
     base: Base = None,
     adapter: Adapter = None,
@@ -301,45 +389,168 @@ def export(
 @app.command()
 def sweep(
     config: Annotated[str | None, typer.Option(metavar="FILE", help="A YAML file with the keys below.")] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Only a quick look, without rewards: does the adapter respond to λ at all, and at which λ does text "
+            "fall apart?",
+        ),
+    ] = False,
     base: Base = None,
     adapter: Adapter = None,
     quantization: Quantization = None,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
-    prompts: Annotated[str | None, typer.Option(help="Held-out prompts: .txt, .jsonl or path.py:function.")] = None,
-    reward: Annotated[
+    prompts: Annotated[
         str | None,
         typer.Option(
-            help="path.py:name of f(prompts, completions, **columns) -> list[float], as in TRL; or a "
-            "sequence-classification model with one label: hub id or folder."
+            metavar="SOURCE",
+            help="Held-out prompts: .txt (one a line), .jsonl or .csv (rows), path.py:function, or a dataset (hub id "
+            "or folder).",
+            rich_help_panel=PROMPTS,
         ),
     ] = None,
-    output_dir: Annotated[str | None, typer.Option(help="For samples.jsonl, summary.csv and sweep.png.")] = None,
-    lambdas: Annotated[
-        list[str], typer.Option("--lambda", metavar="λ[,λ…]", help="Strengths, with commas or the option repeated.")
+    split: Annotated[
+        str | None, typer.Option(help="Split of a dataset; 'train' by default.", rich_help_panel=PROMPTS)
+    ] = None,
+    subset: Annotated[
+        str | None,
+        typer.Option(help="Subset (configuration) of a hub dataset that has several.", rich_help_panel=PROMPTS),
+    ] = None,
+    prompt_column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="What holds the prompts, texts or chats; 'prompt' by default. Rewards are given the other columns.",
+            rich_help_panel=PROMPTS,
+        ),
+    ] = None,
+    max_prompts: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Use the first so many.", rich_help_panel=PROMPTS)
+    ] = None,
+    chat: Annotated[
+        bool | None, typer.Option(help="Render them with the tokenizer's chat template.", rich_help_panel=PROMPTS)
+    ] = None,
+    reward: Annotated[
+        list[str],
+        typer.Option(
+            metavar="REWARD",
+            help="What scores completions; can be repeated, and λ is chosen by the first one. path.py:name of "
+            "f(prompts, completions, **columns) -> list[float], as in TRL; a sequence-classification model with one "
+            "label (hub id or folder); or length, implicit (what the adapter itself rewards), perplexity (under the "
+            "reference), repetition, distinct-1 (2, 3 …), exact_match:COLUMN.",
+            rich_help_panel=MEASURE,
+        ),
     ] = [],  # noqa: B006
-    samples: Annotated[int | None, typer.Option(min=1, help="Completions per prompt and λ.")] = None,
-    max_prompts: Annotated[int | None, typer.Option(min=1, help="Use the first so many prompts.")] = None,
-    chat: Annotated[bool | None, typer.Option(help="Render prompts with the tokenizer's chat template.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="At most so many new tokens.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Of sampling; 0 is greedy.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of all random numbers.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Completions decoded at once.")] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JUDGE",
+            help="Compares completions with those at λ=0 and λ=1, for win rates: path.py:name of f(prompts, pairs) -> "
+            "list of 0 (the first is better), 1 or -1 (neither); or a sequence-classification model.",
+            rich_help_panel=MEASURE,
+        ),
+    ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN", help="A column of the prompts: results for each of its values.", rich_help_panel=MEASURE
+        ),
+    ] = None,
+    rule: Annotated[
+        Literal["reward", "lower_bound", "kl_budget", "worst_group"] | None,
+        typer.Option(
+            metavar="RULE",
+            help="How λ is recommended: reward (the highest mean, the default), lower_bound (the highest lower end of "
+            "its interval), kl_budget (the highest mean within --kl-budget), worst_group (the highest mean of the "
+            "group that fares worst).",
+            rich_help_panel=MEASURE,
+        ),
+    ] = None,
+    kl_budget: Annotated[
+        float | None,
+        typer.Option(metavar="NATS", help="KL to the reference, a completion, at most.", rich_help_panel=MEASURE),
+    ] = None,
+    lambdas: Annotated[
+        list[str],
+        typer.Option(
+            "--lambda",
+            metavar="λ[,λ…]",
+            help="Strengths, with commas or the option repeated; 0 to 2 by default.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = [],  # noqa: B006
+    samples: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Completions per prompt and λ.", rich_help_panel=SAMPLING)
+    ] = None,
+    mixing: Annotated[
+        list[str],
+        typer.Option(
+            metavar="KIND",
+            help="logits (DeRa); given again as weights, the adapter's weights scaled by λ are a line beside it.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = [],  # noqa: B006
+    model: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=LORA",
+            help="A further line: another adapter over the same reference, as trained; can be repeated.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = [],  # noqa: B006
+    max_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="At most so many new tokens.", rich_help_panel=SAMPLING)
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="T", help="Of sampling; 0 is greedy.", rich_help_panel=SAMPLING)
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(metavar="K", help="Sample from the k most probable tokens.", rich_help_panel=SAMPLING),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            metavar="P", help="Sample from the fewest tokens that hold this probability.", rich_help_panel=SAMPLING
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Of all random numbers.", rich_help_panel=SAMPLING)
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Completions decoded at once, at most.", rich_help_panel=SAMPLING),
+    ] = None,
+    output_dir: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="For report.html, the plots, summary.csv and samples.jsonl; and what is made on the way, in parts/.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
 ) -> None:
-    """Decode held-out prompts over a grid of λ, score them, and show reward and KL against λ.
+    """Find the right λ on held-out prompts: decode at several, measure, recommend one, show it.
 
-    The command line comes before the config, and that before the defaults. Run again, it continues where it stopped.
+    Run again, it goes on where it stopped; more λ, samples or rewards add to what is there. The command line comes
+    before the config, and that before the defaults. It exits with 1 where a reward failed on some rows. On several
+    GPUs: `torchrun --nproc_per_node N -m dera_peft.cli sweep …`.
 
     **Examples**
 
     `dera sweep --config configs/tiny/sweep.yaml`
 
-    `dera sweep --adapter ./dpo --prompts test.txt --reward reward.py:reward --output-dir runs/sweep --lambda 0,0.5,1`
+    `dera sweep --adapter ./dpo --prompts test.txt --check`
+
+    `dera sweep --adapter ./dpo --prompts test.jsonl --reward reward.py:reward --reward length --output-dir runs/sweep`
+
+    `dera sweep --adapter ./dpo --prompts org/dataset --split test --reward org/reward-model --judge judge.py:judge
+    --rule kl_budget --kl-budget 5 --lambda 0,0.5,1,2 --model retrained=./dpo-2 --output-dir runs/sweep`
     """
-    from dera_peft.commands.common import read_lambdas
-    from dera_peft.commands.sweep import sweep as run
-    from dera_peft.devices import read_device_map
-    from dera_peft.evaluate.sweep import SweepConfig
+    from dera_peft.commands.common import read_lambdas, read_models
+    from dera_peft.evaluate.config import SweepConfig
 
     settings = SweepConfig.read(
         config,
@@ -349,18 +560,33 @@ def sweep(
         dtype=dtype,
         device_map=device_map,
         prompts=prompts,
-        reward=reward,
-        output_dir=output_dir,
-        lambdas=read_lambdas(lambdas) if lambdas else None,
-        samples=samples,
+        split=split,
+        subset=subset,
+        prompt_column=prompt_column,
         max_prompts=max_prompts,
         chat=chat,
+        rewards=reward or None,
+        judge=judge,
+        group=group,
+        rule=rule,
+        kl_budget=kl_budget,
+        lambdas=read_lambdas(lambdas) if lambdas else None,
+        samples=samples,
+        mixing=mixing or None,
+        models=read_models(model) if model else None,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
         seed=seed,
         batch_size=batch_size,
+        output_dir=output_dir,
     )
-    run(replace(settings, device_map=read_device_map(settings.device_map)))
+    if check:
+        from dera_peft.commands.check import check as run
+    else:
+        from dera_peft.commands.sweep import sweep as run
+    run(settings)
 
 
 def main() -> None:

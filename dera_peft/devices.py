@@ -1,10 +1,35 @@
-"""Where a command puts the model."""
+"""Where a command puts the model, on one process and on several."""
+
+from datetime import timedelta
+from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from dera_peft.errors import DeRaError
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's
+SLOWEST = timedelta(days=7)  # how long a process may wait for the others
+
+
+def join_processes() -> PartialState:
+    """The processes that `torchrun` or `accelerate launch` started together; this one alone without them."""
+    # without an accelerator it must be told so, or it takes each of several processes for the only one
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=SLOWEST)
+
+
+def device_map_of(name: str | None, processes: PartialState) -> Any:
+    """
+    Where models go: of several processes each has its own device.
+
+    Raises:
+        DeRaError: there are several, and one is named.
+    """
+    if processes.num_processes == 1:
+        return read_device_map(name)
+    if name is not None:
+        raise DeRaError(f"device_map={name!r}: of several processes each has its own device; leave it out.")
+    return {"": processes.device}
 
 
 def read_device_map(name: str | None) -> str | None:

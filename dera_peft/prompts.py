@@ -1,7 +1,9 @@
 """Prompts as users have them: texts, files, chats; and the token ids that they become."""
 
+import csv
+import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,7 +18,14 @@ from dera_peft.objects import is_object_path, load_object
 Chat = list[dict[str, str]]
 
 # What the rows of results say themselves; a prompt's own columns stand beside it and may not be called so.
-RESULT_COLUMNS = frozenset(("run", "index", "sample", "completion", "tokens", "finish", "reward", "kl"))
+RESULT_COLUMNS = frozenset(
+    (
+        "run", "line", "index", "sample", "completion", "tokens", "finish", "reward", "rewards", "errors", "judged",
+        "kl", "log_p", "kl_grid", "views",
+    )
+)  # fmt: skip
+
+FILES = (".txt", ".jsonl", ".csv")
 
 MAX_LAMBDA = torch.finfo(torch.float32).max  # logits are mixed in fp32
 
@@ -100,36 +109,86 @@ def _split_lines(text: str) -> list[str]:
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
 
 
-def from_file(name: str) -> list[Prompt]:
+def from_file(name: str, column: str = "prompt") -> list[Prompt]:
     """
-    Prompts from a file: `.txt` (one a line), `.jsonl` (rows with "prompt", perhaps "lambda", and further columns), or
-    `path.py:name`, a Python function that returns prompts or such rows (a `datasets.Dataset` too).
+    Prompts from a file: `.txt` (one a line), `.jsonl` or `.csv` (rows with the prompts in `column`, perhaps "lambda",
+    and further columns), or `path.py:name`, a Python function that returns prompts or such rows (a `datasets.Dataset`
+    too).
 
     Raises:
         DeRaError: no such file, or a line that is malformed or empty, with its number.
     """
     if is_object_path(name):
-        made = load_object(name)()
-        rows = [{"prompt": row} if isinstance(row, str) or is_chat(row) else row for row in made]
-        return _from_rows(rows, [f"{name}, prompt {index + 1}" for index in range(len(rows))])
+        return from_rows(load_object(name)(), name, column)
     path = Path(name)
-    if path.suffix not in (".txt", ".jsonl"):
-        raise DeRaError(f"prompts={name!r}: give a .txt or .jsonl file, or a function as path.py:name.")
+    if path.suffix not in FILES:
+        raise DeRaError(f"prompts={name!r}: give a {', '.join(FILES)} file, or a function as path.py:name.")
     try:
         text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of a prompt
     except FileNotFoundError:
         raise DeRaError(f"prompts={name!r}: there is no such file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DeRaError(f"prompts={name!r} can't be read: {error}") from None
-    lines = _split_lines(text)
-    sources = [f"{name}, line {index + 1}" for index in range(len(lines))]
-    if path.suffix == ".txt":
-        rows = [{"prompt": line} for line in lines]
+    if path.suffix == ".csv":
+        rows = _read_csv(text, name)
     else:
-        rows = [_parse(line, source) for line, source in zip(lines, sources, strict=True)]
+        lines = {f"{name}, line {number}": line for number, line in enumerate(_split_lines(text), start=1)}
+        if path.suffix == ".txt":
+            rows = {source: {column: line} for source, line in lines.items()}
+        else:
+            rows = {source: _parse(line, source) for source, line in lines.items()}
     if not rows:
         raise DeRaError(f"prompts={name!r} has no prompts in it.")
-    return _from_rows(rows, sources)
+    return _from_rows(rows, column)
+
+
+def read_prompts(
+    source: str | Sequence[Any],
+    column: str = "prompt",
+    split: str = "train",
+    subset: str | None = None,
+    limit: int | None = None,
+) -> list[Prompt]:
+    """Prompts from a list, a file or a function (see `from_file`), or else a dataset (see `from_dataset`)."""
+    if not isinstance(source, str):
+        return from_rows(source, "prompts", column)[:limit]
+    if Path(source).suffix in FILES or source.rpartition(":")[0].endswith(".py"):
+        return from_file(source, column)[:limit]
+    return from_dataset(source, split, subset, column, limit)
+
+
+def from_dataset(
+    name: str, split: str = "train", subset: str | None = None, column: str = "prompt", limit: int | None = None
+) -> list[Prompt]:
+    """
+    Prompts from a dataset (see `data.read_dataset`): texts, or chats; of a chat that ends with an answer, what stands
+    before it. Its other columns are the prompts' own.
+
+    Args:
+        limit: read the first so many rows; None for all.
+    """
+    from dera_peft.data import read_dataset  # datasets takes a second to import, which a file of prompts does not need
+
+    dataset = read_dataset(name, split, subset, "prompts")
+    if column not in dataset.column_names:
+        raise DeRaError(f"prompts={name!r} has no column {column!r}; it has {dataset.column_names}: set prompt_column.")
+    if limit is not None:
+        dataset = dataset.select(range(min(limit, len(dataset))))
+    rows = {f"{name}, row {number}": dict(row) for number, row in enumerate(dataset, start=1)}
+    for row in rows.values():
+        content = row[column]
+        if is_chat(content) and len(content) > 1 and content[-1]["role"] == "assistant":
+            row[column] = content[:-1]
+    return _from_rows(rows, column)
+
+
+def from_rows(rows: Iterable[Any], source: str, column: str = "prompt") -> list[Prompt]:
+    """Prompts from texts, chats, or rows as those of a .jsonl file."""
+    rows = [{column: row} if isinstance(row, str) or is_chat(row) else row for row in rows]
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping):
+            raise DeRaError(f"{source}, prompt {number}: must be a text, a chat or a row; got {row!r}.")
+    return _from_rows({f"{source}, prompt {number}": row for number, row in enumerate(rows, start=1)}, column)
 
 
 def _parse(line: str, source: str) -> dict:
@@ -142,13 +201,42 @@ def _parse(line: str, source: str) -> dict:
     return row
 
 
-def _from_rows(rows: Sequence[dict], sources: Sequence[str]) -> list[Prompt]:
+def _read_csv(text: str, name: str) -> dict[str, dict]:
+    """Rows under a head of names; a number is a text too, but for λ."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows, names = {}, None
+    while True:
+        source = f"{name}, line {reader.line_num + 1}"
+        try:
+            values = next(reader, None)
+        except csv.Error as error:
+            raise DeRaError(f"{source}: not valid CSV: {error}") from None
+        if values is None:
+            return rows
+        if not values:  # a blank line
+            continue
+        if names is None:
+            names = values
+            continue
+        if len(values) != len(names):
+            raise DeRaError(f"{source}: has {len(values)} values, and the file's first line names {len(names)}.")
+        row: dict[str, Any] = dict(zip(names, values, strict=True))
+        if "lambda" in row:
+            try:
+                row["lambda"] = float(row["lambda"])
+            except ValueError:
+                raise DeRaError(f"{source}: lambda must be a number; got {row['lambda']!r}.") from None
+        rows[source] = row
+
+
+def _from_rows(rows: Mapping[str, Mapping[str, Any]], column: str) -> list[Prompt]:
+    """Of rows by where they stand."""
     prompts = []
-    for index, (row, source) in enumerate(zip(rows, sources, strict=True)):
+    for index, (source, row) in enumerate(rows.items()):
         columns = dict(row)
-        if "prompt" not in columns:
-            raise DeRaError(f"{source}: has no key 'prompt'; its keys are {sorted(columns)}.")
-        content, lam = columns.pop("prompt"), columns.pop("lambda", None)
+        if column not in columns:
+            raise DeRaError(f"{source}: has no key {column!r}; its keys are {sorted(columns)}.")
+        content, lam = columns.pop(column), columns.pop("lambda", None)
         prompts.append(Prompt(index, content, source, None if lam is None else _read_lambdas(lam, source), columns))
     return prompts
 

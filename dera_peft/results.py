@@ -30,46 +30,15 @@ class Results:
         self.file = Path(file)
         self.run = run
         self.rows: list[dict] = []
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            is_new = not os.path.lexists(self.file)
-            with self.file.open("ab"):  # can it be written at all? Better known now than after an hour of decoding
-                pass
-            if is_new:
-                self.file.unlink()
-                return
-            data = self.file.read_bytes()
-        except OSError as error:
-            raise DeRaError(f"{argument}: {str(self.file)!r} can't be written: {error.strerror}.") from error
-        self._read(data)
-
-    def _read(self, data: bytes) -> None:
-        whole, _, torn = data.rpartition(b"\n")
-        for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
-            try:
-                row = json.loads(line)
-                run = row["run"]
-            except (ValueError, KeyError, TypeError):
-                raise DeRaError(
-                    f"{str(self.file)!r}, line {number}, is not a row of results: move the file away or name another "
-                    "output."
-                ) from None
-            if run != self.run:
-                raise DeRaError(
-                    f"{str(self.file)!r} holds the results of other settings (run {run}, this one is {self.run}): "
-                    "move it away or name another output."
-                )
-            self.rows.append(row)
-        # only what an interruption of such a run can have left is dropped: any other file stays as it is
-        start = json.dumps({"run": self.run})[:-1].encode()
-        if not torn.startswith(start[: len(torn)]):
+        if not is_writable(self.file, argument):
+            return
+        self.rows, torn = read_rows(self.file)
+        if other := next((row["run"] for row in self.rows if row["run"] != run), None):
             raise DeRaError(
-                f"{str(self.file)!r} does not end with a row of these results: move the file away or name another "
-                "output."
+                f"{str(self.file)!r} holds the results of other settings (run {other}, this one is {run}): move it "
+                "away or name another output."
             )
-        if torn:
-            with self.file.open("r+b") as stream:
-                stream.truncate(len(data) - len(torn))
+        cut_torn(self.file, torn, json.dumps({"run": run})[:-1])
 
     def finished(self, prompts: Sequence[Prompt]) -> dict[Request, dict]:
         """
@@ -105,10 +74,79 @@ class Results:
     def append(self, rows: Iterable[dict]) -> list[dict]:
         """Writes rows, each with this run's fingerprint, and returns them so."""
         rows = [{"run": self.run, **row} for row in rows]
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        append_rows(self.file, rows)
         self.rows.extend(rows)
         return rows
+
+
+def is_writable(file: Path, argument: str) -> bool:
+    """
+    Whether there is such a file. Better known now than after an hour of decoding is whether it can be written.
+
+    Raises:
+        DeRaError: it can't; the message names `argument`.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not os.path.lexists(file)
+        with file.open("ab"):
+            pass
+        if is_new:
+            file.unlink()
+    except OSError as error:
+        raise DeRaError(f"{argument}: {str(file)!r} can't be written: {error.strerror}.") from error
+    return not is_new
+
+
+def read_rows(file: Path) -> tuple[list[dict], bytes]:
+    """
+    The whole lines of a file, and what an interruption left of one behind them.
+
+    Raises:
+        DeRaError: a line is not a row of results.
+    """
+    whole, _, torn = file.read_bytes().rpartition(b"\n")
+    rows = []
+    for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
+        try:
+            row = json.loads(line)
+            row["run"]
+        except (ValueError, KeyError, TypeError):
+            raise DeRaError(
+                f"{str(file)!r}, line {number}, is not a row of results: move the file away or name another output."
+            ) from None
+        rows.append(row)
+    return rows, torn
+
+
+def cut_torn(file: Path, torn: bytes, beginning: str) -> None:
+    """
+    Drops the last line, torn by an interruption, if it can have been such a row; any other file stays as it is.
+
+    Args:
+        torn: from `read_rows`.
+        beginning: of every row.
+    """
+    if not torn.startswith(beginning.encode()[: len(torn)]):
+        raise DeRaError(
+            f"{str(file)!r} does not end with a row of these results: move the file away or name another output."
+        )
+    if torn:
+        with file.open("r+b") as stream:
+            stream.truncate(file.stat().st_size - len(torn))
+
+
+def append_rows(file: Path, rows: Iterable[dict]) -> None:
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_rows(file: Path, rows: Iterable[dict]) -> None:
+    """Whole or not at all."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    append_rows(temporary, rows)
+    os.replace(temporary, file)
 
 
 def _columns(row: dict) -> dict[str, str]:

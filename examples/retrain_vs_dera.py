@@ -41,8 +41,9 @@ from rich.table import Table
 
 from dera_peft.devices import read_device_map
 from dera_peft.errors import DeRaError
-from dera_peft.evaluate.summary import LambdaSummary, mean_and_se
-from dera_peft.evaluate.sweep import SweepConfig, SweepResult, sweep
+from dera_peft.evaluate import SweepConfig, SweepResult, sweep
+from dera_peft.evaluate.statistics import Estimate, LambdaSummary, Resamples
+from dera_peft.record import LOGITS
 from training import dpo, preferences, sft
 from training.program import start
 
@@ -57,20 +58,20 @@ class Comparison:
     One λ: an adapter trained at β/λ, and the first adapter decoded at λ.
 
     Attributes:
-        reward: DeRa's minus the retrained adapter's, as (mean, standard error) over prompts.
+        difference: DeRa's reward minus the retrained adapter's, paired over prompts.
     """
 
     lam: float
     beta: float
     retrained: LambdaSummary
     dera: LambdaSummary
-    reward: tuple[float, float]
+    difference: Estimate
 
     @property
     def in_errors(self) -> float:
         """The difference in its standard errors."""
-        difference, error = self.reward
-        return difference / error if error else 0.0 if difference == 0 else math.copysign(math.inf, difference)
+        mean, error = self.difference.mean, self.difference.se
+        return mean / error if error else 0.0 if mean == 0 else math.copysign(math.inf, mean)
 
     @property
     def agrees(self) -> bool:
@@ -141,36 +142,59 @@ def train(args: argparse.Namespace) -> tuple[Path, dict[float, Path]]:
     return trainings[0][1], {lam: folder for lam, folder, _ in trainings[1:]}
 
 
-def decode(args: argparse.Namespace, adapter: Path, lambdas: Sequence[float]) -> SweepResult:
-    """The recipe's sweep, with an adapter of ours."""
+def decode(args: argparse.Namespace, first: Path, retrained: dict[float, Path]) -> SweepResult:
+    """The recipe's sweep with the first adapter at every λ, and a line for each of those that were retrained."""
     config = SweepConfig.read(
         str(args.recipe / "sweep.yaml"),
-        adapter=str(adapter),
-        lambdas=lambdas,
+        adapter=str(first),
+        lambdas=[0.0, *args.lambdas],
+        models={line_name(args.beta, lam): str(folder) for lam, folder in retrained.items()},
         samples=args.samples,
-        output_dir=str(args.output_dir / "decoded" / adapter.name),
+        output_dir=str(args.output_dir / "decoded"),
         device_map=read_device_map(None),
     )
-    print(f"decoding with {adapter} at λ = {', '.join(f'{lam:g}' for lam in lambdas)}")
-    return sweep(config)
+    print(
+        f"decoding with {first} at λ = {', '.join(f'{lam:g}' for lam in config.lambdas)}, and as trained with those "
+        "that were retrained"
+    )
+    result = sweep(config)
+    if result.failed:
+        raise DeRaError(f"a reward failed on {result.failed} completions: see {config.output_dir}/samples.jsonl.")
+    return result
 
 
-def by_prompt(samples: Sequence[dict], lam: float) -> dict[int, float]:
-    """Prompt -> its mean reward at one λ."""
+def line_name(beta: float, lam: float) -> str:
+    return f"retrained at β={beta / lam:.4g}"
+
+
+def decoded_with_dera(result: SweepResult) -> list[LambdaSummary]:
+    """By ascending λ."""
+    return [summary for summary in result.summaries if summary.line == LOGITS]
+
+
+def reward(summary: LambdaSummary) -> Estimate:
+    """Of the recipe's first reward."""
+    return next(iter(summary.rewards.values())).level
+
+
+def by_prompt(rows: Sequence[dict], line: str, lam: float) -> dict[int, float]:
+    """Prompt -> its mean reward in one line at one λ."""
     rewards = defaultdict(list)
-    for sample in samples:
-        if sample["lambda"] == lam:
-            rewards[sample["index"]].append(sample["reward"])
+    for row in rows:
+        if (row["line"], row["lambda"]) == (line, lam):
+            rewards[row["index"]].append(next(iter(row["rewards"].values())))
     return {index: sum(values) / len(values) for index, values in rewards.items()}
 
 
-def compare(beta: float, dera: SweepResult, retrained: dict[float, SweepResult]) -> list[Comparison]:
-    at = {summary.lam: summary for summary in dera.summaries}
+def compare(beta: float, lambdas: Sequence[float], result: SweepResult) -> list[Comparison]:
+    at = {(summary.line, summary.lam): summary for summary in result.summaries}
     comparisons = []
-    for lam, result in retrained.items():
-        ours, theirs = by_prompt(dera.samples, lam), by_prompt(result.samples, 1.0)
-        difference = mean_and_se([ours[index] - theirs[index] for index in ours])
-        comparisons.append(Comparison(lam, beta / lam, result.summaries[0], at[lam], difference))
+    for lam in lambdas:
+        line = line_name(beta, lam)
+        ours, theirs = by_prompt(result.rows, LOGITS, lam), by_prompt(result.rows, line, 1.0)
+        differences = numpy.array([ours[index] - theirs[index] for index in ours])
+        difference = Resamples(len(ours)).means({lam: differences})[lam]
+        comparisons.append(Comparison(lam, beta / lam, at[line, 1.0], at[LOGITS, lam], difference))
     return comparisons
 
 
@@ -180,22 +204,22 @@ COLUMNS = ("λ", "β/λ", "reward: retrained", "DeRa", "difference", "± SE", "i
 def rows_of(comparisons: Sequence[Comparison]) -> list[tuple[str, ...]]:
     return [
         (
-            f"{c.lam:g}", f"{c.beta:.3g}", f"{c.retrained.reward:+.3f}", f"{c.dera.reward:+.3f}", f"{c.reward[0]:+.3f}",
-            f"{c.reward[1]:.3f}", f"{c.in_errors:+.1f}", f"{c.retrained.kl:.2f}", f"{c.dera.kl:.2f}",
-            "agrees" if c.agrees else "differs",
+            f"{c.lam:g}", f"{c.beta:.3g}", f"{reward(c.retrained).mean:+.3f}", f"{reward(c.dera).mean:+.3f}",
+            f"{c.difference.mean:+.3f}", f"{c.difference.se:.3f}", f"{c.in_errors:+.1f}",
+            f"{c.retrained.kl.mean:.2f}", f"{c.dera.kl.mean:.2f}", "agrees" if c.agrees else "differs",
         )
         for c in comparisons
     ]  # fmt: skip
 
 
-def findings(comparisons: Sequence[Comparison], dera: SweepResult) -> list[str]:
+def findings(comparisons: Sequence[Comparison], dera: Sequence[LambdaSummary]) -> list[str]:
     """What the comparison says, as sentences."""
     others = [c for c in comparisons if c.lam != 1]
     (control,) = (c for c in comparisons if c.lam == 1)
     agreeing = [f"{c.lam:g}" for c in others if c.agrees]
-    differing = [f"{c.lam:g} ({c.reward[0]:+.3f}, {c.in_errors:+.1f} SE)" for c in others if not c.agrees]
+    differing = [f"{c.lam:g} ({c.difference.mean:+.3f}, {c.in_errors:+.1f} SE)" for c in others if not c.agrees]
     lines = [
-        f"Two trainings at the same β = {control.beta:g} differ in reward by {control.reward[0]:+.3f} "
+        f"Two trainings at the same β = {control.beta:g} differ in reward by {control.difference.mean:+.3f} "
         f"({control.in_errors:+.1f} SE), in KL by a factor of {_factor(control)}.",
         f"In reward DeRa and retraining agree, within {AGREE:g} standard errors of the paired difference, at "
         f"{len(agreeing)} of {len(others)} λ" + (f": {', '.join(agreeing)}." if agreeing else "."),
@@ -205,18 +229,18 @@ def findings(comparisons: Sequence[Comparison], dera: SweepResult) -> list[str]:
     lines.append(
         "DeRa's KL over that of retraining: " + ", ".join(f"{_factor(c)} at λ={c.lam:g}" for c in others) + "."
     )
-    curve = [summary.kl for summary in dera.summaries], [summary.reward for summary in dera.summaries]
-    at_same_kl = [(c.lam, float(numpy.interp(c.retrained.kl, *curve)) - c.retrained.reward) for c in others]
+    curve = [summary.kl.mean for summary in dera], [reward(summary).mean for summary in dera]
+    at_same_kl = [(c.lam, float(numpy.interp(c.retrained.kl.mean, *curve)) - reward(c.retrained).mean) for c in others]
     lines.append(
         "At the KL that retraining came to, DeRa's curve has a reward that is higher by "
         + ", ".join(f"{difference:+.3f} (β/λ of λ={lam:g})" for lam, difference in at_same_kl)
         + "."
     )
-    broken = [c for c in others if c.lam > 1 and not c.agrees and c.reward[0] < 0]
+    broken = [c for c in others if c.lam > 1 and not c.agrees and c.difference.mean < 0]
     if broken:
         lines.append(f"Beyond λ=1 DeRa's reward falls short of retraining from λ = {broken[0].lam:g} on.")
-    best = max(dera.summaries, key=lambda summary: summary.reward)
-    if best.lam < dera.summaries[-1].lam:
+    best = max(dera, key=lambda summary: reward(summary).mean)
+    if best.lam < dera[-1].lam:
         lines.append(
             f"DeRa's reward is highest at λ = {best.lam:g}; further on it falls while KL goes on rising: there the "
             "mixture has left what either model knows."
@@ -225,10 +249,10 @@ def findings(comparisons: Sequence[Comparison], dera: SweepResult) -> list[str]:
 
 
 def _factor(c: Comparison) -> str:
-    return f"{c.dera.kl / c.retrained.kl:.2f}" if c.retrained.kl else "-"
+    return f"{c.dera.kl.mean / c.retrained.kl.mean:.2f}" if c.retrained.kl.mean else "-"
 
 
-def draw(comparisons: Sequence[Comparison], dera: SweepResult, file: Path) -> None:
+def draw(comparisons: Sequence[Comparison], dera: Sequence[LambdaSummary], file: Path) -> None:
     """Reward against KL for both, and their paired difference against λ; bars of one standard error over prompts."""
     import matplotlib
 
@@ -240,28 +264,29 @@ def draw(comparisons: Sequence[Comparison], dera: SweepResult, file: Path) -> No
         1, 2, figsize=(9.6, 4.2), layout="constrained", gridspec_kw={"width_ratios": [1.7, 1]}
     )
     for summaries, color, marker, label in (
-        (dera.summaries, DERA, "o", "DeRa: one adapter, decoded at λ"),
-        ([dera.summaries[0], *(c.retrained for c in comparisons)], RETRAINED, "s", "retrained at β/λ"),
+        (dera, DERA, "o", "DeRa: one adapter, decoded at λ"),
+        ([dera[0], *(c.retrained for c in comparisons)], RETRAINED, "s", "retrained at β/λ"),
     ):
         left.errorbar(
-            [s.kl for s in summaries], [s.reward for s in summaries], xerr=[s.kl_se for s in summaries],
-            yerr=[s.reward_se for s in summaries], color=color, marker=marker, markersize=5, capsize=2.5, linewidth=1.6,
-            label=label,
+            [s.kl.mean for s in summaries], [reward(s).mean for s in summaries], xerr=[s.kl.se for s in summaries],
+            yerr=[reward(s).se for s in summaries], color=color, marker=marker, markersize=5, capsize=2.5,
+            linewidth=1.6, label=label,
         )  # fmt: skip
     for c in comparisons:
-        left.plot([c.dera.kl, c.retrained.kl], [c.dera.reward, c.retrained.reward], color="0.8", linewidth=4, zorder=0)
+        ours, theirs = (c.dera.kl.mean, reward(c.dera).mean), (c.retrained.kl.mean, reward(c.retrained).mean)
+        left.plot(*zip(ours, theirs, strict=True), color="0.8", linewidth=4, zorder=0)
         # a label on the left of the first points would run into the axis
-        near_axis = _root(c.dera.kl / dera.summaries[-1].kl) < 0.1
+        near_axis = _root(c.dera.kl.mean / dera[-1].kl.mean) < 0.1
         place, side = (
             ((5, -12), "left") if c is comparisons[0] else ((-13, 8), "center") if near_axis else ((-7, 5), "right")
         )
         left.annotate(
-            f"λ={c.lam:g}", (c.dera.kl, c.dera.reward), xytext=place, ha=side, textcoords="offset points", fontsize=8,
+            f"λ={c.lam:g}", ours, xytext=place, ha=side, textcoords="offset points", fontsize=8,
             color=DERA,
         )  # fmt: skip
     left.annotate(
         "reference",
-        (0, dera.summaries[0].reward),
+        (0, reward(dera[0]).mean),
         xytext=(6, -10),
         textcoords="offset points",
         fontsize=8,
@@ -278,14 +303,14 @@ def draw(comparisons: Sequence[Comparison], dera: SweepResult, file: Path) -> No
 
     right.axhline(0, color="0.75", linewidth=0.9, zorder=0)
     right.errorbar(
-        [c.lam for c in comparisons], [c.reward[0] for c in comparisons],
-        yerr=[AGREE * c.reward[1] for c in comparisons],
+        [c.lam for c in comparisons], [c.difference.mean for c in comparisons],
+        yerr=[AGREE * c.difference.se for c in comparisons],
         color=NEUTRAL, linestyle="none", capsize=3, linewidth=1.4, zorder=1,
     )  # fmt: skip
     for c in comparisons:
         right.plot(
             c.lam,
-            c.reward[0],
+            c.difference.mean,
             marker="o",
             markersize=6.5,
             color=NEUTRAL,
@@ -299,7 +324,7 @@ def draw(comparisons: Sequence[Comparison], dera: SweepResult, file: Path) -> No
     right.set_title(f"same prompts, ±{AGREE:g} SE; filled: agrees", fontsize=9, color=NEUTRAL)
     for panel in (left, right):
         panel.spines[["top", "right"]].set_visible(False)
-    summary = dera.summaries[0]
+    summary = dera[0]
     left.set_title(
         f"β = {comparisons[0].beta * comparisons[0].lam:g}; {summary.prompts} held-out prompts, "
         f"{summary.samples // summary.prompts} samples each; bars: 1 SE",
@@ -320,8 +345,8 @@ def _square(values):
 def main(arguments: Sequence[str] | None = None) -> list[Comparison]:
     args = parse(arguments)
     first, retrained = train(args)
-    dera = decode(args, first, [0.0, *args.lambdas])
-    comparisons = compare(args.beta, dera, {lam: decode(args, folder, [1.0]) for lam, folder in retrained.items()})
+    result = decode(args, first, retrained)
+    comparisons, dera = compare(args.beta, args.lambdas, result), decoded_with_dera(result)
 
     rows = rows_of(comparisons)
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")

@@ -9,8 +9,11 @@ import sys
 import time
 
 import pytest
+import torch
 from rich.cells import cell_len
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+from two_models import TwoModels, load_two
 
 from dera_peft import cli
 
@@ -45,7 +48,7 @@ def test_help_teaches(dera):
     code, out, _ = dera("--help")
     assert code == 0
     assert all(command in out for command in ("generate", "info", "sweep"))
-    for command in ("generate", "info", "sweep"):
+    for command in ("generate", "score", "info", "sweep"):
         code, out, _ = dera(command, "--help")
         assert code == 0
         assert "Example" in out
@@ -204,6 +207,124 @@ def test_export(dera, model, tmp_path):
     assert "'aligend'" in err
 
 
+@pytest.fixture
+def completions(dera, model, tmp_path):
+    """A file of four, as `dera generate` makes it."""
+    file = tmp_path / "completions.jsonl"
+    prompts = ["--prompt", "Rain fell", "--prompt", "A fox"]
+    code, _, err = dera(
+        "generate", *model, *prompts, "--lambda", "0,1", "--max-new-tokens", 5, "--output", file, "--greedy"
+    )
+    assert code == 0, err
+    return file
+
+
+def test_score(dera, model, completions, tiny_base, tiny_adapter):
+    """The numbers are those of two whole models over the prompt's tokens and the completion's behind them."""
+    (given, *_), first = rows(completions.read_text()), completions.read_text().splitlines()[0]
+    completions.write_text(first + "\n" + json.dumps({**given, "finish": "eos", "tokens": 99}) + "\n")
+    code, out, err = dera("score", *model, "--completions", completions, "--lambda", "0,0.5", "--json", "--tokens")
+    assert code == 0, err
+    assert "1 of 2 completions are split into another number of tokens" in err
+    found = rows(out)
+    assert [(row["index"], row["lambda"]) for row in found] == [(0, 0.0), (0, 0.5), (1, 0.0), (1, 0.5)]
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    prompt = tokenizer(given["prompt"])["input_ids"]
+    completion = tokenizer(given["completion"], add_special_tokens=False)["input_ids"]
+    mixture = TwoModels(*load_two(tiny_base, tiny_adapter))
+    for row in found:
+        ids = completion + ([tokenizer.eos_token_id] if row["index"] == 1 else [])
+        mixture.lam = row["lambda"]
+        with torch.no_grad():
+            log_probs = mixture(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        each = log_probs[range(len(ids)), ids]
+        assert row["token_ids"] == ids
+        assert row["tokens"] == len(ids)
+        assert row["token_log_p"] == pytest.approx(each.tolist(), abs=2e-4)
+        assert row["log_p"] == pytest.approx(each.sum().item(), abs=1e-3)
+        assert row["perplexity"] == pytest.approx((-each.mean()).exp().item(), rel=1e-3)
+        assert row["kl"] == pytest.approx(sum(row["token_kl"]), abs=1e-4)
+        assert (row["kl"] > 0.01) == (row["lambda"] > 0)
+        assert "".join(row["token_texts"]).startswith(given["completion"])
+
+
+def test_scores_are_continued_and_shown(dera, model, completions, tmp_path):
+    output = tmp_path / "scores.jsonl"
+    arguments = ["score", *model, "--completions", completions, "--output", output]
+    code, shown, err = dera(*arguments, "--lambda", "0,1")
+    assert code == 0, err
+    assert "perplexity" in shown
+    whole = output.read_text().splitlines()
+    assert len(whole) == 8
+    output.write_text("\n".join(whole[:3]) + "\n" + whole[3][:30])
+    code, out, err = dera(*arguments, "--lambda", "0,1")
+    assert code == 0
+    assert "3 of 8 scores are there already" in err
+    assert out.split()[:8] == shown.split()[:8]
+
+    def by_key(lines: list[str]) -> dict[tuple, float]:
+        return {(row["index"], row["lambda"], row["tokens"]): row["log_p"] for row in map(json.loads, lines)}
+
+    # in another batch the last digit may differ
+    assert by_key(output.read_text().splitlines()) == pytest.approx(by_key(whole), abs=1e-4)
+    code, out, _ = dera(*arguments, "--lambda", "0,1,2", "--json")
+    assert code == 0
+    assert len(rows(out)) == len(output.read_text().splitlines()) == 12, "another λ scores that one alone"
+    for changed in (["--temperature", 0.5], ["--end"], ["--tokens"]):
+        code, _, err = dera(*arguments, *changed)
+        assert code == 2
+        assert "other settings" in err
+    completions.write_text('{"prompt": "Rain fell", "completion": " hard"}\n')
+    code, _, err = dera(*arguments)
+    assert code == 2
+    assert "holds the scores of other rows: " in err
+
+
+def test_end_tokens_and_chats_are_scored_as_asked(dera, model, tmp_path):
+    file = tmp_path / "completions.jsonl"
+    chat = [{"role": "user", "content": "Rain?"}]
+    file.write_text("".join(json.dumps({"prompt": chat, "completion": text}) + "\n" for text in ("yes", "yes</s>", "")))
+    counts = {}
+    for end in ("", "--end", "--no-end"):
+        code, out, err = dera("score", *model, "--completions", file, "--chat", "--json", *([end] if end else []))
+        assert code == 0, err
+        found = sorted(rows(out), key=lambda row: row["index"])
+        counts[end] = [row["tokens"] for row in found]
+    assert counts == {"": [2, 3, 0], "--end": [3, 3, 1], "--no-end": [2, 3, 0]}, "one written out is not added again"
+    assert (found[2]["log_p"], found[2]["per_token"], found[2]["perplexity"]) == (0.0, None, None)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a"}', "line 1: has no key 'completion'; its keys are ['prompt']"),
+        ('{"completion": "a"}', "line 1: has no key 'prompt'"),
+        ('{"prompt": "a", "completion": ["b"]}', "line 1: a completion must be a text"),
+        ('{"prompt": "", "completion": "b"}', "line 1: the prompt is empty"),
+        ('{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}', "the prompt is a chat; pass --chat"),
+        ('{"prompt": "a", "completion": "b", "finish": "stop"}', "finish='stop' is neither 'eos' nor 'length'"),
+        ('{"prompt": "a", "completion": "\\ud800"}', "the completion is not valid UTF-8"),
+        (json.dumps({"prompt": "a", "completion": "xy " * 300}), "which is more than the model's context of 256"),
+        ("[1]", "line 1: a row must be a JSON object; got list"),
+        ("{", "line 1: not valid JSON"),
+        ("", "has no rows in it"),
+        (None, "there is no such file"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_completions_are_told(dera, model, tmp_path, line, message):
+    file = tmp_path / "completions.jsonl"
+    if line is not None:
+        file.write_text(line + "\n" if line else "")
+    code, out, err = dera("score", *model, "--completions", file, "--output", tmp_path / "out.jsonl")
+    assert code == 2
+    assert out == ""
+    assert message in re.sub(r"[\s│]+", " ", err)
+    assert "Traceback" not in err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_a_record_of_several_adapters(dera, tiny_base, tiny_adapter, top_adapter, tmp_path):
     from dera_peft import DeRaModel
 
@@ -215,6 +336,10 @@ def test_a_record_of_several_adapters(dera, tiny_base, tiny_adapter, top_adapter
     code, _, err = dera("generate", "--adapter", tmp_path / "both", "--prompt", "Rain", "--lambda", 1)
     assert code == 2
     assert "['helpful', 'harmless']" in err
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Rain", "completion": "fell"}\n')
+    code, _, err = dera("score", "--adapter", tmp_path / "both", "--completions", tmp_path / "rows.jsonl")
+    assert code == 2
+    assert "dera_peft.evaluate.score with lam by name" in err
     out_dir = tmp_path / "out"
     code, _, _ = dera("export", "--adapter", tmp_path / "both", "--lambda", "helpful=0.7", "--output", out_dir)
     assert code == 0
@@ -352,7 +477,7 @@ def test_a_corrupt_file_is_named(dera, model, tiny_base, tmp_path):
     assert "adapter_model.safetensors is corrupt" in err
 
 
-def test_sweep(dera, model, tmp_path):
+def test_sweep(dera, model, tmp_path, monkeypatch):
     (tmp_path / "prompts.jsonl").write_text(
         "".join(json.dumps({"prompt": f"Rain fell on day {day}"}) + "\n" for day in range(4))
     )
@@ -360,8 +485,8 @@ def test_sweep(dera, model, tmp_path):
         "def reward(prompts, completions, **columns): return [c.count('a') for c in completions]\n"
     )
     (tmp_path / "sweep.yaml").write_text(
-        f"prompts: {tmp_path}/prompts.jsonl\nreward: {tmp_path}/reward.py:reward\noutput_dir: {tmp_path}/out\n"
-        "lambdas: [0, 0.5, 1]\nsamples: 2\nmax_new_tokens: 8\n"
+        f"prompts: {tmp_path}/prompts.jsonl\nrewards: [{tmp_path}/reward.py:reward, length]\n"
+        f"output_dir: {tmp_path}/out\nlambdas: [0, 0.5, 1]\nsamples: 2\nmax_new_tokens: 8\n"
     )
     arguments = ["sweep", "--config", tmp_path / "sweep.yaml", *model]
     code, out, err = dera(*arguments)
@@ -370,18 +495,29 @@ def test_sweep(dera, model, tmp_path):
     assert len(samples) == 4 * 3 * 2
     assert all(row["kl"] == 0 for row in samples if row["lambda"] == 0)
     assert all(row["kl"] > 0 for row in samples if row["lambda"] != 0 and row["tokens"])
-    assert all(row["reward"] == row["completion"].count("a") for row in samples)
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["samples.jsonl", "summary.csv", "sweep.png"]
+    assert all(row["rewards"]["reward"] == row["completion"].count("a") for row in samples)
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        "parts", "samples.jsonl", "summary.csv", "report.html", "sweep.png", "sweep.svg", "pareto.png", "pareto.svg",
+    }  # fmt: skip
+    assert "λ* = " in out
     assert "Rain fell on day 0" in out
     assert "Rain fell on day 1" in out
 
+    (tmp_path / "picky.py").write_text(
+        "def picky(prompts, completions, **columns):\n"
+        "    if prompts[0].endswith('2'): raise KeyError('two')\n"
+        "    return [1.0] * len(completions)\n"
+    )
     before = (tmp_path / "out" / "samples.jsonl").read_text()
-    code, out, _ = dera(*arguments)
-    assert code == 0
-    assert "all 24 completions are there already" in out
+    monkeypatch.setattr("dera_peft.evaluate.making.decode", None)
+    monkeypatch.setattr("dera_peft.evaluate.sweeping.write_report", lambda *arguments: None)
+    picky = ["--reward", "length", "--reward", f"{tmp_path}/picky.py:picky", "--batch-size", "1"]
+    code, out, err = dera(*arguments, *picky)
+    assert code == 1, "a reward has failed"
+    assert "all 24 completions are there already" in err
+    assert "picky: failed on 6 of 24 completions, as: the reward 'picky' raised KeyError: 'two'" in err
+    assert dera(*arguments)[0] == 0
     assert (tmp_path / "out" / "samples.jsonl").read_text() == before
-    code, out, _ = dera(*arguments, "--lambda", "0,0.5,1,2")
-    assert "24 of 32 completions are there already" in out
 
     code, _, err = dera("sweep", "--config", tmp_path / "sweep.yaml", *model, "--seed", 9)
     assert code == 2

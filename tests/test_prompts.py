@@ -5,11 +5,12 @@ import json
 
 import pytest
 from conftest import make_tokenizer
+from datasets import Dataset
 from transformers import LlamaConfig
 
 from dera_peft import DeRaError
 from dera_peft.decoding import Completion, Request
-from dera_peft.prompts import RESULT_COLUMNS, encode, from_file, from_lines, from_texts
+from dera_peft.prompts import RESULT_COLUMNS, encode, from_file, from_lines, from_texts, read_prompts
 
 CHAT = [{"role": "user", "content": "Hello"}]
 
@@ -40,6 +41,40 @@ def test_texts_lines_and_files(tmp_path):
     assert [p.content for p in from_file(f"{tmp_path}/made.py:texts")] == ["a", "b"]
 
 
+def test_rows_of_a_csv_file_and_of_a_list(tmp_path):
+    file = write(tmp_path, "p.csv", "prompt,lambda,answer", '"a, and', 'b",0.5,x', "", "c,1,")
+    assert [(p.content, p.lam, p.columns, p.source) for p in read_prompts(file)] == [
+        ("a, and\nb", (0.5,), {"answer": "x"}, f"{file}, line 2"),
+        ("c", (1.0,), {"answer": ""}, f"{file}, line 5"),
+    ]
+    (prompt,) = read_prompts(write(tmp_path, "q.csv", "question,prompt", "a,b"), column="question")
+    assert (prompt.content, prompt.columns) == ("a", {"prompt": "b"})
+    made = read_prompts(["a", CHAT, {"prompt": "b", "topic": "x"}], limit=3)
+    assert [(p.index, p.content, p.columns) for p in made] == [(0, "a", {}), (1, CHAT, {}), (2, "b", {"topic": "x"})]
+    with pytest.raises(DeRaError, match="prompts, prompt 2: must be a text, a chat or a row; got 3"):
+        read_prompts(["a", 3])
+
+
+def test_prompts_of_a_dataset(tmp_path):
+    """A folder of files, a folder that `save_to_disk` wrote, and a table; a chat's answer is left away."""
+    answered = [*CHAT, {"role": "assistant", "content": "Hi"}]
+    rows = [{"chat": answered, "topic": "x"}, {"chat": CHAT, "topic": "y"}]
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = Dataset.from_list(rows)
+    dataset.save_to_disk(tmp_path / "saved")
+    dataset.to_parquet(tmp_path / "rows.parquet")
+    for name, split in (("files", "test"), ("saved", "train"), ("rows.parquet", "train")):
+        found = read_prompts(f"{tmp_path}/{name}", "chat", split)
+        assert [(p.content, p.columns) for p in found] == [(CHAT, {"topic": "x"}), (CHAT, {"topic": "y"})]
+    (first,) = read_prompts(f"{tmp_path}/saved", "chat", limit=1)
+    assert first.source == f"{tmp_path}/saved, row 1"
+    with pytest.raises(DeRaError, match=r"has no column 'prompt'; it has \['chat', 'topic'\]: set prompt_column"):
+        read_prompts(f"{tmp_path}/saved")
+    with pytest.raises(DeRaError, match=r"prompts='.*none', split='train': FileNotFoundError"):
+        read_prompts(f"{tmp_path}/none")
+
+
 @pytest.mark.parametrize(
     ("name", "lines", "message"),
     [
@@ -56,7 +91,11 @@ def test_texts_lines_and_files(tmp_path):
         ("p.jsonl", [{"prompt": "a"}, ""], "p.jsonl, line 2: not valid JSON"),
         ("p.jsonl", [{"prompt": "a", "run": 3}], "p.jsonl, line 1: the key 'run' is one that the results have"),
         ("p.jsonl", ['{"prompt": "\\ud800"}'], "p.jsonl, line 1: the prompt is not valid UTF-8"),
-        ("p.csv", ["a"], "give a .txt or .jsonl file"),
+        ("p.csv", ["prompt,answer", "a,b", "c"], "p.csv, line 3: has 1 values, and the file's first line names 2"),
+        ("p.csv", ["prompt", 'a"b', '"c'], "p.csv, line 3: not valid CSV"),
+        ("p.csv", ["prompt,lambda", "a,much"], "p.csv, line 2: lambda must be a number; got 'much'"),
+        ("p.csv", ["text", "a"], "p.csv, line 2: has no key 'prompt'"),
+        ("p.text", ["a"], "give a .txt, .jsonl, .csv file"),
     ],
 )
 def test_faults_are_told_with_their_line(tmp_path, name, lines, message):

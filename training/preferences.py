@@ -12,11 +12,8 @@ counted, with the reason. Of several processes each samples a part; their random
 those of a single one.
 """
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +26,6 @@ from training.program import HelpFormatter, OutputFolder, ProgramArguments, chec
 NOT_OF_A_COMPLETION = (
     "batch_size", "device_map", "label_temperature", "max_prompts", "min_margin", "pairs", "samples",
 )  # fmt: skip
-SLOWEST = timedelta(days=7)  # how long a process may wait for the others
 
 
 @dataclass
@@ -143,19 +139,17 @@ def main(arguments: list[str] | None = None) -> None:
     (args,) = parse(make_parser(), arguments)
     args.check()
 
-    import torch
-    from accelerate import PartialState
     from rich.console import Console
     from trl import ModelConfig
 
     from dera_peft.decoding import Request
+    from dera_peft.devices import device_map_of, join_processes
     from dera_peft.evaluate.rewards import load_reward, reward_fingerprint
     from dera_peft.fingerprint import settings_fingerprint
-    from dera_peft.results import Results
+    from dera_peft.results import Results, write_rows
     from training.models import find_source
 
-    # without an accelerator it must be told so, or it takes each of several processes for the only one
-    processes = PartialState(cpu=not torch.accelerator.is_available(), timeout=SLOWEST)
+    processes = join_processes()
     check_processes(args.num_processes)
     device_map = device_map_of(args.device_map, processes)
     reward = load_reward(args.reward, device_map)
@@ -202,26 +196,15 @@ def main(arguments: list[str] | None = None) -> None:
     Console().print(outcome_table(outcomes))
     if not pairs:
         raise DeRaError("no prompt gives a pair; the table above says why.")
-    write_jsonl(folder / "preferences.jsonl", pairs)
+    write_rows(folder / "preferences.jsonl", pairs)
     output.complete()
     print(f"{len(pairs)} pairs from {len(prompts) + empty} prompts in {folder / 'preferences.jsonl'}")
 
 
-def device_map_of(name: str | None, processes: Any) -> Any:
-    """Where models go: of several processes each has its own device."""
-    from dera_peft.devices import read_device_map
-
-    if processes.num_processes == 1:
-        return read_device_map(name)
-    if name is not None:
-        raise DeRaError(f"device_map={name!r}: of several processes each has its own device; leave it out.")
-    return {"": processes.device}
-
-
 def read_prompts(args: PreferenceArguments) -> tuple[list, int]:
     """The prompts, and how many rows of the dataset had none."""
+    from dera_peft.data import read_dataset
     from dera_peft.prompts import Prompt, from_file, is_chat
-    from training.data import read_dataset
 
     if args.prompts:
         return from_file(args.prompts), 0
@@ -263,7 +246,7 @@ def sample(
     """
     from dera_peft.commands.common import progress
     from dera_peft.decoding import decode
-    from dera_peft.evaluate.rewards import score_batch
+    from dera_peft.evaluate.rewards import columns_of, score
     from dera_peft.loading import load_config, load_tokenizer_of
     from dera_peft.prompts import PromptTooLong, column_names, encode
     from dera_peft.sampling import Sampling
@@ -288,19 +271,12 @@ def sample(
         for completions in decode(model, tokenizer, tokens, todo, sampling, args.batch_size):
             of = [prompts[completion.request.index] for completion in completions]
             texts = [completion.text for completion in completions]
-            rewards = score_batch(reward, of, texts, names, allow_none=True)
+            rewards = score(reward, [prompt.content for prompt in of], texts, columns_of(of, names))
             results.append(
                 {**completion.row(prompt), "reward": value}
                 for prompt, completion, value in zip(of, completions, rewards, strict=True)
             )
             advance(len(completions))
-
-
-def write_jsonl(file: Path, rows: list[dict]) -> None:
-    """Whole or not at all."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(temporary, file)
 
 
 if __name__ == "__main__":

@@ -234,9 +234,10 @@ def train_prompts() -> Dataset:
 
 
 def held_out_prompts() -> Dataset:
-    """Prompts that no training has seen, for the sweep."""
+    """Prompts that no training has seen, for the sweep; each with its trade, to group them by."""
     source = _prompts(held_out=True, seed=SEED + 2)
-    return Dataset.from_list([{"prompt": next(source)["text"]} for _ in range(HELD_OUT_PROMPTS)])
+    chosen = [next(source) for _ in range(HELD_OUT_PROMPTS)]
+    return Dataset.from_list([{"prompt": p["text"], "trade": p["trade"]} for p in chosen])
 
 
 def model():

@@ -33,6 +33,17 @@ def read_lambdas(texts: Sequence[str]) -> list[float]:
     return values
 
 
+def read_models(texts: Sequence[str]) -> dict[str, str]:
+    """`["retrained=runs/dpo-2"]` -> {"retrained": "runs/dpo-2"}."""
+    models = {}
+    for text in texts:
+        name, equals, adapter = text.partition("=")
+        if not equals or not name or not adapter:
+            raise DeRaError(f"--model: {text!r} is not of the form name=adapter.")
+        models[name] = adapter
+    return models
+
+
 @contextmanager
 def progress(description: str, total: int, done: int = 0) -> Iterator:
     """A progress bar on stderr where that is a terminal; yields a function that advances it."""

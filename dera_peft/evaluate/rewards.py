@@ -1,9 +1,11 @@
 """Rewards: what scores completions, with TRL's signature. A Python function, or a sequence-classification model."""
 
+import inspect
 import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,12 +16,78 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from dera_peft.devices import read_device_map
 from dera_peft.errors import DeRaError, first_line
-from dera_peft.fingerprint import file_fingerprint, weights_fingerprint
+from dera_peft.evaluate.metrics import LIST, Metric, read_metric
+from dera_peft.fingerprint import file_fingerprint, settings_fingerprint, weights_fingerprint
 from dera_peft.objects import is_object_path, load_object
 from dera_peft.prompts import Prompt
 
 # f(prompts, completions, **columns) -> list[float | None]; None for a completion that it does not score
 Reward = Callable[..., list[float | None]]
+
+
+@dataclass(frozen=True)
+class NamedReward:
+    """
+    One of a sweep's rewards.
+
+    Attributes:
+        name: what its columns are called.
+        fingerprint: of all but the completion that its value depends on.
+        function: with TRL's signature; None for a built-in one.
+        metric: a built-in one's.
+    """
+
+    name: str
+    fingerprint: str
+    function: Reward | None = None
+    metric: Metric | None = None
+
+
+def load_rewards(specs: Sequence[str | Reward], beta: float | None = None, device_map: Any = None) -> list[NamedReward]:
+    """
+    Rewards by name: a function, as path.py:name or itself; a sequence-classification model, by hub id or folder; or a
+    built-in one (see `metrics.read_metric`).
+
+    They are called by the last part of their name, or by the whole of it where that is not unique.
+
+    Args:
+        beta: of the adapter's training, for the built-in `implicit`.
+        device_map: for models, see `load_reward`.
+
+    Raises:
+        DeRaError: there is none of that name, or it is not a reward.
+    """
+    rewards = []
+    for spec in specs:
+        if isinstance(spec, str) and (metric := read_metric(spec, beta)):
+            rewards.append(NamedReward(spec, spec, metric=metric))
+        elif isinstance(spec, str):
+            name = short_name(spec)
+            function = load_reward(spec, device_map)
+            rewards.append(NamedReward(name, f"{name} {reward_fingerprint(spec)}", function))
+        else:
+            rewards.append(NamedReward(name_of(spec), source_fingerprint(spec), spec))
+    names = [reward.name for reward in rewards]
+    for place, (spec, reward) in enumerate(zip(specs, rewards, strict=True)):
+        if names.count(reward.name) > 1:
+            rewards[place] = replace(reward, name=spec if isinstance(spec, str) else f"{spec.__module__}.{reward.name}")
+    names = [reward.name for reward in rewards]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise DeRaError(f"rewards: two of them are called {twice!r}; give one of the functions another name.")
+    return rewards
+
+
+def short_name(spec: str) -> str:
+    """`path.py:name` -> name; `folder/model` -> model."""
+    return spec.rpartition(":")[2] if is_object_path(spec) else os.path.basename(os.path.normpath(spec))
+
+
+def source_fingerprint(function: Callable) -> str:
+    """Of a function's source; where there is none to be had, of its name."""
+    try:
+        return settings_fingerprint(inspect.getsource(function))
+    except (OSError, TypeError):
+        return name_of(function)
 
 
 def load_reward(spec: str, device_map: Any = None) -> Reward:
@@ -73,8 +141,8 @@ class RewardModel:
             self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right")
         except (OSError, ValueError, HFValidationError) as error:
             raise DeRaError(
-                f"reward={name!r} is neither a function, as path.py:name, nor a model that can be loaded: "
-                f"{first_line(error)}"
+                f"reward={name!r} is neither a function, as path.py:name, nor built in ({LIST}), nor a model "
+                f"that can be loaded: {first_line(error)}"
             ) from error
         if self.config.num_labels != 1:
             raise DeRaError(
@@ -122,13 +190,30 @@ class RewardModel:
                 f"prompts they are longer than its context of {self.max_length} tokens",
                 file=sys.stderr,
             )
-        for start in range(0, len(fitting), self.batch_size):
-            chosen = fitting[start : start + self.batch_size]
-            batch = self.tokenizer.pad({"input_ids": [tokens[index] for index in chosen]}, return_tensors="pt")
-            logits = self.model(**batch.to(self.model.device)).logits  # [B, 1]
-            for index, value in zip(chosen, logits[:, 0].tolist(), strict=True):
+        while fitting:
+            chosen = fitting[: self.batch_size]
+            values = self._score([tokens[index] for index in chosen])
+            if values is None:
+                self.batch_size = len(chosen) // 2
+                torch.accelerator.empty_cache()
+                print(f"{self.name}: out of memory, going on with {self.batch_size} texts at once", file=sys.stderr)
+                continue
+            fitting = fitting[len(chosen) :]
+            for index, value in zip(chosen, values, strict=True):
                 rewards[index] = value
         return rewards
+
+    def _score(self, tokens: list[list[int]]) -> list[float] | None:
+        """None where there is too little memory, but for a single text, for which it is an error."""
+        batch = self.tokenizer.pad({"input_ids": tokens}, return_tensors="pt")
+        try:
+            return self.model(**batch.to(self.model.device)).logits[:, 0].tolist()
+        except torch.OutOfMemoryError as error:
+            if len(tokens) > 1:
+                return None
+            raise DeRaError(
+                f"reward={self.name!r}: out of memory for a single text of {len(tokens[0])} tokens."
+            ) from error
 
     def _encode(self, prompt: str | list[dict], completion: str) -> list[int]:
         if self.tokenizer.chat_template:
@@ -146,62 +231,92 @@ class RewardModel:
         return self.tokenizer(prompt + completion)["input_ids"]
 
 
+class RewardFailed(DeRaError):
+    """A reward that raises, or does not return one value for each completion."""
+
+
 def score(
-    reward: Reward,
-    prompts: Sequence,
-    completions: Sequence[str],
-    columns: dict[str, list] | None = None,
-    allow_none: bool = False,
+    reward: Reward, prompts: Sequence, completions: Sequence[str], columns: dict[str, list] | None = None
 ) -> list[float | None]:
     """
-    One finite float per completion.
+    The rewards of some completions; None for one that it does not score.
 
     Args:
-        reward: from `load_reward`.
-        prompts, completions: of the same length.
-        columns: further columns of the prompts' rows, each as long as `prompts`.
-        allow_none: pass on None, a reward's word for "not scored"; without, it is an error.
+        columns: further values of the prompts, by name, each as long as `prompts`.
 
     Raises:
-        DeRaError: the reward raises, or returns no list, or another number of values, or one that is not finite.
+        RewardFailed: it raises, or returns no list, or another number of values, or one that is not finite.
     """
-    name = getattr(reward, "__name__", repr(reward))
+    values = _call(reward, prompts, completions, columns or {})
+    for value, completion in zip(values, completions, strict=True):
+        if fault := _fault(value):
+            raise RewardFailed(f"the reward {name_of(reward)!r} gave {fault}, for the completion {completion[:80]!r}.")
+    return [None if value is None else float(value) for value in values]
+
+
+def score_or_mark(
+    reward: Reward, prompts: Sequence, completions: Sequence[str], columns: dict[str, list]
+) -> list[tuple[float | None, str | None]]:
+    """
+    As `score`, but completions on which the reward fails do not take the others along.
+
+    Where it fails on all of them at once it is asked for each one alone.
+
+    Returns:
+        For each completion its reward and what went wrong; one of them, or both, are None.
+    """
     try:
-        values = reward(prompts=list(prompts), completions=list(completions), **(columns or {}))
+        values = _call(reward, prompts, completions, columns)
+    except RewardFailed as error:
+        if len(completions) == 1:
+            return [(None, str(error))]
+        return [
+            score_or_mark(reward, [prompt], [completion], {name: [values[row]] for name, values in columns.items()})[0]
+            for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+        ]
+    faults = map(_fault, values)
+    return [
+        (None, f"the reward {name_of(reward)!r} gave {fault}.")
+        if fault
+        else (None if value is None else float(value), None)
+        for value, fault in zip(values, faults, strict=True)
+    ]
+
+
+def columns_of(prompts: Sequence[Prompt], names: Sequence[str]) -> dict[str, list]:
+    """
+    What a reward is given beside prompts and completions.
+
+    Args:
+        names: the same in every batch: `column_names` of the run's prompts.
+    """
+    return {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+
+
+def name_of(function: Callable) -> str:
+    return getattr(function, "__name__", None) or repr(function)
+
+
+def _call(reward: Reward, prompts: Sequence, completions: Sequence[str], columns: dict[str, list]) -> Sequence:
+    name = name_of(reward)
+    try:
+        values = reward(prompts=list(prompts), completions=list(completions), **columns)
     except DeRaError:
         raise
     except Exception as error:
-        raise DeRaError(f"the reward {name!r} raised {type(error).__name__}: {error}") from error
+        raise RewardFailed(f"the reward {name!r} raised {type(error).__name__}: {error}") from error
     if not isinstance(values, (list, tuple)):
-        raise DeRaError(
+        raise RewardFailed(
             f"the reward {name!r} returned a {type(values).__name__}: it must return a list of numbers, one for each "
             "completion."
         )
     if len(values) != len(completions):
-        raise DeRaError(f"the reward {name!r} gave {len(values)} values for {len(completions)} completions.")
-    for value, completion in zip(values, completions, strict=True):
-        if value is None and allow_none:
-            continue
-        if not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
-            raise DeRaError(
-                f"the reward {name!r} gave {value!r} for the completion {completion[:80]!r}: it must be a finite "
-                "number."
-            )
-    return [None if value is None else float(value) for value in values]
+        raise RewardFailed(f"the reward {name!r} gave {len(values)} values for {len(completions)} completions.")
+    return values
 
 
-def score_batch(
-    reward: Reward,
-    prompts: Sequence[Prompt],
-    completions: Sequence[str],
-    names: Sequence[str],
-    allow_none: bool = False,
-) -> list[float | None]:
-    """
-    As `score`, for prompts with the columns of their rows.
-
-    Args:
-        names: of the columns that the reward is given, the same in every batch: `column_names` of the run's prompts.
-    """
-    columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
-    return score(reward, [prompt.content for prompt in prompts], completions, columns, allow_none)
+def _fault(value: Any) -> str | None:
+    """What is wrong with a value, if anything."""
+    if value is None or (isinstance(value, (int, float)) and abs(value) <= sys.float_info.max):
+        return None
+    return f"{str(value)[:80]}, which is not a finite number"

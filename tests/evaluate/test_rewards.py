@@ -8,7 +8,7 @@ from conftest import make_reward_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification
 
 from dera_peft import DeRaError
-from dera_peft.evaluate.rewards import load_reward, reward_fingerprint, score
+from dera_peft.evaluate.rewards import load_reward, load_rewards, reward_fingerprint, score, score_or_mark
 
 FILE = """
 def length(prompts, completions, **columns):
@@ -56,16 +56,54 @@ def test_rewards_and_columns(file):
     [
         ("broken", "'broken' raised KeyError"),
         ("short", "'short' gave 1 values for 2"),
-        ("nan", "'nan' gave nan for the completion 'xy'"),
+        ("nan", "'nan' gave nan, which is not a finite number, for the completion 'xy'"),
         ("nothing", "'nothing' returned a NoneType: it must return a list of numbers"),
         ("tensor", "'tensor' returned a Tensor: it must return a list of numbers"),
-        ("huge", "'huge' gave 1000.*: it must be a finite number"),
+        ("huge", "'huge' gave 1000.*, which is not a finite number"),
         ("weighted", "missing 1 required"),
     ],
 )
 def test_a_reward_that_fails_is_named(file, name, message):
     with pytest.raises(DeRaError, match=message):
         score(load_reward(f"{file}:{name}"), ["a", "b"], ["xy", "xyz"])
+
+
+def test_rows_on_which_a_reward_fails_do_not_take_the_others_along(tmp_path):
+    (tmp_path / "picky.py").write_text(
+        "def picky(prompts, completions, answer, **columns):\n"
+        "    if 'bad' in completions: raise KeyError('oops')\n"
+        "    values = [float('nan') if c == 'nan' else None if c == 'none' else float(a)"
+        " for c, a in zip(completions, answer)]\n"
+        "    return values[1:] if 'short' in completions else values\n"
+    )
+    picky = load_reward(f"{tmp_path}/picky.py:picky")
+    raised = "the reward 'picky' raised KeyError: 'oops'"
+    nan = "the reward 'picky' gave nan, which is not a finite number."
+    assert score_or_mark(picky, ["p"] * 3, ["a", "nan", "none"], {"answer": [1, 2, 3]}) == [
+        (1.0, None), (None, nan), (None, None),
+    ]  # fmt: skip
+    assert score_or_mark(picky, ["p"] * 4, ["a", "bad", "nan", "b"], {"answer": [1, 2, 3, 4]}) == [
+        (1.0, None), (None, raised), (None, nan), (4.0, None),
+    ]  # fmt: skip
+    short = "the reward 'picky' gave 0 values for 1 completions."
+    assert score_or_mark(picky, ["p"] * 2, ["short", "b"], {"answer": [1, 2]}) == [(None, short), (2.0, None)]
+
+
+def test_several_rewards_have_names_of_their_own(file, tmp_path):
+    other = tmp_path / "other.py"
+    other.write_text(FILE)
+
+    def mine(prompts, completions, **columns):
+        return [0.0] * len(completions)
+
+    rewards = load_rewards([f"{file}:weighted", "length", mine, "distinct-2"])
+    assert [reward.name for reward in rewards] == ["weighted", "length", "mine", "distinct-2"]
+    assert [reward.metric is None for reward in rewards] == [True, False, True, False]
+    assert len({reward.fingerprint for reward in rewards}) == 4
+    twice = load_rewards([f"{file}:weighted", f"{other}:weighted"])
+    assert [reward.name for reward in twice] == [f"{file}:weighted", f"{other}:weighted"]
+    with pytest.raises(DeRaError, match="two of them are called"):
+        load_rewards([mine, mine])
 
 
 def test_what_is_not_a_reward(file):
@@ -77,8 +115,8 @@ def test_what_is_not_a_reward(file):
         load_reward("nowhere.py:length")
     with pytest.raises(DeRaError, match="does not name a Python object"):
         load_reward("rewards.py:no name")
-    with pytest.raises(DeRaError, match="reward='length' is neither a function"):
-        load_reward("length")
+    with pytest.raises(DeRaError, match=r"reward='lenght' is neither a function, .* nor built in \(length, implicit"):
+        load_rewards(["lenght"])
     with pytest.raises(DeRaError, match="no such folder"):
         load_reward("./length")
 
@@ -124,17 +162,36 @@ def test_a_reward_model_without_a_template_reads_one_text(tmp_path, tokenizer):
         score(reward, [[{"role": "user", "content": "Hi!"}]], [" Hello."])
 
 
+def test_out_of_memory_halves_the_batch(tmp_path, tokenizer, capsys, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.empty_cache", lambda: None)
+    reward = load_reward(str(make_reward_model(tmp_path / "model", tokenizer)))
+    expected = score(reward, PROMPTS, COMPLETIONS)
+    forward, sizes = reward.model.forward, []
+
+    def limited(input_ids, room, **inputs):
+        sizes.append(len(input_ids))
+        if len(input_ids) > room:
+            raise torch.OutOfMemoryError
+        return forward(input_ids, **inputs)
+
+    monkeypatch.setattr(reward.model, "forward", lambda input_ids, **inputs: limited(input_ids, 1, **inputs))
+    assert score(reward, PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-5)
+    assert sizes == [3, 1, 1, 1]
+    assert "out of memory, going on with 1 texts at once" in capsys.readouterr().err
+    monkeypatch.setattr(reward.model, "forward", lambda input_ids, **inputs: limited(input_ids, 0, **inputs))
+    with pytest.raises(DeRaError, match="out of memory for a single text of"):
+        score(reward, PROMPTS, COMPLETIONS)
+
+
 def test_what_is_too_long_gets_no_reward(tmp_path, tokenizer, capsys):
     tokenizer.chat_template = None
     folder = make_reward_model(tmp_path / "model", tokenizer, context=16)
     reward = load_reward(str(folder))
     fits, long = "Rain" + " fell", "Rain" + " fell on the market" * 9
     assert len(tokenizer(fits)["input_ids"]) <= 16 < len(tokenizer(long)["input_ids"])
-    values = score(reward, ["Rain"] * 2, [long[4:], fits[4:]], allow_none=True)
+    values = score(reward, ["Rain"] * 2, [long[4:], fits[4:]])
     assert values == [None, pytest.approx(reward_alone(folder, tokenizer(fits)["input_ids"]), abs=1e-5)]
     assert "1 of 2 completions get no reward" in capsys.readouterr().err
-    with pytest.raises(DeRaError, match="gave None"):
-        score(reward, ["Rain"] * 2, [long[4:], fits[4:]])
 
 
 def test_what_is_not_a_reward_model(tmp_path, tokenizer, tiny_base):

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from small_runs import load_plainly, log_probs, train
 
 from dera_peft import DeRaError, DeRaModel
+from dera_peft.data import read_dataset
 from dera_peft.fingerprint import base_fingerprint
 from dera_peft.record import Record
-from training.data import dataset_fingerprint, read_dataset
+from training.data import dataset_fingerprint
 from training.models import check_adapter
 
 IDS = torch.arange(3, 43).view(2, 20)

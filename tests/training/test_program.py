@@ -5,7 +5,8 @@ import json
 import pytest
 
 from dera_peft import DeRaError
-from training.data import dataset_fingerprint, read_dataset
+from dera_peft.data import read_dataset
+from training.data import dataset_fingerprint
 from training.program import OutputFolder, settings_of
 from training.trainer import ModelConfig, SFTConfig
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from dera_peft import DeRaError, DeRaModel
 from dera_peft.cli import app
+from dera_peft.evaluate.retrain import retrain_command
 from dera_peft.objects import load_object
 from dera_peft.record import Record
 from training import dpo, preferences, sft
@@ -137,7 +138,7 @@ def test_an_unknown_key_in_a_config(tmp_path):
         sft.main(["--config", str(tmp_path / "sft.yaml")])
 
 
-def test_sweep_config_and_quickstart(recipe, tmp_path, capsys, monkeypatch):
+def test_sweep_retraining_and_quickstart(recipe, tmp_path, capsys, monkeypatch):
     done = CliRunner().invoke(
         app,
         ["sweep", "--config", "configs/tiny/sweep.yaml", "--adapter", str(recipe / "dpo"), "--output-dir",
@@ -145,7 +146,18 @@ def test_sweep_config_and_quickstart(recipe, tmp_path, capsys, monkeypatch):
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert "2  " in done.output
+    assert "worst group" in done.output
     assert (tmp_path / "sweep" / "sweep.png").stat().st_size > 10_000
+
+    command = retrain_command(str(recipe / "dpo"), Record.load(recipe / "dpo"), 0.125, tmp_path)
+    assert command == f"python -m training.dpo --config {tmp_path}/retrain.yaml"
+    dpo.main([*command.split()[3:], "--output_dir", str(tmp_path / "again"), "--max_steps", "1"])
+    first, again = (
+        json.loads((folder / "run.json").read_text())["settings"] for folder in (recipe / "dpo", tmp_path / "again")
+    )
+    assert (first.pop("beta"), again.pop("beta"), first.pop("max_steps"), again.pop("max_steps")) == (0.5, 0.125, 8, 1)
+    assert again == first, "nothing but β is another"
+
     monkeypatch.syspath_prepend(ROOT / "examples")
     capsys.readouterr()
     importlib.import_module("quickstart").main(str(recipe / "dpo"))

@@ -26,7 +26,7 @@ from transformers import (
     Qwen3Config,
 )
 
-import training.data
+import dera_peft.data
 from dera_peft import DeRaModel
 from dera_peft.cli import app
 from training import dpo, preferences, sft
@@ -102,7 +102,7 @@ def hub(monkeypatch):
         return datasets.DatasetDict(splits) if split is None else splits[split]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(training.data, "load_dataset", load)
+    monkeypatch.setattr(dera_peft.data, "load_dataset", load)
 
 
 def make_base(recipe: str, folder: Path) -> str:
@@ -166,9 +166,11 @@ def test_a_recipe_runs_end_to_end(recipe, hub, tmp_path, monkeypatch):
         )
         data = ["--dataset_name", str(tmp_path / "preferences" / "preferences.jsonl")]
     dpo.main(config("dpo", *source, *data, *steps))
+    sweep = keys_of(folder / "sweep.yaml")
+    rewards = [argument for name in (reward, *sweep["rewards"][1:]) for argument in ("--reward", name)]
     app(
         [
-            "sweep", "--config", str(folder / "sweep.yaml"), "--adapter", str(tmp_path / "dpo"), "--reward", reward,
+            "sweep", "--config", str(folder / "sweep.yaml"), "--adapter", str(tmp_path / "dpo"), *rewards,
             "--output-dir", str(tmp_path / "sweep"), "--max-prompts", "2", "--samples", "1", "--max-new-tokens", "8",
         ],
         standalone_mode=False,
@@ -176,7 +178,6 @@ def test_a_recipe_runs_end_to_end(recipe, hub, tmp_path, monkeypatch):
 
     record = json.loads((tmp_path / "dpo" / "dera.json").read_text())
     assert record["training"]["beta"] == trained["beta"]
-    sweep = keys_of(folder / "sweep.yaml")
     with (tmp_path / "sweep" / "summary.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["lambda"]) for row in rows] == sorted(sweep["lambdas"])

@@ -11,8 +11,9 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dera_peft import DeRaError
-from dera_peft.evaluate.summary import LambdaSummary
-from dera_peft.evaluate.sweep import SweepResult
+from dera_peft.evaluate import SweepResult
+from dera_peft.evaluate.between import Curve
+from dera_peft.evaluate.statistics import summarise
 from dera_peft.objects import load_object
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,18 +42,19 @@ def recipe(tiny_base, tmp_path_factory) -> Path:
         "per_device_train_batch_size": 4, "bf16": False, "gradient_checkpointing": False, "report_to": "none",
         "max_length": 64,
     }  # fmt: skip
-    common = {"prompts": str(folder / "prompts.jsonl"), "reward": f"{folder}/reward.py:reward", "max_new_tokens": 8}
+    reward = f"{folder}/reward.py:reward"
+    common = {"prompts": str(folder / "prompts.jsonl"), "max_new_tokens": 8}
     programs = {
         "sft": {
             "model_name_or_path": str(folder / "base"), "dataset_name": str(folder / "rows.jsonl"),
             "output_dir": str(folder / "sft"), "max_steps": 1, **training,
         },
-        "preferences": {"model_name_or_path": str(folder / "sft"), "samples": 4, **common},
+        "preferences": {"model_name_or_path": str(folder / "sft"), "samples": 4, "reward": reward, **common},
         "dpo": {
             "model_name_or_path": str(folder / "sft"), "use_peft": True, "lora_r": 4, **training,
             "lora_target_modules": ["q_proj", "v_proj", "down_proj"],
         },
-        "sweep": common,
+        "sweep": {"rewards": [reward, "length"], **common},
     }  # fmt: skip
     for name, settings in programs.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings))
@@ -71,21 +73,22 @@ def test_it_trains_decodes_compares_and_reuses(example, recipe, tmp_path, capsys
     ]  # fmt: skip
     comparisons = example.main(arguments)
     assert [(c.lam, c.beta) for c in comparisons] == [(0.5, 0.4), (1.0, 0.2), (2.0, 0.1)]
-    for c, folder in zip(comparisons, ("beta-0.4", "beta-0.2", "beta-0.1"), strict=True):
-        record = json.loads((output / f"retrained-{folder}" / "dera.json").read_text())
+    rows = {
+        (row["line"], row["lambda"], row["index"], row["sample"]): row["rewards"]["reward"]
+        for row in read(output / "decoded" / "samples.jsonl")
+    }
+    assert len(rows) == (4 + 3) * 12
+    for c, beta in zip(comparisons, ("0.4", "0.2", "0.1"), strict=True):
+        record = json.loads((output / f"retrained-beta-{beta}" / "dera.json").read_text())
         assert record["training"]["beta"] == pytest.approx(c.beta)
-        dera, retrained = (
-            {
-                (row["index"], row["sample"]): row
-                for row in read(output / "decoded" / name / "samples.jsonl")
-                if row["lambda"] == lam
-            }
-            for name, lam in (("beta-0.2", c.lam), (f"retrained-{folder}", 1.0))
+        line = f"retrained at β={beta}"
+        difference = sum(
+            rows["logits", c.lam, index, sample] - rows[line, 1.0, index, sample]
+            for index in range(6)
+            for sample in range(2)
         )
-        assert len(dera) == len(retrained) == 12
-        difference = sum(dera[key]["reward"] - retrained[key]["reward"] for key in dera) / 12
-        assert c.reward[0] == pytest.approx(difference, abs=1e-9)
-        assert c.dera.kl > 0 < c.retrained.kl
+        assert c.difference.mean == pytest.approx(difference / 12, abs=1e-9)
+        assert c.dera.kl.mean > 0 < c.retrained.kl.mean
     out = capsys.readouterr().out
     assert "DeRa and retraining agree, within 2 standard errors" in out
     with (output / "table.csv").open() as file:
@@ -97,45 +100,43 @@ def test_it_trains_decodes_compares_and_reuses(example, recipe, tmp_path, capsys
     stamps = [adapter.stat().st_mtime_ns for adapter in adapters]
     (output / "retrain_vs_dera.png").unlink()
     again = example.main(arguments)
-    assert [c.reward for c in again] == [c.reward for c in comparisons]
+    assert [c.difference for c in again] == [c.difference for c in comparisons]
     assert [adapter.stat().st_mtime_ns for adapter in adapters] == stamps
     assert (output / "retrain_vs_dera.png").exists()
 
 
-def summary(lam: float, reward: float, kl: float) -> LambdaSummary:
-    return LambdaSummary(lam, 3, 3, reward, 0.1, kl, 0.1, kl / 10, 10.0, 1.0)
-
-
-def result(rewards: dict[float, tuple[float, ...]], kl: dict[float, float]) -> SweepResult:
-    samples = [
-        {"lambda": lam, "index": index, "reward": value}
-        for lam, values in rewards.items()
-        for index, value in enumerate(values)
-    ]
-    return SweepResult([summary(lam, sum(v) / 3, kl[lam]) for lam, v in rewards.items()], samples, 0)
+def rows_of(line: str, lam: float, rewards: tuple[float, ...], kl: float) -> list[dict]:
+    return [
+        {
+            "line": line, "lambda": lam, "index": index, "sample": 0, "rewards": {"r": value}, "kl": kl, "tokens": 10,
+            "finish": "eos",
+        }
+        for index, value in enumerate(rewards)
+    ]  # fmt: skip
 
 
 def test_the_comparison_by_hand(example):
-    dera = result(
-        {0.0: (0, 0, 0), 0.5: (1, 2, 3), 1.0: (2, 2, 2), 4.0: (1.0, 1.1, 1.2)},
-        {0.0: 0.0, 0.5: 0.5, 1.0: 2.0, 4.0: 30.0},
-    )
-    retrained = {
-        0.5: result({1.0: (0, 2, 1)}, {1.0: 1.0}),
-        1.0: result({1.0: (2, 2, 2)}, {1.0: 2.5}),
-        4.0: result({1.0: (3.0, 3.0, 3.2)}, {1.0: 3.0}),
-    }
-    half, one, four = example.compare(0.2, dera, retrained)
+    rows = [
+        *rows_of("logits", 0.0, (0, 0, 0), kl=0.0),
+        *rows_of("logits", 0.5, (1, 2, 3), kl=0.5),
+        *rows_of("logits", 1.0, (2, 2, 2), kl=2.0),
+        *rows_of("logits", 4.0, (1.0, 1.1, 1.2), kl=30.0),
+        *rows_of("retrained at β=0.4", 1.0, (0, 2, 1), kl=1.0),
+        *rows_of("retrained at β=0.2", 1.0, (2, 2, 2), kl=2.5),
+        *rows_of("retrained at β=0.05", 1.0, (3.0, 3.0, 3.2), kl=3.0),
+    ]
+    result = SweepResult(summarise(rows), Curve(), None, None, rows, 0, 0, [])
+    half, one, four = example.compare(0.2, [0.5, 1.0, 4.0], result)
     # differences 1, 0, 2: mean 1, standard error 1/√3
-    assert half.reward == (1.0, pytest.approx(1 / math.sqrt(3)))
+    assert (half.difference.mean, half.difference.se) == (1.0, pytest.approx(1 / math.sqrt(3)))
     assert half.in_errors == pytest.approx(math.sqrt(3))
     assert half.agrees
-    assert (one.reward, one.in_errors, one.agrees) == ((0.0, 0.0), 0.0, True)
+    assert (one.difference.mean, one.difference.se, one.in_errors, one.agrees) == (0.0, 0.0, 0.0, True)
     # -2.0, -1.9, -2.0: mean -1.9667, standard error 0.1/3
-    assert four.reward == (pytest.approx(-5.9 / 3), pytest.approx(0.1 / 3))
+    assert (four.difference.mean, four.difference.se) == (pytest.approx(-5.9 / 3), pytest.approx(0.1 / 3))
     assert not four.agrees
     assert [c.beta for c in (half, one, four)] == [0.4, 0.2, 0.05]
-    said = " ".join(example.findings([half, one, four], dera))
+    said = " ".join(example.findings([half, one, four], example.decoded_with_dera(result)))
     assert "differ in reward by +0.000 (+0.0 SE), in KL by a factor of 0.80" in said
     assert "at 1 of 2 λ: 0.5." in said
     assert "They differ at λ = 4 (-1.967, -59.0 SE)" in said

@@ -1,0 +1,154 @@
+"""A quick look before a long sweep: does the adapter respond to λ, and where does text fall apart?"""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from dera_peft.decoding import Completion, Request, decode
+from dera_peft.devices import device_map_of, join_processes
+from dera_peft.evaluate.config import SweepConfig
+from dera_peft.evaluate.lines import make_lines
+from dera_peft.evaluate.making import Progress, silent
+from dera_peft.evaluate.metrics import repetition
+from dera_peft.evaluate.scoring import score_each
+from dera_peft.evaluate.sweeping import encoded
+from dera_peft.prompts import read_prompts
+
+PROMPTS, TOKENS = 8, 64  # at most: of which, and of how long a completion
+LAMBDAS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # beside the sweep's own
+SILENT, FAINT = 1e-5, 1e-3  # nats a token, of KL(aligned ‖ reference)
+# where text counts as fallen apart, against the worse one of the reference and the aligned model
+WORSE = math.log(4)  # nats a token that the reference finds it less probable
+REPEATED = 0.25  # more of its 4-grams are repetitions
+
+
+@dataclass(frozen=True)
+class CheckedLambda:
+    """
+    One λ.
+
+    Attributes:
+        kl_per_token: KL(π_λ ‖ π_ref) in nats, over all tokens of its completions.
+        perplexity: of its completions under the reference, over all their tokens.
+        repetition: share of a completion's 4-grams that stood in it before, mean.
+        same: share of the completions that are the reference's, letter by letter.
+        falls_apart: whether they are much less fluent, or repeat themselves much more, than at λ=0 and λ=1.
+    """
+
+    lam: float
+    kl_per_token: float
+    perplexity: float
+    repetition: float
+    same: float
+    falls_apart: bool = False
+
+
+@dataclass(frozen=True)
+class Check:
+    """
+    What the look showed.
+
+    Attributes:
+        lambdas: ascending.
+        prompts, tokens: how many were used, and the longest that a completion could become.
+        kl_per_token: KL(π_1 ‖ π_ref) in nats: how far apart the branches are.
+    """
+
+    lambdas: list[CheckedLambda]
+    prompts: int
+    tokens: int
+
+    @property
+    def kl_per_token(self) -> float:
+        return next(each.kl_per_token for each in self.lambdas if each.lam == 1)
+
+    @property
+    def responds(self) -> bool:
+        return self.kl_per_token >= SILENT
+
+    def text(self) -> str:
+        """Plain sentences, one a line."""
+        kl = f"{self.kl_per_token:.2g} nats a token (KL)"
+        apart = f"at λ=1 its next-token distributions are {kl} from the reference's"
+        if not self.responds:
+            return (
+                f"The adapter does not respond to λ: {apart}. Every λ writes what the reference writes; is it the "
+                "right adapter, and was it trained?"
+            )
+        if self.kl_per_token < FAINT:
+            lines = [f"The adapter hardly responds to λ: {apart}. A sweep needs large λ, or many samples, to see it."]
+        else:
+            lines = [f"The adapter responds to λ: {apart}."]
+        up = [each.lam for each in self.lambdas if each.falls_apart and each.lam > 0]
+        down = [each.lam for each in self.lambdas if each.falls_apart and each.lam < 0]
+        if up:
+            holds = max(each.lam for each in self.lambdas if each.lam < min(up))
+            lines.append(f"Text falls apart from λ={min(up):g} on: sweep up to about λ={holds:g}.")
+        if down:
+            lines.append(f"Below 0 it falls apart from λ={max(down):g} on.")
+        if not up and not down:
+            least, greatest = self.lambdas[0].lam, self.lambdas[-1].lam
+            lines.append(f"Text holds together at every λ that was tried, from {least:g} to {greatest:g}.")
+        lines.append(
+            f"(Falling apart: a perplexity under the reference more than {math.exp(WORSE):g} times, or a repetition "
+            f"more than {REPEATED:g} above, the higher one of λ=0 and λ=1. {self.prompts} prompts, at most "
+            f"{self.tokens} tokens each: a first look, no measurement.)"
+        )
+        return "\n".join(lines)
+
+
+def check(config: SweepConfig, progress: Progress = silent) -> Check | None:
+    """
+    Decodes a few prompts at the sweep's λ and some larger ones; needs neither rewards nor an output folder.
+
+    Returns:
+        What it showed; None in all processes but the first one, which does it alone.
+    """
+    processes = join_processes()
+    if not processes.is_main_process:
+        return None
+    limit = min(PROMPTS, config.max_prompts or PROMPTS)
+    config = replace(config, models={}, mixing=("logits",), max_new_tokens=min(TOKENS, config.max_new_tokens))
+    (line,) = make_lines(config)
+    prompts = read_prompts(config.prompts, config.prompt_column, config.split, config.subset, limit)
+    tokenizer, tokens = encoded(config, line, prompts)
+    model = line.load(config, device_map_of(config.device_map, processes))
+    lambdas = sorted({*config.lambdas, *LAMBDAS})
+    requests = [Request(prompt.index, lam) for lam in lambdas for prompt in prompts]
+    made: dict[float, list[Completion]] = defaultdict(list)
+    with progress("checking", 2 * len(requests), 0) as advance:
+        for completions in decode(model, tokenizer, tokens, requests, config.sampling, config.batch_size):
+            for each in completions:
+                made[each.request.lam].append(each)
+            advance(len(completions))
+        reference = {each.request.index: each.tokens for each in made[0.0]}
+        found = []
+        for lam in lambdas:
+            inputs = [tokens[each.request.index] for each in made[lam]], [each.tokens for each in made[lam]]
+            scored = [each for _, each in score_each(model, *inputs, [0.0, lam])]
+            count = max(1, sum(len(each.tokens) for each in made[lam]))
+            found.append(
+                CheckedLambda(
+                    lam,
+                    kl_per_token=sum(each.kl[1].sum().item() for each in scored) / count,
+                    # of a text that the reference holds impossible it would be infinite
+                    perplexity=math.exp(min(-sum(each.total[0].item() for each in scored) / count, 700.0)),
+                    repetition=sum(repetition(each.tokens) for each in made[lam]) / len(made[lam]),
+                    same=sum(each.tokens == reference[each.request.index] for each in made[lam]) / len(made[lam]),
+                )
+            )
+            advance(len(made[lam]))
+    return Check(_judged(found), len(prompts), config.max_new_tokens)
+
+
+def _judged(found: Sequence[CheckedLambda]) -> list[CheckedLambda]:
+    ends = [each for each in found if each.lam in (0, 1)]
+    perplexity, repeated = max(each.perplexity for each in ends), max(each.repetition for each in ends)
+    return [
+        replace(
+            each,
+            falls_apart=each.perplexity > perplexity * math.exp(WORSE) or each.repetition > repeated + REPEATED,
+        )
+        for each in found
+    ]

@@ -1,0 +1,300 @@
+"use strict";
+// The samples of a sweep: a prompt is chosen, a slider moves through λ, and a token shows what each branch would have said.
+// Texts reach the page as text alone (textContent), never as HTML.
+
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const byId = (id) => document.getElementById(id);
+  const number = (value, digits = 3) => (value === null ? "–" : value.toFixed(digits).replace("-", "−"));
+  const short = (value) => number(value, Math.abs(value) < 10 ? 3 : Math.abs(value) < 100 ? 1 : 0);
+  const lam = (value) => String(value).replace("-", "−");
+  const most = Math.log(Math.max(2, data.branches.length)); // of a Jensen-Shannon divergence, nats
+  const depth = (js) => Math.min(1, Math.sqrt(Math.max(0, js) / most)).toFixed(3);
+
+  const element = (name, className, ...content) => {
+    const made = document.createElement(name);
+    if (className) made.className = className;
+    made.append(...content);
+    return made;
+  };
+
+  // What a browser would obey, or not show, as a mark: controls, and characters that turn the direction of text.
+  const UNSEEN = /[\u0000-\u0009\u000b-\u001f\u007f-\u009f\u200b\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff]/;
+  const mark = (character) => {
+    const code = character.charCodeAt(0);
+    if (code === 9) return "⇥\t";
+    if (code < 32) return String.fromCharCode(0x2400 + code);
+    return `U+${code.toString(16).toUpperCase().padStart(4, "0")}`;
+  };
+  const seen = (text) => Array.from(text, (c) => (UNSEEN.test(c) ? mark(c) : c)).join("");
+  const written = (text) => {
+    const parts = document.createDocumentFragment();
+    for (const piece of text.split(/(\n|[^\P{C}\n\u200c-\u200f\u{e0020}-\u{e007f}])/u)) {
+      if (piece === "\n") parts.append(element("span", "unseen", "↵"), "\n");
+      else if (piece.length === 1 && UNSEEN.test(piece)) parts.append(element("span", "unseen", mark(piece)));
+      else parts.append(piece);
+    }
+    return parts;
+  };
+  const quoted = (text) => (text === "" ? "(part of a character)" : seen(text).replaceAll("\n", "↵"));
+
+  // ---- what is shown
+
+  let pair = data.pairs[0];
+  let line = data.lines[0];
+  let place = 0; // of the slider, among the line's λ
+  let fixed = [data.lines[0], 0]; // line and place of the pane beside
+  let held = null; // the token that was clicked
+
+  const rowAt = (of, at) => (pair.rows[of.line] || []).find((row) => row.lambda === of.lambdas[at]);
+  const nameOf = (of, at) => (data.lines.length > 1 ? `λ = ${lam(of.lambdas[at])} · ${of.name}` : `λ = ${lam(of.lambdas[at])}`);
+
+  function showPair() {
+    byId("pair").value = String(data.pairs.indexOf(pair));
+    byId("previous").disabled = pair === data.pairs[0];
+    byId("next").disabled = pair === data.pairs[data.pairs.length - 1];
+    byId("prompt").replaceChildren(
+      ...pair.prompt.map(([role, text]) => {
+        const turn = element("div", "turn", ...(role ? [element("span", "role", seen(role))] : []), written(text));
+        turn.dir = "auto";
+        return turn;
+      }),
+    );
+    showTicks();
+    showPane("fixed", ...fixed);
+    showMoving();
+  }
+
+  function showTicks() {
+    const last = line.lambdas.length - 1;
+    const [first] = Object.keys(pair.rows[line.line] ? pair.rows[line.line][0].rewards : {});
+    byId("ticks-of").textContent = first && last < 16 ? `below: ${seen(first)}` : "";
+    const every = Math.ceil(line.lambdas.length / (window.innerWidth < 600 ? 8 : 16));
+    byId("ticks").replaceChildren(
+      ...line.lambdas.flatMap((value, at) => {
+        if (at % every && at !== place && value !== data.recommended) return [];
+        const row = rowAt(line, at);
+        const reward = row && row.rewards[first];
+        const star = value === data.recommended && line === data.lines[0] ? "★" : "";
+        const tick = element("span", at === place ? "now" : "", `${lam(value)}${star}`);
+        if (typeof reward === "number" && last < 16) tick.append(`\n${short(reward)}`);
+        tick.style.left = `${last ? (100 * at) / last : 50}%`;
+        tick.addEventListener("click", () => moveTo(at));
+        return [tick];
+      }),
+    );
+  }
+
+  function showMoving() {
+    byId("strength").textContent = lam(line.lambdas[place]);
+    byId("lambda").setAttribute("aria-valuetext", nameOf(line, place));
+    byId("moving-name").textContent = nameOf(line, place);
+    showPane("moving", line, place);
+  }
+
+  function showPane(pane, of, at) {
+    const row = rowAt(of, at);
+    const text = byId(`${pane}-text`);
+    byId(`${pane}-figures`).replaceChildren(...(row ? figuresOf(row) : []));
+    if (held && text.contains(held)) hold(null);
+    text.replaceChildren(!row ? "not sampled" : row.views ? tokens(row.views) : written(row.text));
+    const first = text.querySelector(".token");
+    if (first) first.tabIndex = 0;
+  }
+
+  function figuresOf(row) {
+    const rewards = Object.entries(row.rewards).map(([name, value]) => `${seen(name)} ${short(value)}`);
+    const outcome = { 1: "wins", 0: "ties", "-1": "loses" };
+    const judged = Object.entries(row.judged).map(
+      ([against, verdict]) => `judge: ${verdict === null ? "no verdict" : outcome[verdict]} against λ=${against}`,
+    );
+    const how = row.finish === "length" ? "cut at the limit" : "ended";
+    const all = [...rewards, `KL ${number(row.kl, 2)} nats`, ...judged, `${row.tokens} tokens, ${how}`];
+    const errors = Object.entries(row.errors).map(([name, message]) =>
+      element("span", "error", ` · ${seen(name)} failed: ${seen(message)}`),
+    );
+    return [all.join(" · "), ...errors];
+  }
+
+  // ---- tokens
+
+  function tokens(views) {
+    const parts = document.createDocumentFragment();
+    for (const view of views) {
+      const token = element("span", "token");
+      const text = data.texts[view[0]];
+      token.append(text === "" ? element("span", "unseen", "·") : written(text));
+      token.style.setProperty("--depth", depth(view[1]));
+      token.tabIndex = -1;
+      token.setAttribute("role", "button");
+      token.setAttribute("aria-pressed", "false");
+      token.setAttribute("aria-label", `${quoted(text)}: disagreement ${number(view[1])} nats`);
+      token.view = view;
+      parts.append(token);
+    }
+    return parts;
+  }
+
+  function showDetail(token) {
+    const [text, js, ...rest] = token.view;
+    const width = rest.length / data.branches.length;
+    const branches = data.branches.map((branch, at) => {
+      const items = [];
+      for (let n = at * width; n < (at + 1) * width; n += 2) {
+        const said = element("span", "said", quoted(data.texts[rest[n]]));
+        said.title = said.textContent;
+        const bar = element("span", "bar");
+        bar.style.width = `${100 * rest[n + 1]}%`;
+        const chance = element("span", "chance", `${(100 * rest[n + 1]).toFixed(1)} %`);
+        items.push(element("li", rest[n] === text ? "taken" : "", said, element("span", "", bar), chance));
+        items[items.length - 1].children[1].setAttribute("aria-hidden", "true");
+      }
+      return element("section", "", element("h4", "", `${seen(branch)} would say`), element("ol", "", ...items));
+    });
+    const shown = element("b", "", quoted(data.texts[text]));
+    shown.style.setProperty("--depth", depth(js));
+    const of = element("p", "of", shown, ` disagreement ${number(js)} of at most ${number(most)} nats`);
+    byId("detail").replaceChildren(of, element("div", "branches", ...branches));
+  }
+
+  function hold(token) {
+    if (held) {
+      held.classList.remove("held");
+      held.setAttribute("aria-pressed", "false");
+    }
+    held = token;
+    if (token) {
+      token.classList.add("held");
+      token.setAttribute("aria-pressed", "true");
+      showDetail(token);
+    }
+  }
+
+  function listenToTokens(text) {
+    const tokenOf = (event) => event.target.closest(".token");
+    const show = (event) => {
+      const token = tokenOf(event);
+      if (token && !held) showDetail(token);
+    };
+    text.addEventListener("mouseover", show);
+    text.addEventListener("focusin", show);
+    text.addEventListener("click", (event) => {
+      const token = tokenOf(event);
+      if (token) hold(token === held ? null : token);
+    });
+    text.addEventListener("keydown", (event) => {
+      const token = tokenOf(event);
+      if (!token) return;
+      const all = Array.from(text.querySelectorAll(".token"));
+      const at = all.indexOf(token);
+      const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: all.length - 1 }[event.key];
+      if (event.key === "Enter" || event.key === " ") hold(token === held ? null : token);
+      else if (event.key === "Escape") hold(null);
+      else if (to === undefined) return;
+      else if (all[to]) {
+        token.tabIndex = -1;
+        all[to].tabIndex = 0;
+        all[to].focus();
+      }
+      event.preventDefault();
+    });
+  }
+
+  // ---- controls
+
+  function moveTo(at) {
+    place = at;
+    byId("lambda").value = String(at);
+    showTicks();
+    showMoving();
+  }
+
+  function chooseLine(index) {
+    const before = line.lambdas[place];
+    line = data.lines[index];
+    byId("lambda").max = String(line.lambdas.length - 1);
+    byId("lambda").disabled = line.lambdas.length === 1;
+    moveTo(nearest(line, before));
+  }
+
+  function nearest(of, value) {
+    const distance = of.lambdas.map((other) => Math.abs(other - value));
+    return distance.indexOf(Math.min(...distance));
+  }
+
+  function step(by) {
+    const to = data.pairs[data.pairs.indexOf(pair) + by];
+    if (!to) return;
+    pair = to;
+    showPair();
+  }
+
+  function option(text, value) {
+    const made = element("option", "", text);
+    made.value = String(value);
+    return made;
+  }
+
+  function start() {
+    const several = data.pairs.some((other) => other.sample > 0);
+    byId("pair").append(
+      ...data.pairs.map((other, at) => {
+        const [, text] = other.prompt[other.prompt.length - 1] || [null, ""];
+        const head = `${other.index + 1}${several ? `, sample ${other.sample + 1}` : ""}: `;
+        return option(head + Array.from(quoted(text)).slice(0, 160).join(""), at);
+      }),
+    );
+    byId("pair").addEventListener("change", (event) => {
+      pair = data.pairs[Number(event.target.value)];
+      showPair();
+    });
+    byId("previous").addEventListener("click", () => step(-1));
+    byId("next").addEventListener("click", () => step(1));
+
+    byId("line").append(...data.lines.map((of, at) => option(of.name, at)));
+    byId("line-label").hidden = data.lines.length === 1;
+    byId("line").addEventListener("change", (event) => chooseLine(Number(event.target.value)));
+    byId("lambda").addEventListener("input", (event) => moveTo(Number(event.target.value)));
+
+    const stops = data.lines.flatMap((of) => of.lambdas.map((_, at) => [of, at]));
+    byId("fixed").append(...stops.map((stop, at) => option(nameOf(...stop), at)));
+    byId("fixed").addEventListener("change", (event) => {
+      fixed = stops[Number(event.target.value)];
+      showPane("fixed", ...fixed);
+    });
+    fixed = [line, nearest(line, 0)];
+    byId("fixed").value = String(fixed[1]);
+
+    if (byId("scale")) {
+      byId("scale").append(
+        element("i", ""),
+        ...[0, 0.01, 0.1, 0.3, most].map((js) => {
+          const label = element("span", "", js === most ? (data.branches.length > 2 ? number(most) : "ln 2") : String(js));
+          label.style.left = `${100 * depth(js)}%`;
+          return label;
+        }),
+      );
+      listenToTokens(byId("fixed-text"));
+      listenToTokens(byId("moving-text"));
+      document.addEventListener("keydown", (event) => event.key === "Escape" && hold(null));
+    }
+    window.addEventListener("resize", showTicks);
+    byId("viewer").hidden = false;
+    showPair();
+    chooseLine(0);
+    moveTo(nearest(line, data.recommended === null ? 1 : data.recommended));
+  }
+
+  function copyCommand() {
+    const command = byId("command");
+    const select = () => {
+      getSelection().selectAllChildren(command);
+      byId("copy").textContent = "Selected";
+    };
+    if (!navigator.clipboard) return select();
+    navigator.clipboard.writeText(command.textContent).then(() => (byId("copy").textContent = "Copied"), select);
+  }
+
+  if (byId("copy")) byId("copy").addEventListener("click", copyCommand);
+  if (data.pairs.length) start();
+})();

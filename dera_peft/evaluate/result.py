@@ -1,0 +1,35 @@
+"""What a sweep gives."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dera_peft.evaluate.between import Curve
+    from dera_peft.evaluate.recommend import Recommendation
+    from dera_peft.evaluate.statistics import LambdaSummary
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """
+    What a sweep found.
+
+    Attributes:
+        summaries: by line, then by ascending λ.
+        curve: reward and KL between the sweep's λ.
+        recommendation: None where there is none to make.
+        command: retrains at the recommended strength; None where that can't be told.
+        rows: as in samples.jsonl, by line, prompt, λ and sample.
+        reused: how many of the completions were there already.
+        failed: how many rows a reward or the judge failed on.
+        files: what was written into the output folder.
+    """
+
+    summaries: "list[LambdaSummary]"
+    curve: "Curve"
+    recommendation: "Recommendation | None"
+    command: str | None
+    rows: list[dict]
+    reused: int
+    failed: int
+    files: list[str]

@@ -1,0 +1,117 @@
+"""The samples that a report shows: which of them, and how the page gets them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# With views a token takes about 70 bytes of the page.
+SHOWN_PAIRS = 50
+SHOWN_TOKENS = 100_000
+OWN_KEYS = ("token", "js")  # of a view; the others are its branches
+
+
+def shown_rows(rows: Sequence[dict]) -> list[dict]:
+    """
+    The rows that the page has room for: whole (prompt, sample) pairs, each at every line and λ.
+
+    The first sample of each prompt comes first, then further samples; to at most SHOWN_PAIRS pairs and SHOWN_TOKENS
+    tokens, but one pair at least.
+    """
+    pairs: dict[tuple[int, int], list[dict]] = {}
+    for row in sorted(rows, key=lambda row: (row["sample"], row["index"])):
+        pairs.setdefault((row["sample"], row["index"]), []).append(row)
+    shown, tokens = [], 0
+    for number, pair in enumerate(pairs.values()):
+        tokens += sum(row["tokens"] for row in pair)
+        if number and (number >= SHOWN_PAIRS or tokens > SHOWN_TOKENS):
+            break
+        shown += pair
+    return shown
+
+
+def samples_data(rows: Sequence[dict], names: Mapping[str, str]) -> dict[str, Any]:
+    """
+    What the page's script reads, short: texts are listed once, and tokens name them by number.
+
+    Args:
+        rows: of `shown_rows`.
+        names: how lines are called on the page.
+
+    Returns:
+        `lines` ([{line, name, lambdas}]); `branches` (names); `texts`; and `pairs`, each with `index`, `sample`,
+        `prompt` ([[role or null, text], …]) and `rows` (by line, one per λ). A row has `lambda`, `text`, `tokens`,
+        `finish`, `kl`, `rewards`, `judged`, `errors`, and `views`: null, or per token [text, JS, then text and
+        probability of each of a branch's best, branch by branch].
+    """
+    texts: dict[str, int] = {}
+    branches = next(([key for key in row["views"][0] if key not in OWN_KEYS] for row in rows if row.get("views")), [])
+    lambdas: dict[str, set[float]] = {}
+    pairs: dict[tuple[int, int], dict[str, Any]] = {}
+    for row in rows:
+        lambdas.setdefault(row["line"], set()).add(row["lambda"])
+        place = pairs.setdefault(
+            (row["sample"], row["index"]),
+            {"index": row["index"], "sample": row["sample"], "prompt": _turns(row["prompt"]), "rows": {}},
+        )
+        place["rows"].setdefault(row["line"], []).append(
+            {
+                "lambda": row["lambda"],
+                "text": row["completion"],
+                "tokens": row["tokens"],
+                "finish": row["finish"],
+                "kl": row["kl"],
+                "rewards": row["rewards"],
+                "judged": row.get("judged", {}),
+                "errors": row.get("errors", {}),
+                "views": [_short(view, branches, texts) for view in row["views"]] if row.get("views") else None,
+            }
+        )
+    return {
+        "lines": [
+            {"line": line, "name": names.get(line, line), "lambdas": sorted(values)} for line, values in lambdas.items()
+        ],
+        "branches": branches,
+        "texts": list(texts),
+        "pairs": list(pairs.values()),
+    }
+
+
+def _short(view: dict, branches: Sequence[str], texts: dict[str, int]) -> list[int | float]:
+    """One token's view; `texts` numbers the texts as they come."""
+    short: list[int | float] = [texts.setdefault(view["token"], len(texts)), round(view["js"], 5)]
+    for branch in branches:
+        for text, probability in view[branch]:
+            short += [texts.setdefault(text, len(texts)), round(probability, 4)]
+    return short
+
+
+def _turns(prompt: str | Sequence[dict]) -> list[list[str | None]]:
+    """A prompt as turns: one without a role, or a chat's; content other than text as JSON."""
+    if isinstance(prompt, str):
+        return [[None, prompt]]
+    return [
+        [
+            str(turn.get("role", "")),
+            turn["content"]
+            if isinstance(turn.get("content"), str)
+            else json.dumps(turn.get("content"), ensure_ascii=False),
+        ]
+        for turn in prompt
+    ]
+
+
+def script_json(data: Any) -> str:
+    """JSON that can stand inside a <script>: no letter of it can end the element or start a comment there."""
+    text = json.dumps(_finite(data), separators=(",", ":"), allow_nan=False)  # ASCII: U+2028 and the like are escaped
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _finite(data: Any) -> Any:
+    """With null for NaN and infinities, which JSON does not have."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    if isinstance(data, float) and data - data != 0:
+        return None
+    return data

@@ -1,0 +1,379 @@
+"""What a sweep's samples say about each λ: means, errors over prompts, and differences paired prompt by prompt."""
+
+import csv
+import math
+import os
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy
+
+from dera_peft.errors import DeRaError
+
+LOGITS = "logits"  # the line that mixes logits: DeRa itself, which all lines are compared with
+AGAINST = (0.0, 1.0)  # the λ of that line that each λ is compared with: the reference, and the adapter as trained
+RESAMPLES = 1000
+INTERVAL = (2.5, 97.5)  # percentiles: 95 %
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """
+    A mean over prompts, with its uncertainty. Each prompt counts the same, however many samples it has.
+
+    Samples of one prompt are not independent, so the error is that of drawing other prompts. With a single prompt it is
+    unknown: `se`, `low` and `high` are NaN then. Where there is no value at all, so is `mean`.
+
+    Attributes:
+        mean: over prompts.
+        se: its standard error.
+        low, high: 95 % percentile bootstrap over prompts.
+        draws: the mean in each bootstrap resample, fp64 `[1000]`. All estimates of a run share their resamples, so that
+            the differences of two estimates' draws are paired.
+    """
+
+    mean: float
+    se: float
+    low: float
+    high: float
+    draws: numpy.ndarray | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval does; False where there is none."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class Paired:
+    """
+    One λ against another, on the same prompts and samples. λ share their random numbers, so that a difference is
+    sharper than either level.
+
+    Attributes:
+        difference: of the rewards, this λ's minus the other's.
+        win, tie, loss: shares of the pairs in which this λ's reward is the higher, the same, the lower; mean over
+            prompts.
+    """
+
+    difference: Estimate
+    win: float
+    tie: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Judged:
+    """
+    One λ against another, by a judge of pairs.
+
+    Attributes:
+        rate: the win rate, a tie counting as half a win; 0.5 is neither.
+        win, tie, loss: shares of the pairs, mean over prompts.
+        failed: pairs that the judge gave no verdict on; they are left out.
+    """
+
+    rate: Estimate
+    win: float
+    tie: float
+    loss: float
+    failed: int
+
+
+@dataclass(frozen=True)
+class RewardSummary:
+    """
+    One reward at one λ.
+
+    Attributes:
+        level: its mean.
+        versus: by λ (0.0 and 1.0, where the line "logits" has them), the comparison with that line at that λ.
+        groups: by the value of the column that names groups, the mean over that group's prompts.
+        failed: samples without a value; they are left out of all the numbers here, and of a pair both.
+    """
+
+    level: Estimate
+    versus: dict[float, Paired] = field(default_factory=dict)
+    groups: dict[str, Estimate] = field(default_factory=dict)
+    failed: int = 0
+
+    @property
+    def worst_group(self) -> str | None:
+        """The group of the lowest mean; None without groups."""
+        known = {name: group.mean for name, group in self.groups.items() if not math.isnan(group.mean)}
+        return min(known, key=known.__getitem__, default=None)
+
+
+@dataclass(frozen=True)
+class LambdaSummary:
+    """
+    One λ of one line.
+
+    Attributes:
+        line: "logits" (DeRa), "weights", or the name that the user gave to a further model.
+        lam: λ.
+        prompts, samples: how many.
+        kl: KL(π_λ ‖ π_ref) per sequence, in nats.
+        kl_per_token: total KL over total tokens, in nats.
+        tokens: mean length of a completion, in tokens.
+        ended: share of the completions that the model ended itself, before the limit of tokens.
+        rewards: by name.
+        judged: by λ (0.0 and 1.0), where there is a judge.
+    """
+
+    line: str
+    lam: float
+    prompts: int
+    samples: int
+    kl: Estimate
+    kl_per_token: float
+    tokens: float
+    ended: float
+    rewards: dict[str, RewardSummary] = field(default_factory=dict)
+    judged: dict[float, Judged] = field(default_factory=dict)
+
+
+class Resamples:
+    """
+    Bootstrap resamples of prompts: the same for every estimate of a run, so that their differences are paired.
+
+    Args:
+        prompts: how many there are.
+        seed: of the draws.
+    """
+
+    def __init__(self, prompts: int, seed: int = 0):
+        drawn = numpy.random.default_rng(seed).integers(prompts, size=(RESAMPLES, prompts))
+        flat = (drawn + prompts * numpy.arange(RESAMPLES)[:, None]).ravel()
+        # how often each resample holds each prompt, [1000, P]
+        self.counts = numpy.bincount(flat, minlength=RESAMPLES * prompts).reshape(RESAMPLES, prompts).astype(float)
+
+    def ratios(self, numerators: numpy.ndarray, denominators: numpy.ndarray) -> list[Estimate]:
+        """
+        Σ numerators / Σ denominators over prompts, for each of K columns: `[P, K]` both, fp64.
+
+        A prompt that has no part in a column has 0 in both. The standard error is the delta method's.
+        """
+        prompts = (denominators > 0).sum(0)
+        total = denominators.sum(0)
+        with numpy.errstate(divide="ignore", invalid="ignore"):
+            mean = numerators.sum(0) / total
+            residuals = numerators - mean * denominators
+            se = numpy.sqrt((residuals**2).sum(0) * prompts / (prompts - 1)) / total
+            draws = (self.counts @ numerators) / (self.counts @ denominators)  # [1000, K]; NaN where none was drawn
+        estimates = []
+        for column in range(numerators.shape[1]):
+            if prompts[column] < 2:
+                estimates.append(Estimate(float(mean[column]), math.nan, math.nan, math.nan, draws[:, column]))
+                continue
+            low, high = numpy.nanpercentile(draws[:, column], INTERVAL)
+            estimates.append(
+                Estimate(float(mean[column]), float(se[column]), float(low), float(high), draws[:, column])
+            )
+        return estimates
+
+    def means(self, columns: Mapping[Hashable, numpy.ndarray]) -> dict[Hashable, Estimate]:
+        """The mean of each column: one value per prompt, `[P]`, NaN for a prompt that has no part in it."""
+        values = numpy.stack(list(columns.values()), axis=1)  # [P, K]
+        there = ~numpy.isnan(values)
+        estimates = self.ratios(numpy.where(there, values, 0.0), there.astype(float))
+        return dict(zip(columns, estimates, strict=True))
+
+
+def summarise(rows: Sequence[dict], group: str | None = None, seed: int = 0) -> list[LambdaSummary]:
+    """
+    One summary per line and λ: lines as they appear, each by ascending λ.
+
+    Args:
+        rows: with the keys of `samples.jsonl`.
+        group: a column of the prompts that names their groups.
+        seed: of the bootstrap.
+
+    Raises:
+        DeRaError: a row has no such column.
+    """
+    if not rows:
+        return []
+    positions = prompt_positions(rows)
+    shape = (len(positions), 1 + max(row["sample"] for row in rows))
+    by_cell: dict[tuple[str, float], list[dict]] = defaultdict(list)
+    for row in rows:
+        by_cell[row["line"], row["lambda"]].append(row)
+    names = reward_names(rows)
+    cells = {key: _Cell(own, names, positions, shape) for key, own in by_cell.items()}
+    groups = _groups(rows, group, positions)
+    resamples = Resamples(len(positions), seed)
+    lines = list(dict.fromkeys(line for line, _ in cells))
+    order = sorted(cells, key=lambda key: (lines.index(key[0]), key[1]))
+    against = {lam: cells[LOGITS, lam] for lam in AGAINST if (LOGITS, lam) in cells}
+    return [_summary(key, cells[key], against, groups, resamples) for key in order]
+
+
+def reward_names(rows: Sequence[dict]) -> list[str]:
+    """The rewards that the rows have, in the order in which they appear."""
+    return list(dict.fromkeys(name for row in rows for name in row["rewards"]))
+
+
+def prompt_positions(rows: Sequence[dict]) -> dict[int, int]:
+    """Index of a prompt -> its place among those of all rows: what a bootstrap resamples."""
+    return {index: place for place, index in enumerate(sorted({row["index"] for row in rows}))}
+
+
+def _groups(rows: Sequence[dict], group: str | None, positions: dict[int, int]) -> dict[str, numpy.ndarray]:
+    """Group -> which prompts are of it, `[P]` bool; in the order of their names."""
+    if group is None:
+        return {}
+    of: dict[str, set[int]] = defaultdict(set)
+    for row in rows:
+        if group not in row:
+            raise DeRaError(
+                f"group={group!r}: prompt {row['index']} has no such column; name a column that all prompts have."
+            )
+        of[str(row[group])].add(positions[row["index"]])
+    return {name: numpy.isin(numpy.arange(len(positions)), list(of[name])) for name in sorted(of)}
+
+
+class _Cell:
+    """The rows of one line and λ, and their rewards by prompt and sample, `[P, S]` each."""
+
+    def __init__(self, rows: list[dict], rewards: list[str], positions: dict[int, int], shape: tuple[int, int]):
+        self.rows, self.shape = rows, shape
+        self.places = [positions[row["index"]] for row in rows], [row["sample"] for row in rows]
+        self.failed = {name: sum(row["rewards"].get(name) is None for row in rows) for name in rewards}
+        self.rewards = {name: self.table([row["rewards"].get(name) for row in rows]) for name in rewards}
+
+    def table(self, values: list[float | None]) -> numpy.ndarray:
+        """One value per row, by prompt and sample, `[P, S]`; NaN where there is none."""
+        table = numpy.full(self.shape, numpy.nan)
+        table[self.places] = numpy.array(values, dtype=float)
+        return table
+
+
+def _per_prompt(table: numpy.ndarray) -> numpy.ndarray:
+    """Mean over samples, `[P]`; NaN for a prompt without any."""
+    there = ~numpy.isnan(table)
+    with numpy.errstate(invalid="ignore"):
+        return numpy.where(there, table, 0.0).sum(1) / there.sum(1)
+
+
+def _summary(
+    key: tuple[str, float],
+    cell: _Cell,
+    against: dict[float, _Cell],
+    groups: dict[str, numpy.ndarray],
+    resamples: Resamples,
+) -> LambdaSummary:
+    rows = cell.rows
+    verdicts = {lam: [row.get("judged", {}).get(f"{lam:g}") for row in rows] for lam in AGAINST}
+    verdicts = {
+        lam: found for lam, found in verdicts.items() if any(f"{lam:g}" in row.get("judged", {}) for row in rows)
+    }
+    signs: dict[Hashable, numpy.ndarray] = {}  # 1, 0, -1 by pair, [P, S]: of rewards' comparisons and of the judge's
+    columns: dict[Hashable, numpy.ndarray] = {}  # all that is estimated at this λ, in one go, [P] each
+    columns["kl"] = _per_prompt(cell.table([row["kl"] for row in rows]))
+    for name, rewards in cell.rewards.items():
+        level = columns["level", name] = _per_prompt(rewards)
+        for group, members in groups.items():
+            columns["group", name, group] = numpy.where(members, level, numpy.nan)
+        for lam, other in against.items():
+            difference = rewards - other.rewards[name]
+            columns["versus", name, lam] = _per_prompt(difference)
+            signs["versus", name, lam] = numpy.sign(difference)
+    for lam, found in verdicts.items():
+        signs["judged", lam] = cell.table(found)
+        columns["judged", lam] = _per_prompt((signs["judged", lam] + 1) / 2)  # a win 1, a tie 1/2, a loss 0
+    for pair, sign in signs.items():
+        for outcome in (1, 0, -1):
+            columns[pair, outcome] = _per_prompt(numpy.where(numpy.isnan(sign), numpy.nan, sign == outcome))
+    estimates = resamples.means(columns)
+
+    def shares(pair: Hashable) -> list[float]:
+        return [estimates[pair, outcome].mean for outcome in (1, 0, -1)]
+
+    tokens = sum(row["tokens"] for row in rows)
+    return LambdaSummary(
+        line=key[0],
+        lam=key[1],
+        prompts=len({row["index"] for row in rows}),
+        samples=len(rows),
+        kl=estimates["kl"],
+        kl_per_token=math.fsum(row["kl"] for row in rows) / max(1, tokens),
+        tokens=tokens / len(rows),
+        ended=sum(row["finish"] == "eos" for row in rows) / len(rows),
+        rewards={
+            name: RewardSummary(
+                level=estimates["level", name],
+                versus={lam: Paired(estimates["versus", name, lam], *shares(("versus", name, lam))) for lam in against},
+                groups={group: estimates["group", name, group] for group in groups},
+                failed=failed,
+            )
+            for name, failed in cell.failed.items()
+        },
+        judged={
+            lam: Judged(estimates["judged", lam], *shares(("judged", lam)), failed=found.count(None))
+            for lam, found in verdicts.items()
+        },
+    )
+
+
+def number(value: float, form: str = ".3f") -> str:
+    """For a table or a sentence: what is unknown is "-"."""
+    return "-" if math.isnan(value) else format(value, form)
+
+
+def write_csv(summaries: Sequence[LambdaSummary], file: str | os.PathLike) -> None:
+    """
+    One line per line of the sweep and λ. An estimate has the columns NAME, NAME_se, NAME_low and NAME_high; what is
+    unknown is empty.
+
+    A reward has those of its level under its own name, NAME_failed, NAME_group_GROUP for each group's mean, and for
+    the comparison with λ=0 those of NAME_minus_lambda_0, and NAME_win_lambda_0, NAME_tie_…, NAME_loss_…; with λ=1 the
+    same. A judge has judge_lambda_0 (the win rate), judge_win_lambda_0, ….
+    """
+    table = [_flat(summary) for summary in summaries]
+    names = list(dict.fromkeys(name for row in table for name in row))
+    temporary = Path(f"{file}.tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, names, restval="")
+        writer.writeheader()
+        writer.writerows(table)
+    os.replace(temporary, file)
+
+
+def _flat(summary: LambdaSummary) -> dict[str, str | int | float]:
+    row: dict[str, str | int | float] = {
+        "line": summary.line,
+        "lambda": summary.lam,
+        "prompts": summary.prompts,
+        "samples": summary.samples,
+        **_columns("kl", summary.kl),
+        "kl_per_token": summary.kl_per_token,
+        "tokens": summary.tokens,
+        "ended": summary.ended,
+    }
+    for name, reward in summary.rewards.items():
+        row |= _columns(name, reward.level) | {f"{name}_failed": reward.failed}
+        for other, paired in reward.versus.items():
+            row |= _columns(f"{name}_minus_lambda_{other:g}", paired.difference)
+            row |= {f"{name}_{share}_lambda_{other:g}": getattr(paired, share) for share in ("win", "tie", "loss")}
+        for own, level in reward.groups.items():
+            row |= _columns(f"{name}_group_{own}", level)
+    for other, judged in summary.judged.items():
+        row |= _columns(f"judge_lambda_{other:g}", judged.rate)
+        row |= {f"judge_{share}_lambda_{other:g}": getattr(judged, share) for share in ("win", "tie", "loss", "failed")}
+    return {name: _csv(value) if isinstance(value, float) else value for name, value in row.items()}
+
+
+def _csv(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.8g}"
+
+
+def _columns(name: str, estimate: Estimate) -> dict[str, float]:
+    return {
+        name: estimate.mean,
+        f"{name}_se": estimate.se,
+        f"{name}_low": estimate.low,
+        f"{name}_high": estimate.high,
+    }

@@ -1,0 +1,50 @@
+"""The command that retrains; that it trains as the first time is tested with the tiny recipe."""
+
+import json
+
+import pytest
+import yaml
+
+from dera_peft.evaluate.retrain import retrain_command
+from dera_peft.record import Record
+
+TRAINING = {"method": "dpo", "beta": 0.5, "dataset": "pairs.jsonl"}
+ON_TOP = {"reference": ["sft"], "aligned": ["sft", "default"]}
+CONTINUED = {"reference": ["sft"], "aligned": ["default"]}
+ALONE = {"reference": [], "aligned": ["default"]}
+
+
+def record(branches, training=TRAINING) -> Record:
+    return Record("org/base", {"sft": "org/sft", "default": "org/dpo"}, branches, training=training)
+
+
+@pytest.mark.parametrize(
+    ("branches", "known"),
+    [
+        (ALONE, ""),
+        (ON_TOP, "--sft_adapter org/sft "),
+        (CONTINUED, "--sft_adapter org/sft --continue_sft_adapter true "),
+    ],
+)
+def test_of_what_the_record_knows(tmp_path, branches, known):
+    assert retrain_command("org/dpo", record(branches), 1 / 3, tmp_path) == (
+        f"python -m training.dpo --model_name_or_path org/base {known}--dataset_name pairs.jsonl --use_peft true "
+        "--beta 0.3333 --output_dir org/dpo-beta-0.3333  # and its other settings, which its record does not hold"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_the_settings_of_the_training(tmp_path):
+    (tmp_path / "dpo").mkdir()
+    settings = {"dataset_name": "p.jsonl", "beta": 0.5, "seed": 3, "debug": [], "processes": 2, "max_length": None}
+    (tmp_path / "dpo" / "run.json").write_text(json.dumps({"settings": settings}))
+    command = retrain_command(f"{tmp_path}/dpo/", record(ALONE), 0.25, tmp_path)
+    assert command == f"torchrun --nproc_per_node 2 -m training.dpo --config {tmp_path}/retrain.yaml"
+    assert yaml.safe_load((tmp_path / "retrain.yaml").read_text()) == {
+        "dataset_name": "p.jsonl", "beta": 0.25, "seed": 3, "output_dir": f"{tmp_path}/dpo-beta-0.25",
+    }  # fmt: skip
+
+
+def test_what_another_program_trained_has_none(tmp_path):
+    assert retrain_command("org/dpo", record(ALONE, {}), 0.25, tmp_path) is None
+    assert retrain_command("org/dpo", record(ALONE, {"method": "kto"}), 0.25, tmp_path) is None
