@@ -15,7 +15,7 @@ from dera_peft.padding import pad
 from dera_peft.prefill import Prefill, can_be_shared
 from dera_peft.prompts import Prompt
 from dera_peft.record import WEIGHTS
-from dera_peft.sampling import Sampling, row_key
+from dera_peft.sampling import PLAIN, Sampling, row_key
 
 BATCH_TOKENS = 32 * 1024  # 4 GiB of keys and values in one branch of a model of 8 billion parameters (GQA, bf16)
 GROUP_BATCHES = 8  # of a group: one of them may be short
@@ -98,6 +98,7 @@ def decode(
     for request in requests:
         if (request.lam is None) == isinstance(model, DeRaModel):
             raise DeRaError(f"{request}: a request has a λ where the model is a DeRaModel, and None where it is not.")
+    _say_what_is_left_aside(model)
     queue = _Queue(model, prompts, requests, batch_size, batch_tokens, sampling.max_new_tokens)
     prefill = None
     while queue:
@@ -127,6 +128,17 @@ def decode(
             continue
         queue.finish(batch)
         yield completions
+
+
+def _say_what_is_left_aside(model: PreTrainedModel) -> None:
+    config = model.generation_config
+    found = {name: getattr(config, name, None) for name in PLAIN}
+    if own := [f"{name}={value!r}" for name, value in found.items() if value is not None and value != PLAIN[name]]:
+        print(
+            f"the base's generation config sets {', '.join(own)}: left aside, since tokens are drawn by the options of "
+            "this command alone",
+            file=sys.stderr,
+        )
 
 
 class _Queue:
@@ -248,7 +260,7 @@ def _decode_batch(
             length,
             padding,
         ),
-        repetition_penalty=1.0,  # ours is in the processor
+        **PLAIN,
         max_new_tokens=sampling.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id or 0,
         streamer=streamer,

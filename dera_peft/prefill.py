@@ -9,6 +9,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from dera_peft.branches import BatchPlan
 from dera_peft.model import DeRaModel
 from dera_peft.padding import pad
+from dera_peft.sampling import PLAIN
 
 
 def can_be_shared(model: PreTrainedModel) -> bool:
@@ -49,6 +50,7 @@ class Prefill:
             input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
             **({} if plan is None else {"lam": plan}),
+            **PLAIN,
             max_new_tokens=1,
             do_sample=False,
             num_beams=1,

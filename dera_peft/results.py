@@ -98,9 +98,12 @@ def is_writable(file: Path, argument: str) -> bool:
     return not is_new
 
 
-def read_rows(file: Path) -> tuple[list[dict], bytes]:
+def read_rows(file: Path, keys: Sequence[str] = ("run",)) -> tuple[list[dict], bytes]:
     """
     The whole lines of a file, and what an interruption left of one behind them.
+
+    Args:
+        keys: that every row has.
 
     Raises:
         DeRaError: a line is not a row of results.
@@ -110,7 +113,8 @@ def read_rows(file: Path) -> tuple[list[dict], bytes]:
     for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
         try:
             row = json.loads(line)
-            row["run"]
+            for key in keys:
+                row[key]
         except (ValueError, KeyError, TypeError):
             raise DeRaError(
                 f"{str(file)!r}, line {number}, is not a row of results: move the file away or name another output."

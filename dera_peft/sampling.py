@@ -20,6 +20,27 @@ from dera_peft.errors import DeRaError
 GAMMA = 0x9E3779B97F4A7C15  # splitmix64's increment: 2^64 over the golden ratio, odd
 MASK = (1 << 64) - 1
 
+# Of a base's generation config, what would change the distribution that is drawn from behind `Sampling`'s back, with
+# the values at which it does not.
+PLAIN = {
+    "repetition_penalty": 1.0,  # ours is in the processor
+    "min_length": 0,
+    "min_new_tokens": None,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "watermarking_config": None,
+    "remove_invalid_values": False,
+    "stop_strings": None,
+}
+
 
 @dataclass(frozen=True)
 class Sampling:

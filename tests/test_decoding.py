@@ -60,6 +60,20 @@ def test_padding_is_no_text_to_the_repetition_penalty(tiny_model):
     assert run(32) == alone
 
 
+def test_the_bases_generation_config_changes_no_draws(run, tiny_model, capsys):
+    plain = run()
+    assert not capsys.readouterr().err
+    text = max(plain.values(), key=len)
+    config = tiny_model.generation_config
+    config.bad_words_ids, config.no_repeat_ngram_size, config.min_new_tokens = [[text[0]]], 1, 12
+    try:
+        assert run() == plain
+    finally:
+        config.bad_words_ids = config.no_repeat_ngram_size = config.min_new_tokens = None
+    said = capsys.readouterr().err
+    assert "the base's generation config sets min_new_tokens=12, no_repeat_ngram_size=1, bad_words_ids=" in said
+
+
 def test_lambdas_draw_the_same_numbers(run):
     """At temperature far above 1 the noise alone decides, and is the same for all λ."""
     hot = run(temperature=1e4)

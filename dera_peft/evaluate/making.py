@@ -220,17 +220,26 @@ class Making:
         texts = [self.completions[each]["completion"] for each in (key, other)]
         return settings_fingerprint([judge.fingerprint, self.config.seed, *texts])
 
-    def rewards(self) -> dict[tuple[str, Key], dict]:
-        """The rows of rewards and verdicts by what they are called; the latest of each."""
-        return {(row["name"], Key.of(row)): row for row in self.reward_store.rows}
+    def rewards(self) -> dict[tuple[str, Key, str], dict]:
+        """
+        The rows of rewards and verdicts by name, completion and fingerprint; of several one without an error.
+
+        A reward that has changed, or another text, has another fingerprint: what was found before is not read.
+        """
+        found: dict[tuple[str, Key, str], dict] = {}
+        for row in self.reward_store.rows:
+            place = row["name"], Key.of(row), row["run"]
+            if place not in found or "error" in found[place]:
+                found[place] = row
+        return found
 
     def reward(self, reward: NamedReward) -> None:
         """Scores what a reward has not scored yet, or failed on."""
         there = self.rewards()
 
         def is_done(key: Key) -> bool:
-            row = there.get((reward.name, key))
-            return row is not None and row["run"] == self.reward_run(reward, key) and "error" not in row
+            row = there.get((reward.name, key, self.reward_run(reward, key)))
+            return row is not None and "error" not in row
 
         keys = self.all_keys(self.mine)
         todo = [key for key in keys if not is_done(key)]
@@ -265,8 +274,8 @@ class Making:
         there = self.rewards()
 
         def is_done(name: str, key: Key, other: Key) -> bool:
-            row = there.get((name, key))
-            return row is not None and row["run"] == self.judge_run(judge, key, other) and "error" not in row
+            row = there.get((name, key, self.judge_run(judge, key, other)))
+            return row is not None and "error" not in row
 
         pairs = self.comparisons(self.all_keys(self.mine))
         todo = [pair for pair in pairs if not is_done(*pair)]

@@ -18,6 +18,7 @@ class SweepResult:
         summaries: by line, then by ascending λ.
         curve: reward and KL between the sweep's λ.
         recommendation: None where there is none to make.
+        no_recommendation: why there is none.
         command: retrains at the recommended strength; None where that can't be told.
         rows: as in samples.jsonl, by line, prompt, λ and sample.
         reused: how many of the completions were there already.
@@ -28,6 +29,7 @@ class SweepResult:
     summaries: "list[LambdaSummary]"
     curve: "Curve"
     recommendation: "Recommendation | None"
+    no_recommendation: str | None
     command: str | None
     rows: list[dict]
     reused: int

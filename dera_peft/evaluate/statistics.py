@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import re
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ from dera_peft.errors import DeRaError
 
 LOGITS = "logits"  # the line that mixes logits: DeRa itself, which all lines are compared with
 AGAINST = (0.0, 1.0)  # the λ of that line that each λ is compared with: the reference, and the adapter as trained
+COLUMNS = ("line", "lambda", "prompts", "samples", "kl", "kl_per_token", "tokens", "ended")  # of summary.csv
+# what stands behind a name in the further columns of its estimates and comparisons
+OWN = "_(se|low|high|failed|group_.*|(minus|win|tie|loss)_lambda_.*)"
 RESAMPLES = 1000
 INTERVAL = (2.5, 97.5)  # percentiles: 95 %
 
@@ -321,6 +325,21 @@ def _summary(
 def number(value: float, form: str = ".3f") -> str:
     """For a table or a sentence: what is unknown is "-"."""
     return "-" if math.isnan(value) else format(value, form)
+
+
+def check_names(rewards: Sequence[str]) -> None:
+    """
+    Refuses rewards whose columns in summary.csv another would overwrite.
+
+    Raises:
+        DeRaError: names the reward.
+    """
+    for name in rewards:
+        others = [other for other in rewards if other != name and re.fullmatch(f"{re.escape(other)}{OWN}", name)]
+        if name in COLUMNS or re.fullmatch(f"kl{OWN}", name) or name.startswith("judge_") or others:
+            raise DeRaError(
+                f"rewards: {name!r} is the name of another column of summary.csv; give the function another name."
+            )
 
 
 def write_csv(summaries: Sequence[LambdaSummary], file: str | os.PathLike) -> None:

@@ -6,6 +6,13 @@ from typing import NamedTuple
 
 from dera_peft.results import append_rows, cut_torn, is_writable, read_rows
 
+KEY = ("line", "index", "lambda", "sample")
+FIELDS = {
+    "completions": ("prompt", "completion", "ids", "finish"),
+    "scores": ("kl", "log_ref"),
+    "rewards": ("name", "value"),
+}
+
 
 class Key(NamedTuple):
     """Which completion a row is of. `lam` is the λ that it was decoded at."""
@@ -42,7 +49,10 @@ class Store:
         is_writable(self.file, "output_dir")
         self.rows: list[dict] = []
         for file in sorted(self.file.parent.glob(f"{kind}.*.jsonl")):
-            rows, torn = read_rows(file)
+            try:
+                rows, torn = read_rows(file, ("run", *KEY, *FIELDS[kind]))
+            except FileNotFoundError:  # another process has only tried whether it can write it
+                continue
             self.rows += rows
             if file == self.file:
                 cut_torn(file, torn, '{"run": "')

@@ -23,7 +23,7 @@ from dera_peft.evaluate.result import SweepResult
 from dera_peft.evaluate.retrain import FILE_NAME as RETRAIN
 from dera_peft.evaluate.retrain import retrain_command
 from dera_peft.evaluate.rewards import NamedReward, load_rewards
-from dera_peft.evaluate.statistics import AGAINST, summarise, write_csv
+from dera_peft.evaluate.statistics import AGAINST, check_names, summarise, write_csv
 from dera_peft.evaluate.store import Key
 from dera_peft.loading import load_config, load_tokenizer
 from dera_peft.prompts import Prompt, encode, read_prompts
@@ -82,6 +82,12 @@ def sweep(config: SweepConfig | None = None, *, progress: Progress = silent, **k
         progress=progress if processes.is_main_process else silent,
     )
     processes.wait_for_everyone()  # all have seen the same files, before any writes
+    if config.temperature == 0 and config.samples > 1 and processes.is_main_process:
+        print(
+            f"temperature=0, samples={config.samples}: greedy decoding gives all samples of a prompt the same text; "
+            "one is enough",
+            file=sys.stderr,
+        )
     wanted = making.all_keys(range(len(prompts)))
     reused = sum(key in making.completions for key in wanted)
     if reused and processes.is_main_process:
@@ -112,6 +118,7 @@ def encoded(config: SweepConfig, line: Line, prompts: Sequence[Prompt]) -> tuple
 def _check_rewards(rewards: Sequence[NamedReward]) -> None:
     if not rewards:
         raise DeRaError("rewards is missing: set it in the config or with --reward.")
+    check_names([reward.name for reward in rewards])
     if is_better_low(rewards[0].name):
         raise DeRaError(
             f"rewards: by the first one λ is chosen, and a high {rewards[0].name} is no merit; put another one first."
@@ -162,12 +169,13 @@ def _finish(making: Making, rewards: Sequence[NamedReward], judge: NamedJudge | 
         curve = estimate_curve(rows, making.grid, names, config.seed)
     else:
         curve = Curve(reason=reason_off(config.sampling))
-    recommendation = None
+    recommendation, reason = None, f"the reward {names[0]!r} has no value at any λ."
     if any(row["rewards"][names[0]] is not None for row in rows if row["line"] == LOGITS):
         try:
             recommendation = recommend(summaries, curve, config.rule, names[0], config.kl_budget, first.beta)
+            reason = None
         except DeRaError as error:  # there is still all that was measured to be shown
-            print(f"no λ is recommended: {error}", file=sys.stderr)
+            reason = str(error)
     command = None
     if recommendation is not None and recommendation.beta is not None and recommendation.lam != 1:
         command = retrain_command(config.adapter or config.base, first.record, recommendation.beta, folder)
@@ -185,10 +193,11 @@ def _finish(making: Making, rewards: Sequence[NamedReward], judge: NamedJudge | 
     write_csv(summaries, folder / "summary.csv")
     facts = _facts(making, rewards, judge)
     title = f"How strong should {facts['adapter']} be?"
-    write_report(folder / "report.html", title, facts, summaries, curve, recommendation, rows, command, models)
+    found = summaries, curve, recommendation, rows, command, models
+    write_report(folder / "report.html", title, facts, *found, reason=reason)
     failed = sum("errors" in row for row in rows)
     files = [*FILES, RETRAIN] if command is not None and RETRAIN in command else list(FILES)
-    return SweepResult(summaries, curve, recommendation, command, rows, reused, failed, files)
+    return SweepResult(summaries, curve, recommendation, reason, command, rows, reused, failed, files)
 
 
 def _join(making: Making, rewards: Sequence[NamedReward], judge: NamedJudge | None) -> list[dict]:
@@ -198,7 +207,8 @@ def _join(making: Making, rewards: Sequence[NamedReward], judge: NamedJudge | No
     verdicts: dict[Key, dict[str, dict]] = {}
     if judge is not None:
         for name, key, other in making.comparisons(keys):
-            verdicts.setdefault(key, {})[f"{other.lam:g}"] = valued[name, key]
+            verdict = valued[name, key, making.judge_run(judge, key, other)]
+            verdicts.setdefault(key, {})[f"{other.lam:g}"] = verdict
     rows = []
     for key in keys:
         completion, score, prompt = making.completions[key], scores[key], making.prompts[key.index]
@@ -217,7 +227,7 @@ def _join(making: Making, rewards: Sequence[NamedReward], judge: NamedJudge | No
             if reward.metric is not None:
                 values[reward.name] = reward.metric(measured)
                 continue
-            found = valued[reward.name, key]
+            found = valued[reward.name, key, making.reward_run(reward, key)]
             values[reward.name] = found["value"]
             if "error" in found:
                 errors[reward.name] = found["error"]
@@ -271,6 +281,8 @@ def _facts(making: Making, rewards: Sequence[NamedReward], judge: NamedJudge | N
         if not line.is_own:
             beta = "" if line.beta is None else f" (β = {line.beta:g})"
             facts[line.name] = f"{line.adapter}{beta}"
+    if sampling.temperature not in (0, 1):
+        facts["KL and perplexity"] = "at temperature 1, along samples that were drawn at the temperature above"
     return facts | {
         "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
         "date": date.today().isoformat(),

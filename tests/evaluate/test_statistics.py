@@ -7,7 +7,7 @@ import numpy
 import pytest
 
 from dera_peft import DeRaError
-from dera_peft.evaluate.statistics import RESAMPLES, Resamples, number, summarise, write_csv
+from dera_peft.evaluate.statistics import RESAMPLES, Resamples, check_names, number, summarise, write_csv
 
 
 def row(lam, index, reward, sample=0, line="logits", kl=0.0, tokens=4, finish="eos", **columns) -> dict:
@@ -149,6 +149,15 @@ def test_the_same_seed_gives_the_same_intervals_and_draws_are_paired():
     assert [summary.rewards["r"].level for summary in summarise(rows)] == [zero.level, one.level]
     numpy.testing.assert_allclose(one.level.draws - zero.level.draws, one.versus[0.0].difference.draws, atol=1e-12)
     assert summarise(rows, seed=1)[0].rewards["r"].level.low != zero.level.low
+
+
+@pytest.mark.parametrize(
+    "names", [["kl"], ["a", "tokens"], ["kl_se"], ["judge_lambda_0"], ["a", "a_low"], ["a_win_lambda_1", "a"]]
+)
+def test_a_reward_has_columns_of_its_own(names):
+    with pytest.raises(DeRaError, match=f"rewards: '{max(names, key=len)}' is the name of another column"):
+        check_names(names)
+    check_names(["a", "a_lowered", "length", "exact_match:kl"])
 
 
 def test_csv(tmp_path):

@@ -45,7 +45,7 @@ PICTURES = ("plot_sweep", "plot_pareto", "write_report")
 def without_pictures(monkeypatch):
     """They take seconds, and have tests of their own; `dera sweep`'s test draws them."""
     for name in PICTURES:
-        monkeypatch.setattr(sweeping, name, lambda *arguments: None)
+        monkeypatch.setattr(sweeping, name, lambda *arguments, **keywords: None)
 
 
 @pytest.fixture
@@ -273,6 +273,8 @@ def test_what_is_added_or_changed_is_made_and_nothing_else(model, file, tmp_path
     for name in [name for name in sys.modules if name.startswith("dera_user_rewards")]:
         monkeypatch.delitem(sys.modules, name)
     file.write_text(REWARDS.replace('count("e")', 'count("a")'))
+    # as if another process, of a sweep that was split otherwise, had found the old ones
+    (tmp_path / "out" / "parts" / "rewards.0.jsonl").rename(tmp_path / "out" / "parts" / "rewards.1.jsonl")
     changed = run()
     assert asked(file) == 12
     assert all(row["rewards"]["count"] == row["completion"].count("a") for row in changed.rows)
@@ -316,12 +318,14 @@ def test_where_the_first_reward_fails_everywhere_the_rest_is_still_shown(model, 
         max_new_tokens=3, **model,
     )  # fmt: skip
     assert result.recommendation is None
+    assert result.no_recommendation == "the reward 'never' has no value at any λ."
     assert result.failed == 4
     assert {"samples.jsonl", "summary.csv"} < {path.name for path in tmp_path.iterdir()}
 
 
 def test_a_torn_line_is_made_again_and_a_damaged_file_is_told(tmp_path):
-    rows = [{"run": "a", **Key("logits", 0, 0.0, sample).row()} for sample in range(2)]
+    found = {"prompt": "p", "completion": "c", "ids": [3], "finish": "eos"}
+    rows = [{"run": "a", **Key("logits", 0, 0.0, sample).row(), **found} for sample in range(2)]
     Store(tmp_path, "completions", 0).append(rows[:1])
     Store(tmp_path, "completions", 1).append(rows[1:])
     mine, other = (tmp_path / "parts" / f"completions.{rank}.jsonl" for rank in range(2))
@@ -331,9 +335,10 @@ def test_a_torn_line_is_made_again_and_a_damaged_file_is_told(tmp_path):
     assert Store(tmp_path, "completions", 0).rows == rows
     assert mine.read_text() == whole
     assert other.read_text() != whole, "that one is another process's to mend"
-    mine.write_text("what?\n")
-    with pytest.raises(DeRaError, match="line 1, is not a row of results"):
-        Store(tmp_path, "completions", 1)
+    for damaged in ("what?", json.dumps({**rows[0], "run": None}).replace('"ids"', '"id"')):
+        mine.write_text(damaged + "\n")
+        with pytest.raises(DeRaError, match="line 1, is not a row of results"):
+            Store(tmp_path, "completions", 1)
 
 
 # -- what it refuses --------------------------------------------------------------------------------------------------
