@@ -16,6 +16,9 @@ RULES = {
     "kl_budget": "the highest mean reward within the KL budget",
     "worst_group": "the highest mean reward of the worst group",
 }
+# Of two λ whose values differ by less than this share of the largest value, none is the better one: where a reward is
+# the same for all texts, a sum's order and the curve's weights leave differences of this kind.
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,12 @@ class Recommendation:
         group: the worst group at λ*, by the rule "worst_group".
         kl: KL(π_λ* ‖ π_ref) per sequence, in nats.
         kl_budget: of the rule "kl_budget".
-        difference: `value` minus that at λ=1, paired over prompts; None if λ=1 was not measured.
+        difference: `value` minus that at λ=1, paired over prompts; None if λ=1 was not measured, or has no value.
         lam_low, lam_high: 95 % of the λ* that other prompts would give (bootstrap); NaN with a single prompt.
         estimated: λ* lies between two measured λ, and its numbers are the curve's.
         between: λ between the measured ones could be chosen too, as far as the curve is known.
         at_edge: λ* is the least or the greatest λ that was measured.
+        indifferent: what the rule looks at is the same at every λ that could be chosen, so that only the KL decided.
         measured: the λ that were measured, ascending.
         trained_beta: β of the adapter.
         notes: what else a reader has to know, as sentences.
@@ -54,13 +58,14 @@ class Recommendation:
     estimated: bool
     between: bool
     at_edge: bool
+    indifferent: bool
     measured: tuple[float, ...]
     trained_beta: float | None
     notes: tuple[str, ...]
 
     @property
     def distinguishable(self) -> bool | None:
-        """From λ=1: whether the interval of the paired difference excludes 0; None if λ=1 was not measured."""
+        """From λ=1: whether the interval of the paired difference excludes 0; None if there is no difference."""
         return None if self.difference is None else self.difference.excludes_zero
 
     def text(self) -> str:
@@ -80,8 +85,14 @@ class Recommendation:
         ]
         if self.estimated:
             lines.append("This λ was not decoded: its numbers are estimated from the samples at the measured λ.")
-        if self.lam_low == self.lam_high:
+        if self.indifferent:
+            what = "The reward" if self.group is None else "The worst group's reward"
+            where = "at every λ" if self.kl_budget is None else "at every λ within the budget"
+            lines.append(f"{what} is the same {where}: there is nothing to choose by, and the least KL was taken.")
+        if self.lam_low == self.lam == self.lam_high:
             lines.append("Other prompts would put it there as well (95 % of resamples).")
+        elif self.lam_low == self.lam_high:
+            lines.append(f"Other prompts would put λ* at {self.lam_low:g} (95 % of resamples).")
         elif not math.isnan(self.lam_low):
             lines.append(
                 f"Other prompts would put λ* between {self.lam_low:g} and {self.lam_high:g} (95 % of resamples)."
@@ -91,8 +102,13 @@ class Recommendation:
     def _comparison(self) -> list[str]:
         if self.lam == 1:
             return ["That is the adapter as it was trained."]
-        if self.difference is None:
+        if self.difference is None and 1 not in self.measured:
             return ["λ=1, the adapter as it was trained, was not measured: there is no comparison with it."]
+        if self.difference is None or math.isnan(self.difference.mean):
+            return [
+                "There is no comparison with λ=1, the adapter as it was trained: no sample has a value of "
+                f"{self.reward!r} both there and here."
+            ]
         by = f"{self.difference.mean:+.3f} ({_interval(self.difference, 'paired over prompts')})"
         if math.isnan(self.difference.low):
             return [f"Against λ=1 that is {by}: a single prompt does not tell whether they differ."]
@@ -129,6 +145,7 @@ class Recommendation:
             "estimated": self.estimated,
             "between": self.between,
             "at_edge": self.at_edge,
+            "indifferent": self.indifferent,
             "measured": list(self.measured),
             "trained_beta": self.trained_beta,
             "notes": list(self.notes),
@@ -190,15 +207,21 @@ def recommend(
         raise DeRaError(f"reward={reward!r} has no value at any λ: there is nothing to recommend by.")
     if rule == "lower_bound" and all(math.isnan(c.value.low) for c in candidates):
         raise DeRaError("rule='lower_bound' needs at least two prompts: with one there is no interval.")
-    if rule == "kl_budget" and all(c.kl.mean > kl_budget for c in candidates):
+    budget = kl_budget if rule == "kl_budget" else math.inf
+    kl = numpy.array([[c.kl.mean] for c in candidates])  # [C, 1]
+    values = numpy.array([[c.value.low if rule == "lower_bound" else c.value.mean] for c in candidates])
+    values = _within(budget, values, kl)
+    known = ~numpy.isnan(values)
+    if not known.any():
         least = min(candidates, key=lambda c: c.kl.mean)
         raise DeRaError(
             f"kl_budget={kl_budget:g}: no λ has a KL so small; the least is {least.kl.mean:.3g} nats, at "
             f"λ={least.lam:g}. Raise the budget, or add a λ nearer to 0."
         )
-    best = _best(candidates, rule, kl_budget)
+    best = candidates[_chosen(values, kl).item()]
+    indifferent = bool(known.sum() > 1 and _is_best(values)[known].all())
     at_edge = best.lam in (measured[0], measured[-1])
-    lam_low, lam_high = _other_choices(candidates, rule, kl_budget)
+    lam_low, lam_high = _other_choices(candidates, rule, budget)
     as_trained = next((c for c in candidates if c.lam == 1), None)
     return Recommendation(
         rule=rule,
@@ -215,9 +238,10 @@ def recommend(
         estimated=best.estimated,
         between=any(c.estimated for c in candidates),
         at_edge=at_edge,
+        indifferent=indifferent,
         measured=measured,
         trained_beta=beta,
-        notes=_notes(own, curve, best, rule, reward, at_edge),
+        notes=_notes(own, curve, best, rule, reward, beyond=at_edge and not indifferent),
     )
 
 
@@ -246,24 +270,34 @@ def _measured(summary: LambdaSummary, reward: RewardSummary, rule: str) -> _Cand
     return _Candidate(summary.lam, Estimate(level.mean, level.se, level.low, level.high, draws), summary.kl, group)
 
 
-def _best(candidates: Sequence[_Candidate], rule: str, kl_budget: float | None) -> _Candidate:
-    fitting = [c for c in candidates if rule != "kl_budget" or c.kl.mean <= kl_budget]
-    if rule == "lower_bound":
-        fitting = [c for c in fitting if not math.isnan(c.value.low)]
-    return max(fitting, key=lambda c: (c.value.low if rule == "lower_bound" else c.value.mean, -c.kl.mean))
+def _within(budget: float, values: numpy.ndarray, kl: numpy.ndarray) -> numpy.ndarray:
+    """What each candidate is worth in each resample, `[C, N]`; NaN where its KL, `[C, N]`, is beyond the budget."""
+    return numpy.where(kl <= budget * (1 + ROUNDING), values, numpy.nan)
 
 
-def _other_choices(candidates: Sequence[_Candidate], rule: str, kl_budget: float | None) -> tuple[float, float]:
+def _is_best(values: numpy.ndarray) -> numpy.ndarray:
+    """Where a candidate is as good as any in that resample: bool `[C, N]`, of values `[C, N]`, each column with one."""
+    return values >= numpy.nanmax(values, 0) - ROUNDING * numpy.nanmax(numpy.abs(values), 0)
+
+
+def _chosen(values: numpy.ndarray, kl: numpy.ndarray) -> numpy.ndarray:
+    """The candidate that is taken in each resample, `[N]`: of the best ones that of the least KL."""
+    return numpy.where(_is_best(values), kl, numpy.inf).argmin(0)
+
+
+def _other_choices(candidates: Sequence[_Candidate], rule: str, budget: float) -> tuple[float, float]:
     """What the rule takes in each resample of the prompts: 95 % of it."""
     if any(math.isnan(c.value.low) for c in candidates):
         return math.nan, math.nan
     values = numpy.stack([c.value.draws for c in candidates])  # [C, 1000]
     if rule == "lower_bound":  # as far below each resample's mean as it lies below the mean of all
         values = values - numpy.array([[c.value.mean - c.value.low] for c in candidates])
-    if rule == "kl_budget":
-        values = numpy.where(numpy.stack([c.kl.draws for c in candidates]) <= kl_budget, values, numpy.nan)
-    values = values[:, ~numpy.isnan(values).all(0)]
-    chosen = numpy.array([c.lam for c in candidates])[numpy.nanargmax(values, axis=0)]
+    kl = numpy.stack([c.kl.draws for c in candidates])
+    values = _within(budget, values, kl)
+    there = ~numpy.isnan(values).all(0)
+    if not there.any():
+        return math.nan, math.nan
+    chosen = numpy.array([c.lam for c in candidates])[_chosen(values[:, there], kl[:, there])]
     # a λ that was chosen, not a number between two
     low, high = numpy.percentile(chosen, INTERVAL, method="nearest")
     return float(low), float(high)
@@ -291,13 +325,14 @@ def _notes(
     best: _Candidate,
     rule: str,
     reward: str,
-    at_edge: bool,
+    beyond: bool,
 ) -> tuple[str, ...]:
+    """`beyond`: a better λ may lie where nothing was measured."""
     notes = []
     lambdas = [summary.lam for summary in own]
     if len(lambdas) == 1:
         notes.append("Only one λ was measured: there was nothing to choose from.")
-    elif at_edge:
+    elif beyond:
         end, neighbour = (lambdas[0], lambdas[1]) if best.lam == lambdas[0] else (lambdas[-1], lambdas[-2])
         step = end - neighbour
         side = "least" if step < 0 else "greatest"

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -102,7 +103,10 @@ def test_the_worst_group():
     assert found.value.mean == pytest.approx(0.8)
     assert found.difference.mean == pytest.approx(0.6)  # 0.8, b's at λ=0.5, minus 0.2, b's at λ=1
     assert found.distinguishable
+    assert json.loads(json.dumps(found.to_dict()))["indifferent"] is False
     assert "There 'r' in the group 'b' is +0.800" in found.text()
+    same = summaries(dict.fromkeys(gains, 1.0), kind=lambda index: "ab"[index % 2])
+    assert "The worst group's reward is the same at every λ" in recommend(same, None, "worst_group", "r").text()
     # the curve has no groups, and is not asked
     assert recommend(sweep, Curve(points=[point(0.7, 9.0, 1.0)]), "worst_group", "r").lam == 0.5
 
@@ -144,7 +148,61 @@ def test_where_there_is_no_beta():
 
 
 def test_ties_go_to_the_least_kl():
-    assert recommend(summaries({0.0: 0.0, 0.5: 1.0, 1.0: 1.0}, kl={0.5: 3.0}), None, "reward", "r").lam == 1.0
+    found = recommend(summaries({0.0: 0.0, 0.5: 1.0, 1.0: 1.0}, kl={0.5: 3.0}), None, "reward", "r")
+    assert found.lam == 1.0
+    assert (found.lam_low, found.lam_high) == (1.0, 1.0), "with other prompts as well"
+    assert "Other prompts would put it there as well" in found.text()
+    assert not found.indifferent
+    # a difference of rounding is none: λ=0.2 is estimated, and a bit above the measured ones in its last digits
+    curve = Curve(points=[point(0.2, 1.0 + 1e-15, 0.04, se=0.0)])
+    found = recommend(summaries({0.0: 0.0, 0.1: 1.0, 1.0: 1.0}), curve, "reward", "r")
+    assert (found.lam, found.lam_low, found.lam_high) == (0.1, 0.1, 0.1)
+
+
+def test_other_prompts_may_agree_on_another_lambda():
+    found = replace(recommend(summaries(REWARDS), None, "reward", "r"), lam_low=1.0, lam_high=1.0)
+    assert "Other prompts would put λ* at 1 (95 % of resamples)." in found.text()
+    assert "as well" not in found.text()
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -3.0])
+@pytest.mark.parametrize("rule", ["reward", "lower_bound", "kl_budget"])
+def test_a_reward_that_is_the_same_everywhere(value, rule):
+    sweep = summaries({-0.5: value, 0.0: value, 1.0: value, 1.5: value})
+    curve = Curve(points=[point(0.5, value * (1 + 1e-15), 0.25, se=0.0)])
+    found = recommend(sweep, curve, rule, "r", kl_budget=1.0, beta=0.1)
+    assert (found.lam, found.indifferent, found.to_dict()["indifferent"]) == (0.0, True, True)
+    said = found.text()
+    assert "The reward is the same at every λ" in said
+    assert "there is nothing to choose by, and the least KL was taken" in said
+    assert ("within the budget" in said) == (rule == "kl_budget")
+    assert "Extend" not in said
+    edge = recommend(sweep[1:], None, rule, "r", kl_budget=1.0)
+    assert (edge.lam, edge.at_edge) == (0.0, True)
+    assert "Extend" not in edge.text(), "beyond the edge it may be the same as well"
+
+
+def test_no_value_at_lambda_1():
+    """It was measured, and no reward is there; or another prompt's."""
+
+    def sweep(at_one):
+        values = {0.0: (1.0, 2.0, None), 0.5: (3.0, 4.0, None), 1.0: at_one}
+        return summarise(
+            [
+                {
+                    "line": "logits", "lambda": lam, "index": index, "sample": 0, "tokens": 4, "finish": "eos",
+                    "kl": lam, "rewards": {"r": value},
+                }
+                for lam, own in values.items()
+                for index, value in enumerate(own)
+            ]
+        )  # fmt: skip
+
+    for at_one in ((None, None, None), (None, None, 0.0)):
+        said = recommend(sweep(at_one), None, "reward", "r").text()
+        assert "There is no comparison with λ=1, the adapter as it was trained: no sample has a value of 'r'" in said
+        assert "not measured" not in said
+        assert "nan" not in said
 
 
 def test_little_to_go_by():
