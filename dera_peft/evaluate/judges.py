@@ -1,6 +1,7 @@
 """Judges: what says which of two completions is the better one."""
 
 import hashlib
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from dera_peft.evaluate.rewards import (
     score,
     short_name,
     source_fingerprint,
+    unwrapped,
 )
 from dera_peft.objects import is_object_path
 
@@ -115,9 +117,13 @@ def _ask(judge: NamedJudge, prompts: list, pairs: list[list[str]]) -> list[tuple
         if len(pairs) == 1:
             return [(None, f"the judge {judge.name!r} {fault}")]
         return [_ask(judge, [prompt], [pair])[0] for prompt, pair in zip(prompts, pairs, strict=True)]
-    return [
-        (verdict, None)
-        if type(verdict) is int and verdict in (FIRST, SECOND, NEITHER)
-        else (None, f"the judge {judge.name!r} gave {str(verdict)[:80]}, which is not 0, 1 or -1")
-        for verdict in verdicts
-    ]
+    found: list[tuple[int | None, str | None]] = []
+    for verdict in map(unwrapped, verdicts):
+        # True is no name of a place, though it equals 1
+        is_whole = isinstance(verdict, numbers.Integral) and not isinstance(verdict, bool)
+        if is_whole and verdict in (FIRST, SECOND, NEITHER):
+            found.append((int(verdict), None))
+        else:
+            what = f"{str(verdict)[:80]} ({type(verdict).__name__})"
+            found.append((None, f"the judge {judge.name!r} gave {what}, which is none of the integers 0, 1 and -1"))
+    return found

@@ -1,9 +1,11 @@
 """The built-in rewards: what a completion's tokens, the branches' log-probabilities or a reference answer say."""
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 from dera_peft.errors import DeRaError
@@ -35,6 +37,7 @@ class Measured:
 
 Metric = Callable[[Measured], float | None]  # None for a completion that it does not score
 
+NAMES = ("length", "implicit", "perplexity", "repetition", "distinct-1", "exact_match")
 LIST = "length, implicit, perplexity, repetition, distinct-1 (or another n), exact_match:COLUMN"
 
 
@@ -56,7 +59,8 @@ def read_metric(name: str, beta: float | None = None) -> Metric | None:
         beta: of the adapter's training.
 
     Raises:
-        DeRaError: it needs β, and that is not known.
+        DeRaError: it needs β, and that is not known; or there is no such metric, and the name is so close to that of
+            one that no model is meant.
     """
     kind, _, column = name.partition(":")
     if kind == "exact_match" and column:
@@ -76,7 +80,21 @@ def read_metric(name: str, beta: float | None = None) -> Metric | None:
                     "rewards: 'implicit' needs the β of the training, and the adapter has no dera.json with it."
                 )
             return lambda measured: implicit(measured, beta)
+    if meant := _meant(name):
+        raise DeRaError(
+            f"reward={name!r} is not built in; {meant} is. Built in are {LIST}. (A model would be named by its folder, "
+            "or by a hub id with its owner.)"
+        )
     return None
+
+
+def _meant(name: str) -> str | None:
+    """The metric that a name is a slip of the pen for, if it can't be meant for anything else."""
+    if "/" in name or ".py:" in name or os.path.isdir(name):
+        return None
+    ways = {"distinct-1": "'distinct-n', with n from 1 to 9,", "exact_match": "'exact_match:COLUMN'"}
+    found = get_close_matches(name.partition(":")[0].lower(), NAMES, n=1, cutoff=0.75)
+    return ways.get(found[0], repr(found[0])) if found else None
 
 
 def is_better_low(name: str) -> bool:

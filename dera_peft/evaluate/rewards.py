@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import numbers
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy
 import torch
 from huggingface_hub.errors import HFValidationError
 from jinja2 import TemplateError
@@ -245,13 +247,13 @@ def score(
         columns: further values of the prompts, by name, each as long as `prompts`.
 
     Raises:
-        RewardFailed: it raises, or returns no list, or another number of values, or one that is not finite.
+        RewardFailed: it raises, or returns no list, or another number of values, or one that is not a finite number.
     """
-    values = _call(reward, prompts, completions, columns or {})
-    for value, completion in zip(values, completions, strict=True):
-        if fault := _fault(value):
+    found = [_read(value) for value in _call(reward, prompts, completions, columns or {})]
+    for (_, fault), completion in zip(found, completions, strict=True):
+        if fault:
             raise RewardFailed(f"the reward {name_of(reward)!r} gave {fault}, for the completion {completion[:80]!r}.")
-    return [None if value is None else float(value) for value in values]
+    return [value for value, _ in found]
 
 
 def score_or_mark(
@@ -274,13 +276,7 @@ def score_or_mark(
             score_or_mark(reward, [prompt], [completion], {name: [values[row]] for name, values in columns.items()})[0]
             for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
         ]
-    faults = map(_fault, values)
-    return [
-        (None, f"the reward {name_of(reward)!r} gave {fault}.")
-        if fault
-        else (None if value is None else float(value), None)
-        for value, fault in zip(values, faults, strict=True)
-    ]
+    return [(value, fault and f"the reward {name_of(reward)!r} gave {fault}.") for value, fault in map(_read, values)]
 
 
 def columns_of(prompts: Sequence[Prompt], names: Sequence[str]) -> dict[str, list]:
@@ -315,8 +311,18 @@ def _call(reward: Reward, prompts: Sequence, completions: Sequence[str], columns
     return values
 
 
-def _fault(value: Any) -> str | None:
-    """What is wrong with a value, if anything."""
-    if value is None or (isinstance(value, (int, float)) and abs(value) <= sys.float_info.max):
-        return None
-    return f"{str(value)[:80]}, which is not a finite number"
+def unwrapped(value: Any) -> Any:
+    """Python's number in place of a scalar of NumPy or PyTorch."""
+    if isinstance(value, (torch.Tensor, numpy.ndarray, numpy.generic)) and value.ndim == 0:
+        return value.item()
+    return value
+
+
+def _read(value: Any) -> tuple[float | None, str | None]:
+    """A value as a float, and what is wrong with it, if anything."""
+    value = unwrapped(value)
+    if value is None:
+        return None, None
+    if isinstance(value, numbers.Real) and abs(value) <= sys.float_info.max:
+        return float(value), None
+    return None, f"{str(value)[:80]} ({type(value).__name__}), which is not a finite number"

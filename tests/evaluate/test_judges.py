@@ -1,6 +1,8 @@
 """Judges of pairs: whom they are asked about, in which order, and what their faults leave."""
 
+import numpy
 import pytest
+import torch
 from conftest import make_reward_model, make_tokenizer
 
 from dera_peft import DeRaError
@@ -63,9 +65,22 @@ def test_where_it_fails_the_other_pairs_are_judged():
         (None, "the judge 'fails' raised ValueError: no idea"),
         (1, None),
     ]
-    assert verdicts(lambda prompts, pairs: [2], ["a"], ["b"])[0][1].endswith("gave 2, which is not 0, 1 or -1")
+    none = "which is none of the integers 0, 1 and -1"
+    for answer, shown in ((2, "2 (int)"), (True, "True (bool)"), (1.0, "1.0 (float)"), ("1", "1 (str)")):
+        (found,) = verdicts(lambda prompts, pairs, answer=answer: [answer], ["a"], ["b"])
+        assert found == (None, f"the judge '<lambda>' gave {shown}, {none}")
     assert "gave 0 verdicts for 1 pairs" in verdicts(lambda prompts, pairs: [], ["a"], ["b"])[0][1]
     assert "returned a NoneType" in verdicts(lambda prompts, pairs: None, ["a"], ["b"])[0][1]
+
+
+@pytest.mark.parametrize("scalar", [int, numpy.int64, numpy.int8, numpy.array, torch.tensor])
+def test_verdicts_of_other_libraries(scalar):
+    def longer(prompts, pairs):
+        return [scalar(-1 if len(a) == len(b) else 0 if len(a) > len(b) else 1) for a, b in pairs]
+
+    found = verdicts(longer, ["aa", "a", "a"], ["b", "bb", "b"])
+    assert found == [(1, None), (-1, None), (0, None)]
+    assert {type(verdict) for verdict, _ in found} == {int}
 
 
 def test_a_reward_model_prefers_what_it_scores_higher(tmp_path):

@@ -44,6 +44,26 @@ def test_numbers_and_other_columns():
     assert value("exact_match:n", text="42", columns={}) is None
 
 
-@pytest.mark.parametrize("name", ["lenght", "distinct-0", "distinct", "exact_match", "exact_match:", "org/length"])
+@pytest.mark.parametrize("name", ["org/lenght", "./lenght", "perplexity.py:perplexity", "gpt2", "reward-model"])
 def test_what_is_no_metric(name):
     assert read_metric(name, 1.0) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("lenght", "'length'"), ("Length", "'length'"), ("perplexety", "'perplexity'"),
+        ("distinct-0", "'distinct-n', with n from 1 to 9,"), ("distinct", "'distinct-n', with n from 1 to 9,"),
+        ("exact_match", "'exact_match:COLUMN'"), ("exact-match:answer", "'exact_match:COLUMN'"),
+    ],
+)  # fmt: skip
+def test_a_slip_of_the_pen_is_told(name, meant):
+    with pytest.raises(DeRaError) as raised:
+        read_metric(name, 1.0)
+    assert str(raised.value).startswith(f"reward={name!r} is not built in; {meant} is. Built in are length, implicit,")
+
+
+def test_a_folder_may_be_called_like_a_metric(tmp_path, monkeypatch):
+    (tmp_path / "lengths").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert read_metric("lengths") is None

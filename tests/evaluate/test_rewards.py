@@ -1,7 +1,9 @@
 """Rewards from a user's file, and from a reward model."""
 
+from fractions import Fraction
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from conftest import make_reward_model
@@ -36,6 +38,9 @@ def tensor(prompts, completions, **columns):
 def huge(prompts, completions, **columns):
     return [10**400] * len(completions)
 
+def text(prompts, completions, **columns):
+    return ["1.0"] * len(completions)
+
 number = 3
 """
 
@@ -56,16 +61,50 @@ def test_rewards_and_columns(file):
     [
         ("broken", "'broken' raised KeyError"),
         ("short", "'short' gave 1 values for 2"),
-        ("nan", "'nan' gave nan, which is not a finite number, for the completion 'xy'"),
+        ("nan", "'nan' gave nan .float., which is not a finite number, for the completion 'xy'"),
         ("nothing", "'nothing' returned a NoneType: it must return a list of numbers"),
         ("tensor", "'tensor' returned a Tensor: it must return a list of numbers"),
-        ("huge", "'huge' gave 1000.*, which is not a finite number"),
+        ("huge", "'huge' gave 1000.* .int., which is not a finite number"),
+        ("text", "'text' gave 1.0 .str., which is not a finite number"),
         ("weighted", "missing 1 required"),
     ],
 )
 def test_a_reward_that_fails_is_named(file, name, message):
     with pytest.raises(DeRaError, match=message):
         score(load_reward(f"{file}:{name}"), ["a", "b"], ["xy", "xyz"])
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (True, 1.0), (Fraction(1, 2), 0.5), (numpy.float32(0.5), 0.5), (numpy.float64(0.5), 0.5),
+        (numpy.int64(-2), -2.0), (numpy.bool_(True), 1.0), (numpy.array(0.5), 0.5), (torch.tensor(0.5), 0.5),
+        (torch.tensor(3), 3.0), (torch.tensor(0.5, dtype=torch.bfloat16, requires_grad=True), 0.5), (None, None),
+    ],
+)  # fmt: skip
+def test_numbers_of_other_libraries(value, expected):
+    def reward(prompts, completions):
+        return [value]
+
+    (found,) = score(reward, ["p"], ["c"])
+    assert (found, type(found)) == (expected, type(expected))
+    assert score_or_mark(reward, ["p"], ["c"], {}) == [(expected, None)]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (numpy.float32("nan"), "nan (float)"), (torch.tensor(float("inf")), "inf (float)"),
+        (numpy.array([1.0]), "[1.] (ndarray)"), (1j, "1j (complex)"), (numpy.str_("1"), "1 (str)"),
+    ],
+)  # fmt: skip
+def test_what_is_no_number(value, shown):
+    fault = f"the reward 'reward' gave {shown}, which is not a finite number."
+
+    def reward(prompts, completions):
+        return [value]
+
+    assert score_or_mark(reward, ["p"], ["c"], {}) == [(None, fault)]
 
 
 def test_rows_on_which_a_reward_fails_do_not_take_the_others_along(tmp_path):
@@ -78,7 +117,7 @@ def test_rows_on_which_a_reward_fails_do_not_take_the_others_along(tmp_path):
     )
     picky = load_reward(f"{tmp_path}/picky.py:picky")
     raised = "the reward 'picky' raised KeyError: 'oops'"
-    nan = "the reward 'picky' gave nan, which is not a finite number."
+    nan = "the reward 'picky' gave nan (float), which is not a finite number."
     assert score_or_mark(picky, ["p"] * 3, ["a", "nan", "none"], {"answer": [1, 2, 3]}) == [
         (1.0, None), (None, nan), (None, None),
     ]  # fmt: skip
@@ -115,8 +154,8 @@ def test_what_is_not_a_reward(file):
         load_reward("nowhere.py:length")
     with pytest.raises(DeRaError, match="does not name a Python object"):
         load_reward("rewards.py:no name")
-    with pytest.raises(DeRaError, match=r"reward='lenght' is neither a function, .* nor built in \(length, implicit"):
-        load_rewards(["lenght"])
+    with pytest.raises(DeRaError, match=r"reward='no-such' is neither a function, .* nor built in \(length, implicit"):
+        load_rewards(["no-such"])
     with pytest.raises(DeRaError, match="no such folder"):
         load_reward("./length")
 
