@@ -510,7 +510,7 @@ def test_sweep(dera, model, tmp_path, monkeypatch):
     )
     before = (tmp_path / "out" / "samples.jsonl").read_text()
     monkeypatch.setattr("dera_peft.evaluate.making.decode", None)
-    monkeypatch.setattr("dera_peft.evaluate.sweeping.write_report", lambda *arguments: None)
+    monkeypatch.setattr("dera_peft.evaluate.sweeping.write_report", lambda *_, **__: None)
     picky = ["--reward", "length", "--reward", f"{tmp_path}/picky.py:picky", "--batch-size", "1"]
     code, out, err = dera(*arguments, *picky)
     assert code == 1, "a reward has failed"
