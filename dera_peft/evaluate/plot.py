@@ -117,9 +117,9 @@ def sweep_picture(
             quantities = [_reward(points, curve, reward), _kl(points, curve)] if reward else [_kl(points, curve)]
             for panel, quantity in zip(panels, quantities, strict=True):
                 _draw_over_lam(panel, quantity, number, legend, shift=models.get(line))
-                if line == LOGITS and recommendation and recommendation.reward == reward:
-                    panel.plot([recommendation.lam], [quantity.at(recommendation.lam)], zorder=5, **STAR)
-                    legend["recommended"] = Line2D([], [], **STAR)
+        if recommendation and recommendation.reward == reward:
+            for panel, at_best in zip(panels, (recommendation.value, recommendation.kl), strict=True):
+                _draw_star(panel, recommendation.lam, at_best.mean, recommendation, legend)
         for panel in panels:
             panel.set_xlabel("λ")
             panel.margins(y=0.12)
@@ -147,6 +147,8 @@ def pareto_picture(
         panel.set_xscale("function", functions=(_root, _square))
         lines = _by_line(summaries)
         legend = _legend(dict.fromkeys(lines, True), models)
+        star = recommendation if recommendation and recommendation.reward == reward else None
+        labels: list[tuple[int, float, tuple[float, float]]] = []  # line, λ, place
         for number, (line, points) in enumerate(lines.items()):
             y = _reward(points, curve, reward)
             x = _kl([point for point in points if point.lam in y.measured], curve)
@@ -154,30 +156,24 @@ def pareto_picture(
             if line not in models:
                 estimated = np.isfinite(x.estimated) & np.isfinite(y.estimated)
                 _draw_pieces(panel, x.value, y.value, estimated, color, legend)
-                for lam in y.measured:
-                    if lam == 0 and number:
-                        continue  # all lines begin at the reference
-                    # the lines' labels stand on either side, since their points may lie close together
-                    place = {"xytext": (8, -3 if lam == 0 else -11)}
-                    if number % 2:
-                        place = {"xytext": (-3, 7), "ha": "right"}
-                    panel.annotate(
-                        f"λ={lam:g}", (x.measured[lam].mean, y.measured[lam].mean), textcoords="offset points",
-                        fontsize=8, color=color, **place,
-                    )  # fmt: skip
+                labels += [
+                    (number, lam, (x.measured[lam].mean, y.measured[lam].mean))
+                    for lam in y.measured
+                    if lam != 0 or number == 0  # all lines begin at the reference
+                ]
             panel.errorbar(
                 [x.measured[lam].mean for lam in y.measured], [level.mean for level in y.measured.values()],
                 xerr=_bars(x.measured[lam] for lam in y.measured), yerr=_bars(y.measured.values()),
                 **_point_style(number),
             )  # fmt: skip
-            if line == LOGITS and recommendation and recommendation.reward == reward:
-                panel.plot([x.at(recommendation.lam)], [y.at(recommendation.lam)], zorder=5, **STAR)
-                legend["recommended"] = Line2D([], [], **STAR)
+        if star:
+            _draw_star(panel, star.kl.mean, star.value.mean, star, legend)
         panel.set_xlim(left=-0.005 * panel.get_xlim()[1])  # room beside the axis for what is near 0
         panel.set_xticks(ticks := _root_ticks(panel.get_xlim()[1]), [f"{tick:g}" for tick in ticks])
         panel.set_xlabel("KL to the reference (nats, square-root scale)")
         panel.set_ylabel(f"mean reward: {reward}")
         panel.margins(y=0.12)
+        _label(panel, labels, star and (star.kl.mean, star.value.mean))
         return _drawn(figure, legend, title, format, columns=2)
 
 
@@ -222,9 +218,6 @@ class Quantity:
     @property
     def value(self) -> np.ndarray:
         return np.where(np.isfinite(self.estimated), self.estimated, self.smooth)
-
-    def at(self, lam: float) -> float:
-        return float(np.interp(lam, self.lam, self.value))
 
 
 def _kl(points: Sequence[LambdaSummary], curve: Curve | None) -> Quantity:
@@ -275,6 +268,28 @@ def _draw_pieces(
             joined = there | np.append(there[1:], False) | np.append(False, there[:-1])  # one step on: no gap is seen
             panel.plot(np.where(joined, x, math.nan), np.where(joined, y, math.nan), color, linewidth=1.6, ls=dashes)
             legend[name] = Line2D([], [], color=MUTED, linewidth=1.6, linestyle=dashes)
+
+
+def _draw_star(panel: Axes, x: float, y: float, recommendation: Recommendation, legend: dict[str, Artist]) -> None:
+    """At the recommendation's own numbers, also where the line passes by: that is made from all samples and groups."""
+    panel.plot([x], [y], zorder=5, **STAR)
+    legend["recommended" if recommendation.group is None else "recommended (its worst group)"] = Line2D([], [], **STAR)
+
+
+def _label(
+    panel: Axes, labels: Sequence[tuple[int, float, tuple[float, float]]], star: tuple[float, float] | None
+) -> None:
+    """Names the λ of points. The lines' labels stand on either side, as their points may lie close together."""
+    panel.get_xlim(), panel.get_ylim()  # brings the limits, and with them the transform, up to date
+    to_panel = (panel.transScale + panel.transLimits).transform  # from 0 to 1 over the panel
+    for number, lam, place in labels:
+        offset = {"xytext": (8, -3 if lam == 0 else -11)}
+        right, up = to_panel(star) - to_panel(place) if star else (math.inf, math.inf)
+        if number % 2 or (-0.03 < right < 0.12 and abs(up) < 0.08):  # the star would lie on a label to the right
+            offset = {"xytext": (-3, 7), "ha": "right"}
+        panel.annotate(
+            f"λ={lam:g}", place, textcoords="offset points", fontsize=8, color=COLORS[number % len(COLORS)], **offset
+        )
 
 
 def _bars(estimates: Iterable[Estimate]) -> np.ndarray:

@@ -54,6 +54,7 @@ def write_report(
     rows: Sequence[dict],
     command: str | None = None,
     models: Mapping[str, float | None] | None = None,
+    reason: str | None = None,
 ) -> None:
     """
     Writes the page.
@@ -66,6 +67,7 @@ def write_report(
         rows: all rows; those of `shown_rows` with their `views`, where the tokens are to be coloured.
         command: retrains at the recommended strength.
         models: further models among the lines, and the λ that each stands for, as in `plot.sweep_picture`.
+        reason: why there is no recommendation.
     """
     environment = Environment(
         loader=PackageLoader("dera_peft.evaluate", "page"),
@@ -89,6 +91,7 @@ def write_report(
         script=Markup(script),
         style=Markup(style),
         recommendation=recommendation,
+        reason=reason,
         command=command,
         curve=curve,
         figures=_figures(summaries, curve, recommendation, rewards, models),

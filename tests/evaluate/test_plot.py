@@ -2,12 +2,22 @@
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from swept import curve, swept
 
-from dera_peft.evaluate.plot import Quantity, _root_ticks, pareto_picture, plot_pareto, plot_sweep, sweep_picture
+from dera_peft.evaluate.plot import (
+    Quantity,
+    _label,
+    _root_ticks,
+    pareto_picture,
+    plot_pareto,
+    plot_sweep,
+    sweep_picture,
+)
 from dera_peft.evaluate.statistics import Estimate
 
 LINES = ("logits", "weights", "retrained at <β=1>", "of unknown β")
@@ -59,6 +69,37 @@ def test_without_an_estimate_or_a_recommendation(sweep):
     assert "recommended" not in other, "the recommendation is of another reward"
 
 
+def test_the_star_is_at_the_recommended_value(sweep, monkeypatch):
+    """Which the curve, from all samples, may miss; and that of a worst group is off the line of means."""
+    drawn = []
+    monkeypatch.setattr("dera_peft.evaluate.plot._draw_star", lambda panel, x, y, *_: drawn.append((x, y)))
+    best = sweep["recommendation"]
+    best = replace(best, lam=0.5, value=replace(best.value, mean=7.0), kl=replace(best.kl, mean=3.0))
+    sweep_picture(sweep["summaries"], sweep["curve"], best, "$fun$", models=MODELS)
+    pareto_picture(sweep["summaries"], sweep["curve"], best, "$fun$", models=MODELS)
+    assert drawn == [(0.5, 7.0), (0.5, 3.0), (3.0, 7.0)]
+
+
+def test_a_star_of_a_worst_group_is_called_so(sweep):
+    best = replace(sweep["recommendation"], group="a")
+    for picture in (sweep_picture, pareto_picture):
+        assert "recommended (its worst group)" in texts(picture(sweep["summaries"], None, best, "$fun$"))
+
+
+def test_a_label_makes_room_for_the_star():
+    """It stands right of its point, but where the star is at the point or right beside it."""
+
+    def side(star) -> list[str]:
+        panel = Figure().subplots()
+        panel.set(xlim=(0, 1), ylim=(0, 1))
+        _label(panel, [(0, 0.0, (0.1, 0.5)), (0, 1.0, (0.2, 0.5))], star)
+        return [text.get_ha() for text in panel.texts]
+
+    assert side(None) == side((0.9, 0.5)) == side((0.15, 0.9)) == ["left", "left"]
+    assert side((0.1, 0.5)) == ["right", "left"]
+    assert side((0.2, 0.5)) == ["right", "right"]
+
+
 def test_a_line_is_estimated_where_the_curve_is_and_smooth_elsewhere():
     measured = {lam: Estimate(10 * lam**2, 0.1, 0.0, 0.0) for lam in (0.0, 0.5, 1.0)}
     quantity = Quantity.of(measured, {point.lam: point.rewards["$fun$"] for point in curve().points})
@@ -66,9 +107,8 @@ def test_a_line_is_estimated_where_the_curve_is_and_smooth_elsewhere():
     assert (known == (quantity.lam <= 0.5)).all()
     np.testing.assert_allclose(quantity.value[known], 10 * quantity.lam[known])
     np.testing.assert_allclose((quantity.high - quantity.low)[known], 2.0)
-    assert quantity.at(0.25) == pytest.approx(2.5)
-    assert quantity.at(1.0) == pytest.approx(10.0)
-    assert 2.5 < quantity.at(0.75) < 10.0
+    assert np.interp((0.25, 1.0), quantity.lam, quantity.value) == pytest.approx([2.5, 10.0])
+    assert 2.5 < np.interp(0.75, quantity.lam, quantity.value) < 10.0
 
 
 def test_what_is_unknown_is_left_out():
@@ -76,7 +116,7 @@ def test_what_is_unknown_is_left_out():
     assert Quantity.of({0.0: unknown, 1.0: unknown}, {}).measured == {}
     single = Quantity.of({0.0: Estimate(2.0, math.nan, math.nan, math.nan), 1.0: unknown}, {})
     assert list(single.measured) == [0.0]
-    assert single.at(0.0) == 2.0
+    assert single.value.tolist() == [2.0]
 
 
 def test_ticks_of_a_square_root_scale():

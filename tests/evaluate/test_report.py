@@ -10,6 +10,7 @@ import pytest
 from swept import HOSTILE, LN2, PROMPTS, TOKENS, rows, swept
 
 from dera_peft.evaluate import shown
+from dera_peft.evaluate.between import Curve
 from dera_peft.evaluate.report import write_report
 from dera_peft.evaluate.shown import script_json, shown_rows
 from dera_peft.evaluate.statistics import summarise
@@ -139,6 +140,16 @@ def test_without_views_and_recommendation(tmp_path):
     assert page.data["recommended"] is None
     assert page.data["pairs"][0]["rows"]["logits"][0]["views"] is None
     assert not [a for _, a in page.elements if a.get("id") in ("detail", "copy", "scale")]
+
+
+def test_the_reason_for_no_recommendation(tmp_path):
+    page = written(tmp_path, recommendation=None, reason="kl_budget=1: <b>too</b> small.")
+    assert "None could be made from these samples: kl_budget=1: <b>too</b> small." in page.text
+
+
+def test_the_reason_for_no_curve(tmp_path):
+    page = written(tmp_path, curve=Curve(reason="greedy decoding draws no samples"))
+    assert "only run smoothly through them: greedy decoding draws no samples." in page.text
 
 
 def test_without_rewards(tmp_path):

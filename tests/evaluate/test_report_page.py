@@ -106,6 +106,20 @@ def test_colours_grow_with_the_disagreement(page):
     assert last == "rgba(213, 94, 0, 0.6)", "0.62, the deepest, times 0.97"
 
 
+@pytest.mark.parametrize("width", [1280, 390])
+def test_labels_of_the_slider_stay_within_its_track(browser, report, width):
+    browser.open(report, width=width)
+    ends = "Array.from(document.querySelectorAll('#ticks span'), (tick) => tick.getBoundingClientRect())"
+    track = "document.querySelector('.track').getBoundingClientRect()"
+    assert browser.js(f"{ends}.length") == 4
+    assert browser.js(f"Math.min(...{ends}.map((box) => box.left)) >= {track}.left")
+    assert browser.js(f"Math.max(...{ends}.map((box) => box.right)) <= {track}.right")
+    # each stands below its place on the slider
+    assert browser.js("document.querySelector('#lambda').getBoundingClientRect().width") == pytest.approx(
+        browser.js("document.querySelector('#ticks').getBoundingClientRect().width") + 16
+    )
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_it_fits_a_phone_and_follows_the_colour_scheme(browser, report, dark):
     browser.open(report, width=390, height=844, dark=dark)
