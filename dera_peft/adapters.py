@@ -181,7 +181,7 @@ def add_to(model: PreTrainedModel | PeftModel, adapter: str, name: str, modules:
             f"adapter={adapter!r} holds biases of the base's own modules; where layers are offloaded that is not "
             "supported."
         )
-    arguments = {"adapter_name": name, "autocast_adapter_dtype": False, "low_cpu_mem_usage": offloaded}
+    arguments = {"adapter_name": name, "low_cpu_mem_usage": offloaded}
     with _device_map_hidden(base), keep_biases(base, name, trained):
         if isinstance(model, PeftModel):
             peft_model = model
@@ -199,7 +199,7 @@ def add_to(model: PreTrainedModel | PeftModel, adapter: str, name: str, modules:
         )
     if offloaded:
         _materialize(base, name, adapter)
-    _place(base, name, base.dtype)
+    place(base, name, base.dtype)
     peft_model.eval()
     return peft_model
 
@@ -240,10 +240,11 @@ def _materialize(base: PreTrainedModel, name: str, adapter: str) -> None:
             )
 
 
-def _place(base: PreTrainedModel, name: str, dtype: torch.dtype) -> None:
+def place(base: PreTrainedModel, name: str, dtype: torch.dtype) -> None:
     """
-    Puts the adapter where its layers run, and casts it to the base's dtype once, instead of its activations up and down
-    at every layer.
+    Puts the adapter where its layers run, and casts it once, instead of its activations up and down at every layer: to
+    the base's dtype. On a CPU its factors stay in fp32: products of so few columns are slower in bf16, and an adapter
+    is small.
     """
     for module in base.modules():
         if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
@@ -252,12 +253,14 @@ def _place(base: PreTrainedModel, name: str, dtype: torch.dtype) -> None:
             continue
         hook = getattr(module.get_base_layer(), "_hf_hook", None)  # accelerate's, of a layer that is moved in and out
         device = None if hook is None else hook.execution_device
+        runs_on = next(module.get_base_layer().parameters()).device if device is None else torch.device(device)
+        factors_dtype = torch.float32 if runs_on.type == "cpu" else dtype
         for parts in (module.lora_A, module.lora_B, module.lora_magnitude_vector):
             if name in parts:
-                parts[name].to(device=device, dtype=dtype)
+                parts[name].to(device=device, dtype=factors_dtype)
         for factors in (module.lora_embedding_A, module.lora_embedding_B):
             if name in factors:
-                factors[name].data = factors[name].data.to(device=device, dtype=dtype)
+                factors[name].data = factors[name].data.to(device=device, dtype=factors_dtype)
 
 
 def _module_key(key: str) -> str:

@@ -164,6 +164,8 @@ class BatchPlan:
         source = torch.cat([segment.sequences for segment in self.segments])
         self.is_identity = len(self.segments) == 1 and len(source) == self.batch_size
         self.source = source  # [R] int64: the sequence of each row
+        # adapter name -> a further scale of its delta for each row; none where logits are mixed
+        self.adapter_scale: dict[str, torch.Tensor] = {}
 
     def expand(self, repeats: int) -> "BatchPlan":
         """The plan for a batch in which each sequence stands `repeats` times in a row, as for beams."""
@@ -234,11 +236,6 @@ class BatchPlan:
                     slices.append(slice(segment.start, segment.stop))
         return rows
 
-    @property
-    def adapter_scale(self) -> dict[str, torch.Tensor]:
-        """Adapter name -> a further scale of its delta for each row; none where logits are mixed."""
-        return {}
-
     def __repr__(self) -> str:
         runs = ", ".join(f"{s.branch.name}: {s.stop - s.start}" for s in self.segments)
         return f"{type(self).__name__}({self.batch_size} sequences in {self.num_rows} rows; {runs})"
@@ -268,22 +265,17 @@ class WeightPlan(BatchPlan):
         self.mixed_branches = tuple(branches)
         weights = _branch_weights(lam)
         common = set.intersection(*(set(branch.adapters) for branch in branches))
-        self._scale: dict[str, torch.Tensor] = {}
         for name in names:
             if name not in common:
                 has_it = torch.tensor([name in branch.adapters for branch in branches], dtype=weights.dtype)
-                self._scale[name] = (weights @ has_it).to(self.device, torch.float32)
-        self.adapter_rows = {name: [slice(None)] for name in names if name in common or self._scale[name].any()}
+                self.adapter_scale[name] = (weights @ has_it).to(self.device, torch.float32)
+        self.adapter_rows = {name: [slice(None)] for name in names if name in common or self.adapter_scale[name].any()}
         self.pattern = tuple(map(tuple, lam.tolist()))  # keys and values depend on λ itself
 
     def expand(self, repeats: int) -> "WeightPlan":
         if repeats == 1:
             return self
         return WeightPlan(self.mixed_branches, self.lam.repeat_interleave(repeats, dim=0), self.device)
-
-    @property
-    def adapter_scale(self) -> dict[str, torch.Tensor]:
-        return self._scale
 
 
 def check_default_lam(lam: float | Mapping[str, float], aligned: Sequence[str] = (ALIGNED,)) -> float | dict:

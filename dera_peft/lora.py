@@ -38,7 +38,7 @@ class Routing:
         Raises:
             DeRaError: `x` has another number of rows.
         """
-        if rows == slice(None):
+        if rows.start is None:  # all of them
             return rows
         folded = x.ndim == 2 and x.is_floating_point()
         each = self.length if folded else 1
@@ -187,25 +187,72 @@ def _lora_forward(adapted: Adapted, routing: Routing) -> Callable:
     place for the rows of the branches that have the adapter.
     """
     name, layer = adapted.name, adapted.module
+    base_layer = layer.base_layer
+    adds = {adapter: _make_add(layer, adapter) for adapter in adapted.adapters.intersection(layer.r)}
 
     def forward(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         plan = routing.plan
-        y = layer.base_layer(x, *args, **kwargs)
+        y = base_layer(x, *args, **kwargs)
         for adapter, runs in plan.adapter_rows.items():
-            if adapter not in layer.r:
+            if adapter not in adds:
                 continue
             for run in runs:
-                rows = routing.rows(name, x, run)
-                if adapter in layer.lora_variant:
-                    y[rows] = layer.lora_variant[adapter].forward(
-                        layer, active_adapter=adapter, x=_cast(layer, adapter, x[rows]), result=y[rows]
-                    )
-                    continue
-                delta = _scaled(_delta(layer, adapter, x[rows]), plan, adapter)
-                y[rows].add_(delta, alpha=layer.scaling[adapter])
+                if run.start is None:  # all rows
+                    adds[adapter](x, y, plan)
+                else:
+                    rows = routing.rows(name, x, run)
+                    adds[adapter](x[rows], y[rows], plan)
         return y
 
     return forward
+
+
+def _make_add(layer: LoraLayer, adapter: str) -> Callable[[torch.Tensor, torch.Tensor, BatchPlan], None]:
+    """The function that adds an adapter's share, of the rows x, to the rows y in place."""
+    if adapter in layer.lora_variant:
+        variant = layer.lora_variant[adapter]
+
+        def add_variant(x: torch.Tensor, y: torch.Tensor, plan: BatchPlan) -> None:
+            y.copy_(variant.forward(layer, active_adapter=adapter, x=_cast(layer, adapter, x), result=y))
+
+        return add_variant
+    is_plain = (
+        not isinstance(layer, LoraEmbedding)
+        and layer.lora_B[adapter].bias is None
+        # of an offloaded layer, whose weights come when the module is called
+        and not layer.lora_A[adapter].weight.is_meta
+    )
+    if is_plain:
+        return _make_add_product(layer, adapter)
+
+    def add_delta(x: torch.Tensor, y: torch.Tensor, plan: BatchPlan) -> None:
+        y.add_(_scaled(_delta(layer, adapter, x), plan, adapter), alpha=layer.scaling[adapter])
+
+    return add_delta
+
+
+def _make_add_product(layer: LoraLayer, adapter: str) -> Callable[[torch.Tensor, torch.Tensor, BatchPlan], None]:
+    """
+    The same in few operations: while one token a row is decoded, their number costs more than the products themselves.
+    `[n, S, D]` is folded to `[n·S, D]`, where a product is a single call.
+    """
+    lora_a, lora_b, dropout = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
+    inputs, outputs, scaling = lora_a.in_features, lora_b.out_features, layer.scaling
+
+    def add_product(x: torch.Tensor, y: torch.Tensor, plan: BatchPlan) -> None:
+        a, b = lora_a.weight, lora_b.weight
+        x, y = x.reshape(-1, inputs), y.view(-1, outputs)
+        if x.dtype != a.dtype:
+            x = x.to(a.dtype)
+        low = nn.functional.linear(dropout(x) if dropout.training else x, a)
+        if plan.adapter_scale:
+            low = _scaled(low, plan, adapter)
+        if low.dtype == b.dtype == y.dtype:
+            y.addmm_(low, b.t(), alpha=scaling[adapter])
+        else:
+            y.add_(nn.functional.linear(low, b).to(y.dtype), alpha=scaling[adapter])
+
+    return add_product
 
 
 def _biased_forward(adapted: Adapted, routing: Routing, unbiased: Callable) -> Callable:

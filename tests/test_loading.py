@@ -82,10 +82,23 @@ def test_an_adapter_of_another_name_and_a_frozen_one_below_it(tiny_base, tiny_ad
     assert torch.equal(again(IDS, lam=0.4).logits, model(IDS, lam=0.4).logits)
 
 
-def test_the_adapter_is_cast_once_to_the_bases_dtype(tiny_base, tiny_adapter):
-    model = DeRaModel.from_pretrained(tiny_base, tiny_adapter, dtype="bfloat16")
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+def test_the_adapter_stays_in_fp32_on_a_cpu(tiny_base, tiny_adapter):
+    """Its few columns are faster so, over a bf16 base too; and its values are the file's."""
+    model = DeRaModel.from_pretrained(tiny_base, tiny_adapter, dtype="bfloat16", device_map="cpu")
+    factors = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+    assert {p.dtype for p in factors.values()} == {torch.float32}
+    assert {p.dtype for name, p in model.named_parameters() if name not in factors} == {torch.bfloat16}
+    saved = load_file(tiny_adapter / "adapter_model.safetensors")
+    loaded = model.base.model.layers[2].mlp.up_proj.lora_B["default"].weight
+    assert torch.equal(loaded, saved["base_model.model.model.layers.2.mlp.up_proj.lora_B.weight"])
     assert not model.training
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_adapter_is_cast_once_to_the_bases_dtype_on_a_gpu(tiny_base, tiny_adapter):
+    model = DeRaModel.from_pretrained(tiny_base, tiny_adapter, dtype="bfloat16", device_map="cuda")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 def test_the_tokenizer_pads_on_the_left(tiny_base, tiny_adapter):

@@ -1,0 +1,248 @@
+"""The ways to get the mixture's next-token logits that are measured, all over the same weights."""
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+
+from dera_peft.errors import DeRaError
+from dera_peft.fork import find_layers
+from dera_peft.model import DeRaModel
+
+LAM = 0.5
+BASE, BASE_TWICE = "base, B rows", "base, 2B rows"
+DERA, DERA_REFERENCE, DERA_ALIGNED = "DeRa λ=0.5", "DeRa λ=0", "DeRa λ=1"
+DERA_TOP_HALF = "DeRa λ=0.5, adapter on top half"  # of the layers
+DERA_JOIN_BEHIND = "DeRa λ=0.5, join behind head"
+PEFT_ACTIVE, PEFT_MIXED = "PEFT, adapter on", "PEFT, mixed batch"
+ON_OFF, TWO_MODELS = "adapter on / off, two passes", "two models, two passes"
+NAMES = (
+    BASE, BASE_TWICE, DERA, DERA_REFERENCE, DERA_ALIGNED, DERA_TOP_HALF, DERA_JOIN_BEHIND,
+    PEFT_ACTIVE, PEFT_MIXED, ON_OFF, TWO_MODELS,
+)  # fmt: skip
+MIXTURES = (DERA, DERA_JOIN_BEHIND, PEFT_MIXED, ON_OFF, TWO_MODELS)  # the same logits, z_λ at λ=0.5, by five ways
+
+
+@dataclass
+class Pass:
+    """
+    One forward pass of a model for each token.
+
+    Attributes:
+        repeat: how many times the batch is stacked: 2 where both branches are rows of one batch.
+        kwargs: of the model's forward; a function of B.
+        around: a context in which the pass runs.
+    """
+
+    model: nn.Module
+    repeat: int = 1
+    kwargs: Callable[[int], dict] = lambda batch_size: {}
+    around: Callable[[], AbstractContextManager] = nullcontext
+    forward: Callable | None = None  # of a decoding step, where it is compiled
+    cache: Cache | None = field(default=None, repr=False)
+
+    def run(self, tokens: torch.Tensor, forward: Callable) -> torch.Tensor:
+        """`[B, S]` int64 -> the last position's logits, `[B·repeat, V]` (of a DeRaModel `[B, V]`)."""
+        tokens = tokens.repeat(self.repeat, 1) if self.repeat > 1 else tokens
+        with self.around():
+            return forward(tokens, past_key_values=self.cache, logits_to_keep=1, **self._kwargs).logits[:, -1]
+
+    def start(self, batch_size: int, cache: Cache) -> None:
+        self.cache, self._kwargs = cache, self.kwargs(batch_size)
+
+
+class Contender:
+    """
+    One way to decode a batch of forced tokens: a prefill, then a step for each token.
+
+    Args:
+        passes: run one after the other for every token.
+        mixes: whether their rows, together `[2B, V]`, are reference and aligned logits that are still to be mixed.
+        engine: "dynamic" (eager, a growing cache), or "static" (a static cache, and the step compiled as transformers'
+            `generate` compiles it; on a CUDA device with CUDA graphs).
+    """
+
+    def __init__(self, name: str, passes: Sequence[Pass], mixes: bool = False, engine: str = "dynamic"):
+        self.name, self.passes, self.mixes, self.engine = name, list(passes), mixes, engine
+        if engine == "static":
+            for one in self.passes:
+                one.forward = torch.compile(one.model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
+        self._static: dict[tuple[int, int], list[Cache]] = {}
+
+    @torch.inference_mode()
+    def prefill(self, input_ids: torch.Tensor, length: int, chunk: int | None = None) -> torch.Tensor:
+        """
+        `[B, S]` -> `[B, V]`, the logits behind the prompt, into a cache for `length` tokens.
+
+        Args:
+            chunk: tokens of the prompt that are computed at once; all without it.
+        """
+        for one, cache in zip(self.passes, self._caches(len(input_ids), length), strict=True):
+            one.start(len(input_ids), cache)
+        for part in input_ids.split(chunk or input_ids.shape[1], dim=1):
+            logits = self._run(part, compiled=False)
+        return logits
+
+    @torch.inference_mode()
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`[B, 1]` -> `[B, V]`."""
+        return self._run(tokens, compiled=self.engine == "static")
+
+    def _run(self, tokens: torch.Tensor, compiled: bool) -> torch.Tensor:
+        rows = [one.run(tokens, one.forward if compiled else one.model) for one in self.passes]
+        if not self.mixes:
+            return rows[0]
+        reference, aligned = rows if len(rows) == 2 else rows[0].chunk(2)
+        return torch.lerp(reference, aligned, LAM)
+
+    def _caches(self, batch_size: int, length: int) -> list[Cache]:
+        configs = [one.model.config for one in self.passes]
+        if self.engine == "dynamic":
+            return [DynamicCache(config=config) for config in configs]
+        # kept, since a captured graph belongs to its buffers
+        if (batch_size, length) not in self._static:
+            caches = [StaticCache(config=config, max_cache_len=length) for config in configs]
+            self._static = {(batch_size, length): caches}
+        for cache in self._static[batch_size, length]:
+            cache.reset()
+        return self._static[batch_size, length]
+
+    def free(self) -> None:
+        """Lets go of the caches."""
+        self._static = {}
+        for one in self.passes:
+            one.cache = None
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The weights and buffers that it needs, each once."""
+        found: dict[int, torch.Tensor] = {}
+        for one in self.passes:
+            for tensor in (*one.model.parameters(), *one.model.buffers()):
+                found.setdefault(tensor.data_ptr(), tensor)
+                # of a 4-bit weight: the scales of its blocks
+                state = vars(tensor).get("quant_state")
+                parts = [] if state is None else [state.absmax, state.code]
+                if state is not None and state.nested:
+                    parts += [state.state2.absmax, state.state2.code]
+                for part in parts:
+                    found.setdefault(part.data_ptr(), part)
+        return list(found.values())
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the keys and values that its caches hold now."""
+        layers = [layer for one in self.passes for layer in one.cache.layers]
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+
+    @property
+    def read_bytes(self) -> int:
+        """
+        What one decoding step reads at least, in bytes: the weights, once for each pass, and the cache. Of an embedding
+        that is not the head too, only the tokens' rows are read, which is left out.
+        """
+        total = self.cache_bytes
+        for one in self.passes:
+            base = one.model.base if isinstance(one.model, DeRaModel) else one.model
+            embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
+            unread = 0 if embeddings.weight is head.weight else embeddings.weight.nbytes
+            total += Contender("", [one]).weights_bytes - unread
+        return total
+
+
+def share(model: nn.Module) -> nn.Module:
+    """Another tree of modules over the same parameters."""
+    return copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})
+
+
+def make_contenders(peft_model: PeftModel, names: Sequence[str] = NAMES, engine: str = "dynamic") -> list[Contender]:
+    """
+    The contenders of `names`, over the weights of one PeftModel with one adapter; "two models" has a second copy.
+
+    With the static engine only those are compiled that are one forward pass of an ordinary model; the others have no
+    such engine of transformers' own, and stay as they are.
+
+    Raises:
+        DeRaError: a name is not known.
+    """
+    if unknown := [name for name in names if name not in NAMES]:
+        raise DeRaError(f"--only: {unknown[0]!r} is not known; there are: {'; '.join(NAMES)}.")
+    (adapter,) = peft_model.peft_config
+    dera: dict[bool, DeRaModel] = {}
+    plain: list[PreTrainedModel] = []
+
+    def base() -> PreTrainedModel:
+        if not plain:
+            plain.append(share(peft_model).unload())
+        return plain[0]
+
+    def dera_pass(lam: float, behind: bool = False) -> Pass:
+        if behind not in dera:
+            dera[behind] = DeRaModel.from_peft(share(peft_model)).eval()
+            dera[behind].joins_before_head &= not behind
+        return _dera_pass(dera[behind], lam)
+
+    made = []
+    for name in names:
+        if name in (BASE, BASE_TWICE):
+            made.append(Contender(name, [Pass(base(), repeat=1 + (name == BASE_TWICE))], engine=engine))
+        elif name in (DERA, DERA_REFERENCE, DERA_ALIGNED):
+            lam = {DERA: LAM, DERA_REFERENCE: 0.0, DERA_ALIGNED: 1.0}[name]
+            made.append(Contender(name, [dera_pass(lam)], engine=engine))
+        elif name == DERA_JOIN_BEHIND:
+            made.append(Contender(name, [dera_pass(LAM, behind=True)], engine=engine))
+        elif name == DERA_TOP_HALF:
+            upper = DeRaModel.from_peft(_on_top_half(peft_model)).eval()
+            made.append(Contender(name, [_dera_pass(upper, LAM)], engine=engine))
+        elif name == PEFT_ACTIVE:
+            made.append(Contender(name, [Pass(share(peft_model))]))
+        elif name == PEFT_MIXED:
+            kwargs = _adapter_names(adapter)
+            made.append(Contender(name, [Pass(share(peft_model), repeat=2, kwargs=kwargs)], mixes=True))
+        elif name == ON_OFF:
+            model = share(peft_model)
+            passes = [Pass(model, around=model.disable_adapter), Pass(model)]
+            made.append(Contender(name, passes, mixes=True))
+        else:
+            second = copy.deepcopy(peft_model)
+            if not _is_quantized(peft_model):  # merging into a quantized base would change it
+                second = second.merge_and_unload()
+            made.append(Contender(name, [Pass(base()), Pass(second)], mixes=True))
+    return made
+
+
+def _dera_pass(model: DeRaModel, lam: float) -> Pass:
+    return Pass(model, kwargs=lambda batch_size: {"lam": model.plan(lam, batch_size)})
+
+
+def _on_top_half(peft_model: PeftModel) -> PeftModel:
+    """The same without the adapter on the lower half of the layers."""
+    shared = share(peft_model)
+    found = find_layers(shared.get_base_model())
+    if found is None:
+        raise DeRaError(f"{DERA_TOP_HALF!r}: the layers of this model can't be told; leave it out with --only.")
+    _, layers = found
+    for layer in layers[: len(layers) // 2]:
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, LoraLayer):
+                layer.set_submodule(name, module.get_base_layer())
+    return shared
+
+
+def _adapter_names(adapter: str) -> Callable[[int], dict]:
+    return lambda batch_size: {"adapter_names": ["__base__"] * batch_size + [adapter] * batch_size}
+
+
+def _is_quantized(peft_model: PeftModel) -> bool:
+    return any(not parameter.is_floating_point() for parameter in peft_model.parameters())

@@ -1,0 +1,59 @@
+"""The peak of a contender's memory on a CPU, in a process of its own, where no other contender has left anything."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from dera_peft.bench.shapes import Source
+from dera_peft.errors import DeRaError
+
+
+def measure_alone(
+    source: Source, contender: str, batch_size: int, prompt: int, new: int, chunk: int | None, threads: int | None
+) -> dict[str, int]:
+    """
+    Runs one contender once in a fresh Python.
+
+    Returns:
+        In bytes: `libraries`, resident when all is imported and no model made; `model`, when it is made; `peak`, the
+        most that was resident while it ran.
+    """
+    arguments = json.dumps([asdict(source), contender, batch_size, prompt, new, chunk, threads])
+    process = subprocess.run([sys.executable, "-m", __name__, arguments], capture_output=True, text=True)
+    if process.returncode:
+        raise DeRaError(f"{contender}, measured alone, failed: {process.stderr.strip().splitlines()[-1]}")
+    return json.loads(process.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    import torch
+
+    from dera_peft.bench.contenders import make_contenders
+    from dera_peft.bench.measure import decode_forced, make_tokens
+
+    source, contender, batch_size, prompt, new, chunk, threads = json.loads(sys.argv[1])
+    if threads is not None:
+        torch.set_num_threads(threads)
+    found = {"libraries": _status("VmRSS")}
+    peft_model = Source(**source).build()
+    (one,) = make_contenders(peft_model, [contender])
+    tokens = make_tokens(peft_model.config.vocab_size, batch_size, prompt + new, peft_model.device)
+    found["model"] = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # what making the model took is not its peak
+    decode_forced(one, tokens, prompt, chunk)
+    found["peak"] = _status("VmHWM")
+    print(json.dumps(found))
+
+
+def _status(name: str) -> int:
+    """A figure of the kernel's about this process, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    raise DeRaError(f"this system does not tell {name} of a process in /proc/self/status; --memory needs Linux.")
+
+
+if __name__ == "__main__":
+    main()

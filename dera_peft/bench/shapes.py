@@ -1,0 +1,239 @@
+"""What is measured: a known shape with random weights and a random adapter, or a base and an adapter as loaded."""
+
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
+
+from dera_peft.adapters import place
+from dera_peft.branches import REFERENCE
+from dera_peft.errors import DeRaError
+from dera_peft.loading import load
+
+RANK = 16
+# The published configurations of Llama 3.1 8B, Llama 3.2 1B, SmolLM2 135M and Qwen3 0.6B.
+SHAPES: dict[str, tuple[type[PreTrainedConfig], dict]] = {
+    "llama-8b": (
+        LlamaConfig,
+        {
+            "vocab_size": 128_256,
+            "hidden_size": 4096,
+            "intermediate_size": 14_336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "llama-1b": (
+        LlamaConfig,
+        {
+            "vocab_size": 128_256,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3-0.6b": (
+        Qwen3Config,
+        {
+            "vocab_size": 151_936,
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "smollm2-135m": (
+        LlamaConfig,
+        {
+            "vocab_size": 49_152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "tiny": (
+        LlamaConfig,
+        {
+            "vocab_size": 512,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+
+
+def read_config(shape: str, context: int, layers: int | None = None) -> PreTrainedConfig:
+    """
+    The configuration of a shape.
+
+    Args:
+        context: tokens that the positions have to reach.
+        layers: instead of the shape's own number.
+    """
+    if shape not in SHAPES:
+        raise DeRaError(f"--shape: {shape!r} is not known; choose one of {', '.join(SHAPES)}.")
+    kind, settings = SHAPES[shape]
+    depth = settings["num_hidden_layers"] if layers is None else layers
+    if depth < 1:
+        raise DeRaError(f"--layers must be at least 1; got {layers}.")
+    return kind(**{**settings, "num_hidden_layers": depth}, max_position_embeddings=max(context, 8192))
+
+
+def make_random(
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: str | None = None,
+    top: float = 1.0,
+    seed: int = 0,
+) -> PeftModel:
+    """
+    A model of random weights with a random LoRA adapter of rank 16 on all linear layers.
+
+    Args:
+        quantization: None, "nf4" or "fp4", of all linear layers but the head. The weights are then made on the CPU and
+            quantized layer by layer on their way to the device.
+        top: the share of the layers, from the top, that the adapter is on.
+    """
+    if not 0 < top <= 1:
+        raise DeRaError(f"--top must be in (0, 1]; got {top:g}.")
+    torch.manual_seed(seed)
+    with torch.device("cpu" if quantization else device):
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if quantization:
+        _quantize(base, quantization, dtype, device)
+    base.to(device).eval()
+    depth = config.num_hidden_layers
+    adapted = max(1, round(depth * top))
+    adapter = LoraConfig(
+        r=RANK,
+        lora_alpha=2 * RANK,
+        target_modules=sorted({name.rpartition(".")[2] for name, _ in _linear_layers(base)}),
+        layers_to_transform=None if adapted == depth else list(range(depth - adapted, depth)),
+        task_type="CAUSAL_LM",
+    )
+    peft_model = get_peft_model(base, adapter).eval()
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_B" in name:  # PEFT starts it at zero, where both branches would agree
+                parameter.normal_(std=0.02)
+    place(base, "default", base.dtype)
+    return peft_model.requires_grad_(False)
+
+
+def _linear_layers(base: PreTrainedModel) -> list[tuple[str, nn.Linear]]:
+    """All but the head, by name."""
+    head = base.get_output_embeddings()
+    return [
+        (name, module) for name, module in base.named_modules() if isinstance(module, nn.Linear) and module is not head
+    ]
+
+
+def _quantize(base: PreTrainedModel, quantization: str, dtype: torch.dtype, device: torch.device) -> None:
+    import bitsandbytes as bnb  # imported when asked for: it warns where there is no GPU
+
+    for name, linear in _linear_layers(base):
+        packed = bnb.nn.Linear4bit(
+            linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type=quantization
+        )
+        packed.weight = bnb.nn.Params4bit(
+            linear.weight.data, requires_grad=False, compress_statistics=True, quant_type=quantization
+        )
+        base.set_submodule(name, packed.to(device))
+    base.is_loaded_in_4bit = True  # what PEFT asks a base for that transformers loaded
+
+
+def load_for_bench(base: str | None, adapter: str | None, **kwargs) -> PeftModel:
+    """
+    A base and its adapter as `dera_peft.loading.load` loads them.
+
+    Raises:
+        DeRaError: they are something that the ways to be compared with can't do.
+    """
+    model = load(base, adapter, **kwargs)
+    names = model.adapters
+    if model.config.is_encoder_decoder:
+        raise DeRaError("dera bench measures decoder-only models; this base has an encoder.")
+    if len(names) != 2 or names[REFERENCE] or len(names[model.aligned[0]]) != 1:
+        raise DeRaError(
+            f"dera bench measures one adapter over a plain base, which is what the other ways know; this model's "
+            f"branches are {names}."
+        )
+    (name,) = names[model.aligned[0]]
+    if model.peft_model.peft_config[name].bias != "none":
+        raise DeRaError("dera bench can't measure an adapter with trained biases: PEFT can't switch them off.")
+    return model.unwrap().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Source:
+    """
+    What is measured: a shape, or a base and an adapter.
+
+    Args:
+        context: tokens that the positions of a shape have to reach.
+        top: the share of a shape's layers, from the top, that the adapter is on.
+        layers: instead of a shape's own number.
+        device: as `torch.device` takes it; the accelerator, if there is one, unless given.
+
+    Raises:
+        DeRaError: both or neither are given, or an option is for the other.
+    """
+
+    shape: str | None = None
+    base: str | None = None
+    adapter: str | None = None
+    quantization: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    context: int = 0
+    top: float = 1.0
+    layers: int | None = None
+
+    def __post_init__(self):
+        is_loaded = self.base is not None or self.adapter is not None
+        if is_loaded == (self.shape is not None):
+            raise DeRaError("say what to measure: --base and --adapter, or --shape.")
+        if self.quantization == "int8":
+            raise DeRaError(
+                "--quantization int8: its layers keep their weights in a state of their own, which the ways that are "
+                "compared can't share; measure nf4 or fp4."
+            )
+        if is_loaded and (self.top != 1.0 or self.layers is not None):
+            raise DeRaError("--top and --layers make a random model of a --shape; a loaded one is as it is.")
+
+    def build(self) -> PeftModel:
+        """The model with its adapter."""
+        if self.shape is None:
+            options = {"quantization": self.quantization, "dtype": self.dtype, "device_map": self.device}
+            return load_for_bench(self.base, self.adapter, **options)
+        device = torch.device(self.device or torch.accelerator.current_accelerator() or "cpu")
+        dtype = getattr(torch, self.dtype) if self.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
+        config = read_config(self.shape, self.context, self.layers)
+        return make_random(config, dtype, device, self.quantization, self.top)
+
+    @property
+    def title(self) -> str:
+        parts = [self.shape or self.adapter or self.base, self.quantization, self.dtype]
+        if self.layers is not None:
+            parts.append(f"{self.layers} layers")
+        if self.top != 1.0:
+            parts.append(f"adapter on the top {self.top:.0%} of the layers")
+        return ", ".join(part for part in parts if part)
