@@ -403,7 +403,7 @@ import sys
 sys.path.insert(0, {root!r})
 from dera_peft.evaluate import sweep, sweeping
 for name in {pictures!r}:
-    setattr(sweeping, name, lambda *arguments: None)
+    setattr(sweeping, name, lambda *arguments, **keywords: None)
 result = sweep(**{settings!r}, output_dir={folder!r})
 if result is not None:
     print("found", len(result.rows), "rows")
