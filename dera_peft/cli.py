@@ -60,6 +60,18 @@ DeviceMap = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+Lambdas = Annotated[
+    list[str],
+    typer.Option(
+        "--lambda",
+        metavar="λ[,λ…]",
+        help="Strengths, with commas or the option repeated. By default the one that dera.json names, else 1.",
+        rich_help_panel=PROMPTS,
+    ),
+]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="Render prompts with the tokenizer's chat template.", rich_help_panel=PROMPTS)
+]
 
 
 def version(wanted: bool) -> None:
@@ -89,15 +101,7 @@ def generate(
     quantization: Quantization = None,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
-    lambdas: Annotated[
-        list[str],
-        typer.Option(
-            "--lambda",
-            metavar="λ[,λ…]",
-            help="Strengths, with commas or the option repeated. By default the one that dera.json names, else 1.",
-            rich_help_panel=PROMPTS,
-        ),
-    ] = [],  # noqa: B006 (Typer reads it, nobody changes it)
+    lambdas: Lambdas = [],  # noqa: B006 (Typer reads it, nobody changes it)
     prompt: Annotated[
         list[str], typer.Option(metavar="TEXT", help="A prompt; can be repeated.", rich_help_panel=PROMPTS)
     ] = [],  # noqa: B006
@@ -110,10 +114,7 @@ def generate(
             rich_help_panel=PROMPTS,
         ),
     ] = None,
-    chat: Annotated[
-        bool,
-        typer.Option("--chat", help="Render prompts with the tokenizer's chat template.", rich_help_panel=PROMPTS),
-    ] = False,
+    chat: Chat = False,
     max_new_tokens: Annotated[
         int, typer.Option(metavar="N", help="At most so many new tokens.", rich_help_panel=SAMPLING)
     ] = 128,
@@ -229,19 +230,8 @@ def score(
     quantization: Quantization = None,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
-    lambdas: Annotated[
-        list[str],
-        typer.Option(
-            "--lambda",
-            metavar="λ[,λ…]",
-            help="Strengths, with commas or the option repeated. By default the one that dera.json names, else 1.",
-            rich_help_panel=PROMPTS,
-        ),
-    ] = [],  # noqa: B006
-    chat: Annotated[
-        bool,
-        typer.Option("--chat", help="Render prompts with the tokenizer's chat template.", rich_help_panel=PROMPTS),
-    ] = False,
+    lambdas: Lambdas = [],  # noqa: B006
+    chat: Chat = False,
     end: Annotated[
         bool | None,
         typer.Option(
@@ -352,10 +342,7 @@ def export(
             metavar="FILE", help="Prompts to compare on: .txt, .jsonl or path.py:function.", rich_help_panel=PROMPTS
         ),
     ] = None,
-    chat: Annotated[
-        bool,
-        typer.Option("--chat", help="Render prompts with the tokenizer's chat template.", rich_help_panel=PROMPTS),
-    ] = False,
+    chat: Chat = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print what was measured as JSON.", rich_help_panel=OUTPUT)
     ] = False,

@@ -1,6 +1,5 @@
 """Datasets by name: a hub id, a local file or folder, or a Python function."""
 
-import json
 from pathlib import Path
 
 from datasets import (
@@ -15,6 +14,7 @@ from datasets.exceptions import DatasetNotFoundError
 
 from dera_peft.errors import DeRaError
 from dera_peft.objects import is_object_path, load_object
+from dera_peft.prompts import parse_row
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes
@@ -55,8 +55,8 @@ def read_dataset(name: str, split: str = "train", config: str | None = None, arg
     except DeRaError:
         raise
     except Exception as error:  # datasets raises errors of many kinds on a file that it can't parse
-        if path.suffix == ".jsonl" and (fault := _fault_in(path)):
-            raise DeRaError(f"{argument}={name!r}, {fault}.") from error
+        if path.suffix == ".jsonl":
+            _check_rows(path, f"{argument}={name!r}")
         raise DeRaError(f"{argument}={name!r}, split={split!r}: {type(error).__name__}: {error}") from error
     if not isinstance(dataset, Dataset):
         raise DeRaError(f"{argument}={name!r} gave a {type(dataset).__name__}, not a datasets.Dataset.")
@@ -65,17 +65,12 @@ def read_dataset(name: str, split: str = "train", config: str | None = None, arg
     return dataset
 
 
-def _fault_in(file: Path) -> str | None:
-    """The first line of a .jsonl file that is no row, and why."""
+def _check_rows(file: Path, source: str) -> None:
+    """Raises `DeRaError` for the first line of a .jsonl file that is no row."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line) if line.strip() else {}
-            except ValueError as error:
-                return f"line {number}: not valid JSON: {error}"
-            if not isinstance(row, dict):
-                return f"line {number}: a row must be a JSON object; got {type(row).__name__}"
-    return None
+            if line.strip():
+                parse_row(line, f"{source}, line {number}")
 
 
 def _select(splits: dict[str, Dataset], split: str) -> Dataset:

@@ -58,7 +58,7 @@ class Prompt:
             raise DeRaError(f"{self.source}: a prompt must be a text or a list of chat messages; got {self.content!r}.")
         if not any(text.strip() for text in texts):
             raise DeRaError(f"{self.source}: the prompt is empty.")
-        if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+        if not all(map(is_utf8, texts)):
             raise DeRaError(f"{self.source}: the prompt is not valid UTF-8.")
         if reserved := sorted(RESULT_COLUMNS & self.columns.keys()):
             raise DeRaError(
@@ -78,6 +78,11 @@ class PromptTooLong(DeRaError):
 def column_names(prompts: Sequence[Prompt]) -> list[str]:
     """Of all the prompts, for rows need not be alike."""
     return list(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
+
+
+def is_utf8(text: str) -> bool:
+    """Whether it can be written: JSON's escapes can name half of a character."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def is_chat(content: Any) -> bool:
@@ -136,7 +141,7 @@ def from_file(name: str, column: str = "prompt") -> list[Prompt]:
         if path.suffix == ".txt":
             rows = {source: {column: line} for source, line in lines.items()}
         else:
-            rows = {source: _parse(line, source) for source, line in lines.items()}
+            rows = {source: parse_row(line, source) for source, line in lines.items()}
     if not rows:
         raise DeRaError(f"prompts={name!r} has no prompts in it.")
     return _from_rows(rows, column)
@@ -191,13 +196,14 @@ def from_rows(rows: Iterable[Any], source: str, column: str = "prompt") -> list[
     return _from_rows({f"{source}, prompt {number}": row for number, row in enumerate(rows, start=1)}, column)
 
 
-def _parse(line: str, source: str) -> dict:
+def parse_row(line: str | bytes, source: str) -> dict:
+    """A line of a .jsonl file. Raises `DeRaError`, with its `source`, where it is not a JSON object."""
     try:
         row = json.loads(line)
     except ValueError as error:
         raise DeRaError(f"{source}: not valid JSON: {error}") from None
     if not isinstance(row, dict):
-        raise DeRaError(f"{source}: a row must be a JSON object with a prompt; got {type(row).__name__}.")
+        raise DeRaError(f"{source}: a row must be a JSON object; got {type(row).__name__}.")
     return row
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from dera_peft.bench.contenders import BASE, BASE_TWICE
 from dera_peft.bench.measure import Timings
+from dera_peft.units import format_bytes
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "dera-peft")
 
@@ -167,11 +168,3 @@ def plot(rows: Sequence[dict], file: Path, title: str) -> None:
 
 def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
-
-
-def format_bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} GiB"

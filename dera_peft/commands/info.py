@@ -1,6 +1,7 @@
 """`dera info`: what would run, without running it."""
 
 import json
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -11,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from dera_peft.loading import load, resolve
 from dera_peft.model import DeRaModel
+from dera_peft.units import format_bytes
 
 ADAPTER_PARTS = ("lora_", ".modules_to_save.", ".trainable_tokens_")  # of parameters' names
 EXAMPLES = (0.0, 0.5, 1.0, 2.0)
@@ -83,6 +85,7 @@ def info(
     fork = facts["fork_layer"]
     where = "at the input" if fork == 0 else f"at layer {fork} (layers 0 to {fork - 1} run once)"
     cache = facts["cache_bytes_per_token"]
+    size = partial(format_bytes, digits=4)
     lines = {
         "base": f"{facts['base']} ({facts['architecture']})",
         "adapter": "\n".join(f"{name}: {folder}" for name, folder in facts["adapters"].items()),
@@ -92,10 +95,10 @@ def info(
         "rows per sequence": rows,
         "default λ": _format_lam(facts["default_lambda"]),
         "runs on": f"{facts['device']}, {facts['dtype']}",
-        "base weights": f"{facts['base_parameters']:,} parameters, {_size(facts['base_bytes'])}",
-        "adapter weights": f"{facts['adapter_parameters']:,} parameters, {_size(facts['adapter_bytes'])}",
-        "KV cache per token": f"{_size(cache['below_fork_per_sequence'])} a sequence below the fork, "
-        f"{_size(cache['above_fork_per_row'])} a row above it",
+        "base weights": f"{facts['base_parameters']:,} parameters, {size(facts['base_bytes'])}",
+        "adapter weights": f"{facts['adapter_parameters']:,} parameters, {size(facts['adapter_bytes'])}",
+        "KV cache per token": f"{size(cache['below_fork_per_sequence'])} a sequence below the fork, "
+        f"{size(cache['above_fork_per_row'])} a row above it",
     }
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
@@ -107,11 +110,3 @@ def info(
 
 def _format_lam(lam: float | dict[str, float]) -> str:
     return ", ".join(f"{name}={value:g}" for name, value in lam.items()) if isinstance(lam, dict) else f"{lam:g}"
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} GiB"

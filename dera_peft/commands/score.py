@@ -18,7 +18,7 @@ from dera_peft.errors import DeRaError
 from dera_peft.evaluate.scoring import Scored, score_each
 from dera_peft.fingerprint import model_fingerprint, settings_fingerprint
 from dera_peft.loading import load, load_config, load_tokenizer, resolve
-from dera_peft.prompts import Prompt, encode
+from dera_peft.prompts import Prompt, encode, is_utf8, parse_row
 from dera_peft.results import Results
 
 ENDS = {"eos": True, "length": False}  # whether the model ended it, by a row's "finish"
@@ -65,18 +65,13 @@ def read_completions(file: str) -> list[Given]:
 
 
 def _read_row(line: str, index: int, source: str) -> Given:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DeRaError(f"{source}: not valid JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise DeRaError(f"{source}: a row must be a JSON object; got {type(row).__name__}.")
+    row = parse_row(line, source)
     for key in ("prompt", "completion"):
         if key not in row:
             raise DeRaError(f"{source}: has no key {key!r}; its keys are {sorted(row)}.")
     if not isinstance(row["completion"], str):
         raise DeRaError(f"{source}: a completion must be a text; got {row['completion']!r}.")
-    if any("\ud800" <= character <= "\udfff" for character in row["completion"]):
+    if not is_utf8(row["completion"]):
         raise DeRaError(f"{source}: the completion is not valid UTF-8.")
     tokens = row.get("tokens")
     return Given(

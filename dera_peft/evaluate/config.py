@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 
 from dera_peft.errors import DeRaError
+from dera_peft.evaluate.recommend import RULES
 from dera_peft.prompts import is_lambda
 from dera_peft.record import LOGITS, WEIGHTS
 from dera_peft.sampling import Sampling
 
-RULES = ("reward", "lower_bound", "kl_budget", "worst_group")
 TEXTS = ("split", "prompt_column")
 TEXTS_OR_NONE = ("output_dir", "base", "adapter", "quantization", "dtype", "device_map", "subset", "group")
 COUNTS = ("samples", "batch_size")
