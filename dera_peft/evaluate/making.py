@@ -235,30 +235,18 @@ class Making:
 
     def reward(self, reward: NamedReward) -> None:
         """Scores what a reward has not scored yet, or failed on."""
-        there = self.rewards()
 
-        def is_done(key: Key) -> bool:
-            row = there.get((reward.name, key, self.reward_run(reward, key)))
-            return row is not None and "error" not in row
+        def ask(keys: Sequence[Key]) -> list[tuple[float | None, str | None]]:
+            prompts = [self.prompts[key.index] for key in keys]
+            return score_or_mark(
+                reward.function,
+                [prompt.content for prompt in prompts],
+                [self.completions[key]["completion"] for key in keys],
+                columns_of(prompts, self.names),
+            )
 
-        keys = self.all_keys(self.mine)
-        todo = [key for key in keys if not is_done(key)]
-        if not todo:
-            return
-        with self.progress(f"reward, {reward.name}", len(keys), len(keys) - len(todo)) as advance:
-            for chosen in _slices(todo, self.config.batch_size):
-                prompts = [self.prompts[key.index] for key in chosen]
-                found = score_or_mark(
-                    reward.function,
-                    [prompt.content for prompt in prompts],
-                    [self.completions[key]["completion"] for key in chosen],
-                    columns_of(prompts, self.names),
-                )
-                self.reward_store.append(
-                    _valued(self.reward_run(reward, key), reward.name, key, *pair)
-                    for key, pair in zip(chosen, found, strict=True)
-                )
-                advance(len(chosen))
+        places = {(reward.name, key, self.reward_run(reward, key)): key for key in self.all_keys(self.mine)}
+        self._ask_for(f"reward, {reward.name}", places, ask)
 
     def comparisons(self, keys: Iterable[Key]) -> list[tuple[str, Key, Key]]:
         """(name, completion, the one that it is compared with): at λ=0 and at λ=1, of the same prompt and sample."""
@@ -271,29 +259,35 @@ class Making:
 
     def judge(self, judge: NamedJudge) -> None:
         """Compares what the judge has not compared yet, or failed on."""
-        there = self.rewards()
 
-        def is_done(name: str, key: Key, other: Key) -> bool:
-            row = there.get((name, key, self.judge_run(judge, key, other)))
-            return row is not None and "error" not in row
+        def ask(pairs: Sequence[tuple[str, Key, Key]]) -> list[tuple[int | None, str | None]]:
+            return judge_or_mark(
+                judge,
+                [self.prompts[key.index].content for _, key, _ in pairs],
+                [self.completions[key]["completion"] for _, key, _ in pairs],
+                [self.completions[other]["completion"] for _, _, other in pairs],
+                [(self.config.seed, name, *key) for name, key, _ in pairs],
+            )
 
         pairs = self.comparisons(self.all_keys(self.mine))
-        todo = [pair for pair in pairs if not is_done(*pair)]
+        places = {(name, key, self.judge_run(judge, key, other)): (name, key, other) for name, key, other in pairs}
+        self._ask_for(f"judge, {judge.name}", places, ask)
+
+    def _ask_for(self, description: str, places: Mapping[tuple[str, Key, str], Any], ask: Callable) -> None:
+        """
+        Keeps the values of those places (name, completion, fingerprint) that have none yet, or an error.
+
+        Args:
+            ask: from the items of some places to (value, error) of each.
+        """
+        there = self.rewards()
+        todo = [place for place in places if place not in there or "error" in there[place]]
         if not todo:
             return
-        with self.progress(f"judge, {judge.name}", len(pairs), len(pairs) - len(todo)) as advance:
+        with self.progress(description, len(places), len(places) - len(todo)) as advance:
             for chosen in _slices(todo, self.config.batch_size):
-                found = judge_or_mark(
-                    judge,
-                    [self.prompts[key.index].content for _, key, _ in chosen],
-                    [self.completions[key]["completion"] for _, key, _ in chosen],
-                    [self.completions[other]["completion"] for _, _, other in chosen],
-                    [(self.config.seed, name, *key) for name, key, _ in chosen],
-                )
-                self.reward_store.append(
-                    _valued(self.judge_run(judge, key, other), name, key, *pair)
-                    for (name, key, other), pair in zip(chosen, found, strict=True)
-                )
+                found = ask([places[place] for place in chosen])
+                self.reward_store.append(_valued(*place, *pair) for place, pair in zip(chosen, found, strict=True))
                 advance(len(chosen))
 
 
@@ -301,7 +295,7 @@ def _slices(items: Sequence, size: int) -> Iterator[Sequence]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _valued(run: str, name: str, key: Key, value: float | None, error: str | None) -> dict:
+def _valued(name: str, key: Key, run: str, value: float | None, error: str | None) -> dict:
     row = {"run": run, **key.row(), "name": name, "value": value}
     return row if error is None else {**row, "error": error}
 
