@@ -144,12 +144,14 @@ def test_output_is_continued(dera, model, tmp_path):
 def test_interrupted_and_continued(dera, model, tmp_path, sent):
     output = tmp_path / "out.jsonl"
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(f"Rain fell on day {day}" for day in range(24)) + "\n")
+    prompts.write_text("\n".join(f"Rain fell on day {day}" for day in range(120)) + "\n")
     command = [
-        "generate", *model, "--lambda", "0.5", "--prompts", str(prompts), "--max-new-tokens", "40", "--batch-size", "2",
+        "generate", *model, "--lambda", "0.5", "--prompts", str(prompts), "--max-new-tokens", "40",
         "--output", str(output),
     ]  # fmt: skip
-    process = subprocess.Popen([*DERA, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # one by one it takes long enough for the signal to come in the middle on a busy machine too
+    slowly = [*DERA, *command, "--batch-size", "1"]
+    process = subprocess.Popen(slowly, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 60
     while not (output.is_file() and output.stat().st_size) and time.time() < deadline:
         time.sleep(0.02)
@@ -161,9 +163,9 @@ def test_interrupted_and_continued(dera, model, tmp_path, sent):
         assert err.startswith("interrupted;")
         assert err.count("\n") == 1
     done = len(output.read_text().splitlines())
-    assert 0 < done < 24, "it must be killed in the middle for the test to mean something"
-    assert dera(*command)[0] == 0
-    assert sorted(row["index"] for row in rows(output.read_text())) == list(range(24))
+    assert 0 < done < 120, "it must be killed in the middle for the test to mean something"
+    assert dera(*command, "--batch-size", 64)[0] == 0
+    assert sorted(row["index"] for row in rows(output.read_text())) == list(range(120))
 
 
 def test_info(dera, model, tiny_base, top_adapter):
