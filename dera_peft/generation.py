@@ -60,7 +60,7 @@ class DeRaGenerationMixin(GenerationMixin):
         plan = own.get("lam")
         if not isinstance(plan, BatchPlan):
             plan = self.plan(plan, inputs_tensor.shape[0], bool(own.get("output_branches")))
-        self._routing.plan, self._forked_inputs = plan, []
+        self._routing.start(plan, inputs_tensor.shape[1])
         forked = super()._prepare_text_encoder_decoder_kwargs_for_generation(
             plan.fork(inputs_tensor), self._fork(model_kwargs), model_input_name, generation_config
         )

@@ -20,16 +20,23 @@ SUPPORTED_VARIANTS = (DoraEmbeddingVariant, DoraLinearVariant)
 
 class Routing:
     """
-    What the adapted modules of one model share while a batch is computed.
+    What fork, adapted modules and join of one model share while a batch is computed.
 
     Attributes:
         plan: the batch's rows.
         length: S, the batch's number of tokens a sequence.
+        keep_branches: whether the head runs for each branch, since their logits are asked for.
+        forked: the inputs forked so far, see `fork_inputs`.
     """
 
     def __init__(self):
         self.plan: BatchPlan | None = None
         self.length = 1
+        self.keep_branches = False
+        self.forked: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def start(self, plan: BatchPlan, length: int, keep_branches: bool = False) -> None:
+        self.plan, self.length, self.keep_branches, self.forked = plan, length, keep_branches, []
 
     def rows(self, name: str, x: torch.Tensor, rows: slice) -> slice:
         """
@@ -40,15 +47,14 @@ class Routing:
         """
         if rows.start is None:  # all of them
             return rows
-        folded = x.ndim == 2 and x.is_floating_point()
-        each = self.length if folded else 1
+        each = self.length if x.ndim == 2 and x.is_floating_point() else 1
         if x.shape[0] != self.plan.num_rows * each:
             raise DeRaError(
                 f"{name} was called with {x.shape[0]} rows in a batch of {self.plan.num_rows}: its model reorders or "
                 "folds the rows before this layer (as mixtures of experts do), so an adapter here cannot be kept to "
                 "its branch; train one on the attention layers."
             )
-        return slice(rows.start * each, rows.stop * each)
+        return rows if each == 1 else slice(rows.start * each, rows.stop * each)
 
 
 @dataclass(frozen=True)
@@ -194,14 +200,15 @@ def _lora_forward(adapted: Adapted, routing: Routing) -> Callable:
         plan = routing.plan
         y = base_layer(x, *args, **kwargs)
         for adapter, runs in plan.adapter_rows.items():
-            if adapter not in adds:
+            add = adds.get(adapter)
+            if add is None:
                 continue
             for run in runs:
                 if run.start is None:  # all rows
-                    adds[adapter](x, y, plan)
+                    add(x, y, plan)
                 else:
                     rows = routing.rows(name, x, run)
-                    adds[adapter](x[rows], y[rows], plan)
+                    add(x[rows], y[rows], plan)
         return y
 
     return forward
@@ -233,24 +240,25 @@ def _make_add(layer: LoraLayer, adapter: str) -> Callable[[torch.Tensor, torch.T
 
 def _make_add_product(layer: LoraLayer, adapter: str) -> Callable[[torch.Tensor, torch.Tensor, BatchPlan], None]:
     """
-    The same in few operations: while one token a row is decoded, their number costs more than the products themselves.
-    `[n, S, D]` is folded to `[n·S, D]`, where a product is a single call.
+    The same in few operations, and in few steps of Python: while one token a row is decoded, their number costs more
+    than the products themselves.
     """
     lora_a, lora_b, dropout = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
-    inputs, outputs, scaling = lora_a.in_features, lora_b.out_features, layer.scaling
+    rank, outputs, scaling = lora_b.in_features, lora_b.out_features, layer.scaling
 
     def add_product(x: torch.Tensor, y: torch.Tensor, plan: BatchPlan) -> None:
-        a, b = lora_a.weight, lora_b.weight
-        x, y = x.reshape(-1, inputs), y.view(-1, outputs)
+        # `lora_a.weight` would be found by nn.Module.__getattr__, which takes as long as the product
+        a, b = lora_a._parameters["weight"], lora_b._parameters["weight"]
         if x.dtype != a.dtype:
-            x = x.to(a.dtype)
+            x = x.type_as(a)
         low = nn.functional.linear(dropout(x) if dropout.training else x, a)
         if plan.adapter_scale:
             low = _scaled(low, plan, adapter)
         if low.dtype == b.dtype == y.dtype:
-            y.addmm_(low, b.t(), alpha=scaling[adapter])
+            # folded to [n·S, D], the product and the sum are one call
+            y.view(-1, outputs).addmm_(low.view(-1, rank), b.t(), alpha=scaling[adapter])
         else:
-            y.add_(nn.functional.linear(low, b).to(y.dtype), alpha=scaling[adapter])
+            y.add_(nn.functional.linear(low, b).type_as(y), alpha=scaling[adapter])
 
     return add_product
 

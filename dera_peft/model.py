@@ -99,8 +99,9 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
                 setattr(self, name, vars(base)[name])
         self._peft_model = (peft_model,)  # in a tuple: the base's parameters are registered once
         self._routing = Routing()
-        self._forked_inputs: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._keep_branches = False
+        # asked once: both are slow to answer, beside a step of a small model
+        self._base_slices_logits = base._supports_logits_to_keep()
+        self._num_heads = getattr(base.config.get_text_config(decoder=True), "num_attention_heads", 1)
         self.training = base.training
         self.lam = check_default_lam(lam, [branch.name for branch in branches if branch.name != REFERENCE])
         self._install(branches, mixing)
@@ -356,18 +357,15 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
         if not torch.compiler.is_compiling():  # a compiled step only follows one that was not, with the same plan
             self._check_cache(past_key_values, plan)
 
-        self._routing.plan, self._routing.length = plan, tokens.shape[1]
-        self._keep_branches = output_branches
-        self._forked_inputs = []
-        slices_logits = self.base._supports_logits_to_keep()
+        self._routing.start(plan, tokens.shape[1], output_branches)
         try:
             if self.fork_layer == 0:
                 inputs = self._fork(inputs)
-            if slices_logits:
+            if self._base_slices_logits:
                 inputs["logits_to_keep"] = logits_to_keep
             outputs = self.base(past_key_values=past_key_values, use_cache=use_cache, return_dict=True, **inputs)
         finally:
-            self._forked_inputs = []
+            self._routing.forked = []
 
         if past_key_values is None and outputs.past_key_values is not None:
             outputs.past_key_values.dera_pattern = plan.pattern
@@ -376,7 +374,7 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
             branch_logits = plan.split(logits)
         if output_branches or not self.joins_before_head:
             logits = plan.join(logits)
-        if not slices_logits:
+        if not self._base_slices_logits:
             logits = slice_logits_to_keep(logits, logits_to_keep)
         output = DeRaOutput(
             loss=None if labels is None else self._loss(logits, labels, kwargs),
@@ -481,8 +479,7 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
                 module.module.forward = self._replaced[module.name]
 
     def _fork(self, inputs: Any) -> Any:
-        heads = getattr(self.config.get_text_config(decoder=True), "num_attention_heads", 1)
-        return fork_inputs(inputs, self._routing.plan, heads, self._forked_inputs)
+        return fork_inputs(inputs, self._routing.plan, self._num_heads, self._routing.forked)
 
     def _fork_hidden_states(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return self._fork((args, kwargs))
@@ -493,7 +490,7 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
         return (hidden_states, *args), kwargs
 
     def _join_hidden_states(self, head: nn.Module, args: tuple) -> tuple:
-        if self._keep_branches or not self.joins_before_head:
+        if self._routing.keep_branches or not self.joins_before_head:
             return args
         hidden_states, *rest = args
         return (self._routing.plan.join(hidden_states), *rest)
