@@ -177,6 +177,9 @@ class SweepConfig:
                 hint = f"do you mean {close[0]!r}?" if close else f"there are {known}."
                 raise DeRaError(f"config={file!r}: {key!r} is not a key of a sweep; {hint}")
         values.update({key: value for key, value in overrides.items() if value is not None})
+        # a rule that knows no budget takes the place of the file's rule with its budget
+        if overrides.get("rule") not in (None, "kl_budget") and overrides.get("kl_budget") is None:
+            values.pop("kl_budget", None)
         if "prompts" not in values:
             raise DeRaError("prompts is missing: set it in the config or with --prompts.")
         return cls(**values)

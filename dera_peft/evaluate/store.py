@@ -1,9 +1,13 @@
 """What a sweep has made so far: rows in files that survive a kill and are continued by any number of processes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from filelock import FileLock, Timeout
+
+from dera_peft.errors import DeRaError
 from dera_peft.results import append_rows, cut_torn, is_writable, read_rows
 
 KEY = ("line", "index", "lambda", "sample")
@@ -12,6 +16,29 @@ FIELDS = {
     "scores": ("kl", "log_ref"),
     "rewards": ("name", "value"),
 }
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """
+    Keeps other sweeps out of a sweep's folder meanwhile. The hold ends with the process, however that ends.
+
+    Raises:
+        DeRaError: another sweep holds it, or it can't be written.
+    """
+    file = folder / "parts" / "lock"
+    is_writable(file, "output_dir")
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise DeRaError(
+            f"output_dir={str(folder)!r}: another sweep is writing there; wait for it, or name another folder."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Key(NamedTuple):

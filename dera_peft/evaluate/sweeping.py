@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
@@ -24,7 +25,7 @@ from dera_peft.evaluate.retrain import FILE_NAME as RETRAIN
 from dera_peft.evaluate.retrain import retrain_command
 from dera_peft.evaluate.rewards import NamedReward, load_rewards
 from dera_peft.evaluate.statistics import AGAINST, check_names, summarise, write_csv
-from dera_peft.evaluate.store import Key
+from dera_peft.evaluate.store import Key, hold
 from dera_peft.loading import load_config, load_tokenizer
 from dera_peft.prompts import Prompt, encode, read_prompts
 from dera_peft.record import LOGITS
@@ -69,43 +70,50 @@ def sweep(config: SweepConfig | None = None, *, progress: Progress = silent, **k
         raise DeRaError(f"judge={judge.name!r} compares with λ=0 and λ=1, and lambdas has neither: add one of them.")
     prompts = _prompts(config, rewards, say=processes.is_main_process)
     tokenizer, tokens = encoded(config, lines[0], prompts)
-    making = Making(
-        config,
-        lines,
-        prompts,
-        tokens,
-        tokenizer,
-        mine=_part(tokens, processes.process_index, processes.num_processes),
-        device_map=device_map,
-        folder=Path(config.output_dir),
-        rank=processes.process_index,
-        progress=progress if processes.is_main_process else silent,
-    )
-    processes.wait_for_everyone()  # all have seen the same files, before any writes
-    if config.temperature == 0 and config.samples > 1 and processes.is_main_process:
+    folder = Path(config.output_dir)
+    with hold(folder) if processes.is_main_process else nullcontext():
+        making = Making(
+            config,
+            lines,
+            prompts,
+            tokens,
+            tokenizer,
+            mine=_part(tokens, processes.process_index, processes.num_processes),
+            device_map=device_map,
+            folder=folder,
+            rank=processes.process_index,
+            progress=progress if processes.is_main_process else silent,
+        )
+        processes.wait_for_everyone()  # all have seen the same files, before any writes
+        wanted = making.all_keys(range(len(prompts)))
+        reused = sum(key in making.completions for key in wanted)
+        if processes.is_main_process:
+            _tell(config, reused, len(wanted))
+        for line in lines:
+            making.make(line)
+        for reward in rewards:
+            if reward.function is not None:
+                making.reward(reward)
+        if judge is not None:
+            making.judge(judge)
+        processes.wait_for_everyone()
+        if not processes.is_main_process:
+            return None
+        making.read()
+        return _finish(making, rewards, judge, reused)
+
+
+def _tell(config: SweepConfig, reused: int, count: int) -> None:
+    """What a user may not expect of the `count` completions, before they are made."""
+    if config.temperature == 0 and config.samples > 1:
         print(
             f"temperature=0, samples={config.samples}: greedy decoding gives all samples of a prompt the same text; "
             "one is enough",
             file=sys.stderr,
         )
-    wanted = making.all_keys(range(len(prompts)))
-    reused = sum(key in making.completions for key in wanted)
-    if reused and processes.is_main_process:
-        some = "all" if reused == len(wanted) else f"{reused} of"
-        print(f"{config.output_dir}: {some} {len(wanted)} completions are there already", file=sys.stderr)
-
-    for line in lines:
-        making.make(line)
-    for reward in rewards:
-        if reward.function is not None:
-            making.reward(reward)
-    if judge is not None:
-        making.judge(judge)
-    processes.wait_for_everyone()
-    if not processes.is_main_process:
-        return None
-    making.read()
-    return _finish(making, rewards, judge, reused)
+    if reused:
+        some = "all" if reused == count else f"{reused} of"
+        print(f"{config.output_dir}: {some} {count} completions are there already", file=sys.stderr)
 
 
 def encoded(config: SweepConfig, line: Line, prompts: Sequence[Prompt]) -> tuple[Any, list[list[int]]]:

@@ -16,7 +16,7 @@ from two_models import load_two
 from dera_peft import DeRaError
 from dera_peft.evaluate import SweepConfig, making, sweep, sweeping
 from dera_peft.evaluate.lines import fine_grid
-from dera_peft.evaluate.store import Key, Store
+from dera_peft.evaluate.store import Key, Store, hold
 from dera_peft.evaluate.sweeping import _part
 from dera_peft.record import Record
 
@@ -124,6 +124,16 @@ def test_lambdas_are_taken_once_in_their_order_and_one_value_is_a_list(tmp_path)
     config = SweepConfig.read(str(tmp_path / "sweep.yaml"), rewards="length")
     assert str(config.lambdas) == "(1.0, 0.5, 0.0)"
     assert (config.rewards, config.mixing) == (("length",), ("logits",))
+
+
+def test_another_rule_takes_the_place_of_the_files_rule_with_its_budget(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump({**REQUIRED, "rule": "kl_budget", "kl_budget": 3}))
+    config = SweepConfig.read(str(file), rule="reward")
+    assert (config.rule, config.kl_budget) == ("reward", None)
+    assert SweepConfig.read(str(file), rule="kl_budget").kl_budget == 3
+    with pytest.raises(DeRaError, match="a budget goes with the rule kl_budget alone"):
+        SweepConfig.read(str(file), rule="reward", kl_budget=2)
 
 
 def test_the_fine_grid_holds_the_lambdas_and_points_between():
@@ -382,6 +392,13 @@ def test_bad_input_is_told_before_a_model_is_loaded(
         values[name] = places.get(value, value) if isinstance(value, str) else value
     with pytest.raises(DeRaError, match=message):
         sweep(**values)
+
+
+def test_two_sweeps_are_not_in_one_folder_at_once(tmp_path):
+    with hold(tmp_path), pytest.raises(DeRaError, match="another sweep is writing there"), hold(tmp_path):
+        pass
+    with hold(tmp_path):  # it was freed
+        pass
 
 
 def test_a_prompts_own_lambda_is_left_aside_and_that_is_said(model, tmp_path, capsys):
