@@ -159,6 +159,7 @@ class BatchPlan:
                 self.segments.append(Segment(branch, start, stop, sequences.to(self.device), branch_weights))
             start = stop
         self.num_rows = start
+        self.row_of = self.row_of.to(self.device)
         self.pattern = tuple(map(tuple, computed.tolist()))  # two plans with one pattern can share a KV cache
 
         source = torch.cat([segment.sequences for segment in self.segments])
@@ -216,7 +217,7 @@ class BatchPlan:
     def _branch_of_row(self) -> torch.Tensor:
         lengths = torch.tensor([segment.stop - segment.start for segment in self.segments])
         indices = torch.tensor([self.branches.index(segment.branch) for segment in self.segments])
-        return indices.repeat_interleave(lengths)
+        return indices.repeat_interleave(lengths).to(self.device)
 
     @cached_property
     def adapter_rows(self) -> dict[str, list[slice]]:

@@ -5,15 +5,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dera_peft.branches import BatchPlan, Branch
+from dera_peft.errors import DeRaError
 from dera_peft.lora import Adapted
 
 # Their outer forward counts rows between the layers (mpt's position bias has no batch dimension, gpt_bigcode restores
-# the input's shape), so their rows can only fork at the input.
-FORKS_AT_INPUT = ("gpt_bigcode", "mpt")
+# the input's shape), or hands what one layer made of its rows to the next beside them (zaya's router); so their rows
+# can only fork at the input.
+FORKS_AT_INPUT = ("gpt_bigcode", "mpt", "zaya")
 
 
 def own_adapters(branches: Sequence[Branch]) -> set[str]:
@@ -80,6 +83,9 @@ def fork_inputs(inputs: Any, plan: BatchPlan, heads: int, forked: list[tuple[tor
         heads: the number of attention heads: ALiBi's biases may be given as `[B·heads, ...]`.
         forked: collects (tensor, its rows), so that what all layers are given (masks, rotary embeddings) is forked
             once.
+
+    Raises:
+        DeRaError: there is a flex attention's mask among them.
     """
     if isinstance(inputs, torch.Tensor):
         folded = inputs.ndim == 3 and inputs.shape[0] == plan.batch_size * heads and heads > 1
@@ -91,6 +97,11 @@ def fork_inputs(inputs: Any, plan: BatchPlan, heads: int, forked: list[tuple[tor
         rows = plan.fork(inputs.unflatten(0, (-1, heads))).flatten(0, 1) if folded else plan.fork(inputs)
         forked.append((inputs, rows))
         return rows
+    if isinstance(inputs, BlockMask) and not plan.is_identity:
+        raise DeRaError(
+            "flex attention's masks can't be forked into branches, and with a static cache they are made for the "
+            'sequences: use another cache, or load the base with attn_implementation="sdpa".'
+        )
     if isinstance(inputs, (tuple, list)):
         return type(inputs)(fork_inputs(value, plan, heads, forked) for value in inputs)
     if type(inputs) is dict:

@@ -81,5 +81,21 @@ class DeRaGenerationMixin(GenerationMixin):
     def _supports_default_dynamic_cache(self) -> bool:
         return self.base._supports_default_dynamic_cache()
 
-    def _get_static_cache_init_shape(self) -> None:
-        return None  # the cache takes its number of rows from the first keys that it sees
+    def _prepare_static_cache(self, *args, prefill_chunk_size, model_kwargs, **kwargs) -> Cache:
+        """
+        A cache is made with the first keys that it sees, of as many rows as these have. But a prefill in chunks may be
+        compiled, and then there has to be one before: of B rows below the fork, and of the branches' above it.
+        """
+        cache = super()._prepare_static_cache(*args, prefill_chunk_size=None, model_kwargs=model_kwargs, **kwargs)
+        shape = self.base._get_static_cache_init_shape()
+        if prefill_chunk_size is None or shape is None or self.config.is_encoder_decoder:
+            return cache
+        plan = model_kwargs["lam"]
+        heads, sizes = ([size] * len(cache.layers) if isinstance(size, int) else size for size in shape)
+        for index, (layer, num_heads, head_dim) in enumerate(zip(cache.layers, heads, sizes, strict=True)):
+            rows = plan.batch_size if index < self.fork_layer else plan.num_rows
+            if layer.supports_early_init:
+                empty = torch.empty(rows, num_heads, 0, head_dim, dtype=self.dtype, device=self.device)
+                layer.lazy_initialization(empty, empty)
+        cache.dera_pattern = plan.pattern
+        return cache

@@ -424,6 +424,9 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
     def _check_and_adjust_experts_implementation(self, experts_implementation: str | None) -> str | None:
         return experts_implementation  # the base's choice: they share one config
 
+    def set_experts_implementation(self, experts_implementation: str | dict) -> None:
+        self.base.set_experts_implementation(experts_implementation)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()
 

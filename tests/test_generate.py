@@ -131,6 +131,25 @@ def test_the_decode_step_is_one_graph_for_every_lam(setting):
         assert len(graphs) == 1
 
 
+def test_a_prefill_in_compiled_chunks_finds_its_static_cache_made(setting, monkeypatch):
+    """Made in a compiled region, its buffers would not be known to be static, and a CUDA graph could not use them."""
+    torch._dynamo.reset()
+    config = CompileConfig(backend="eager", fullgraph=False, mode=None)
+    config._compile_all_devices = True
+    prepare, rows = setting.model._prepare_static_cache, []
+
+    def seen(*args, **kwargs):
+        cache = prepare(*args, **kwargs)
+        rows.extend(layer.keys.shape[0] if layer.is_initialized else None for layer in cache.layers)
+        return cache
+
+    monkeypatch.setattr(setting.model, "_prepare_static_cache", seen)
+    found = setting.generate(cache_implementation="static", prefill_chunk_size=3, compile_config=config)
+    assert found.tolist() == setting.by_hand().tolist()
+    fork = setting.model.fork_layer  # λ = 0, 0.5, 1, 1.5: six rows
+    assert rows == [4] * fork + [6] * (len(rows) - fork)
+
+
 def test_static_cache_with_beams(setting):
     expected = setting.generate_with_two_models(expand=3, num_beams=3)
     assert setting.generate(num_beams=3, cache_implementation="static").tolist() == expected.tolist()

@@ -4,11 +4,14 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, MixtralConfig
 from two_models import TwoModels, load_two, position_ids
 
 from dera_peft import DeRaError, DeRaModel
+from dera_peft.branches import BatchPlan, make_branches, read_lam
+from dera_peft.fork import fork_inputs
 
 LAMBDAS = [-0.5, 0, 1 / 6, 0.5, 2 / 3, 1, 3]
 PROMPTS = ["The old lighthouse", "A fox crossed the frozen river and", "Rain", "My sister repairs"]
@@ -261,3 +264,27 @@ def test_lam_that_is_no_number(tiny_model):
     for lam in (1e39, {}, True):
         with pytest.raises(DeRaError, match="default λ"):
             DeRaModel.from_peft(tiny_model.peft_model, lam=lam)
+
+
+def test_experts_are_switched_in_the_base():
+    """On a GPU `generate` switches them for decoding."""
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=2, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    base = AutoModelForCausalLM.from_config(config)
+    model = DeRaModel.from_peft(get_peft_model(base, LoraConfig(target_modules=["q_proj"])))
+    before = base.config._experts_implementation
+    assert before != "eager"
+    model.set_experts_implementation({"": "eager"})
+    assert base.config._experts_implementation == "eager"
+    assert model.get_experts_implementation() == {"": "eager"}
+
+
+def test_a_flex_attention_mask_is_not_forked_in_silence():
+    mask = create_block_mask(lambda b, h, query, key: query >= key, 2, None, 8, 8, device="cpu")
+    branches = make_branches([], {"aligned": "a"})
+    half, one = (BatchPlan(branches, read_lam(lam, 2, ["aligned"])) for lam in (0.5, 1.0))
+    with pytest.raises(DeRaError, match="flex attention's masks can't be forked"):
+        fork_inputs({"attention_mask": mask}, half, 1, [])
+    assert fork_inputs({"attention_mask": mask}, one, 1, [])["attention_mask"] is mask
