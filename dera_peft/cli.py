@@ -503,6 +503,17 @@ def sweep(
             metavar="P", help="Sample from the fewest tokens that hold this probability.", rich_help_panel=SAMPLING
         ),
     ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            metavar="P",
+            help="Drop tokens less probable than this share of the most probable one.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(metavar="X", help="Above 1 it discourages repetition.", rich_help_panel=SAMPLING)
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Of all random numbers.", rich_help_panel=SAMPLING)
     ] = None,
@@ -565,6 +576,8 @@ def sweep(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
         seed=seed,
         batch_size=batch_size,
         output_dir=output_dir,
@@ -589,6 +602,10 @@ Shape = Annotated[
         rich_help_panel=MEASURED,
     ),
 ]
+Device = Annotated[
+    str | None,
+    typer.Option(metavar="DEVICE", help="cpu or cuda:0; the accelerator by default.", rich_help_panel=MODEL),
+]
 Layers = Annotated[
     int | None,
     typer.Option(metavar="N", min=1, help="Give the --shape so many layers.", rich_help_panel=MEASURED),
@@ -612,10 +629,7 @@ def bench(
     adapter: Adapter = None,
     quantization: Quantization = None,
     dtype: Dtype = None,
-    device: Annotated[
-        str | None,
-        typer.Option(metavar="DEVICE", help="cpu or cuda:0; the accelerator by default.", rich_help_panel=MODEL),
-    ] = None,
+    device: Device = None,
     shape: Shape = None,
     layers: Layers = None,
     top: Top = 1.0,
@@ -705,6 +719,7 @@ def bench_sweep(
     adapter: Adapter = None,
     quantization: Quantization = None,
     dtype: Dtype = None,
+    device: Device = None,
     shape: Shape = None,
     layers: Layers = None,
     lambdas: Annotated[str, typer.Option("--lambda", metavar="λ[,λ…]", help="Strengths.")] = "0,0.5,1,1.5,2",
@@ -721,6 +736,7 @@ def bench_sweep(
     from dera_peft.bench.shapes import Source
     from dera_peft.commands.bench import bench_sweep as run
     from dera_peft.commands.common import read_lambdas
+    from dera_peft.devices import read_device_map
 
     source = Source(
         shape=shape,
@@ -728,6 +744,7 @@ def bench_sweep(
         adapter=adapter,
         quantization=quantization,
         dtype=dtype,
+        device=None if device is None else read_device_map(device),
         context=prompt + new,
         layers=layers,
     )

@@ -250,7 +250,7 @@ def _make_add_product(layer: LoraLayer, adapter: str) -> Callable[[torch.Tensor,
         # `lora_a.weight` would be found by nn.Module.__getattr__, which takes as long as the product
         a, b = lora_a._parameters["weight"], lora_b._parameters["weight"]
         if x.dtype != a.dtype:
-            x = x.type_as(a)
+            x = x.type(a.dtype)
         low = nn.functional.linear(dropout(x) if dropout.training else x, a)
         if plan.adapter_scale:
             low = _scaled(low, plan, adapter)
@@ -258,7 +258,7 @@ def _make_add_product(layer: LoraLayer, adapter: str) -> Callable[[torch.Tensor,
             # folded to [n·S, D], the product and the sum are one call
             y.view(-1, outputs).addmm_(low.view(-1, rank), b.t(), alpha=scaling[adapter])
         else:
-            y.add_(nn.functional.linear(low, b).type_as(y), alpha=scaling[adapter])
+            y.add_(nn.functional.linear(low, b).type(y.dtype), alpha=scaling[adapter])
 
     return add_product
 

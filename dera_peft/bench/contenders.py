@@ -10,7 +10,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
 
 from dera_peft.errors import DeRaError
 from dera_peft.fork import find_layers
@@ -65,8 +65,8 @@ class Contender:
     Args:
         passes: run one after the other for every token.
         mixes: whether their rows, together `[2B, V]`, are reference and aligned logits that are still to be mixed.
-        engine: "dynamic" (eager, a growing cache), or "static" (a static cache, and the step compiled as transformers'
-            `generate` compiles it; on a CUDA device with CUDA graphs).
+        engine: "dynamic" (eager, a growing cache), or "static" (a static cache, and the step compiled whole, on a CUDA
+            device with CUDA graphs, as transformers' `generate` does it for bases that bitsandbytes has not quantized).
     """
 
     def __init__(self, name: str, passes: Sequence[Pass], mixes: bool = False, engine: str = "dynamic"):
@@ -142,15 +142,16 @@ class Contender:
 
     @property
     def cache_bytes(self) -> int:
-        """Of the keys and values that its caches hold now."""
-        layers = [layer for one in self.passes for layer in one.cache.layers]
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        """Of the keys and values that its caches hold now; not of the states of recurrent layers."""
+        layers = [layer for one in self.passes for layer in one.cache.layers if isinstance(layer, CacheLayerMixin)]
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers if layer.keys is not None)
 
     @property
     def read_bytes(self) -> int:
         """
-        What one decoding step reads at least, in bytes: the weights, once for each pass, and the cache. Of an embedding
-        that is not the head too, only the tokens' rows are read, which is left out.
+        What one decoding step reads, in bytes: the weights, once for each pass, and the cache. The adapter is counted
+        also where λ=0 leaves it out. Of an embedding that is not the head too, only the tokens' rows are read, which is
+        left out.
         """
         total = self.cache_bytes
         for one in self.passes:
@@ -212,6 +213,10 @@ def make_contenders(peft_model: PeftModel, names: Sequence[str] = NAMES, engine:
             made.append(Contender(name, [Pass(share(peft_model), repeat=2, kwargs=kwargs)], mixes=True))
         elif name == ON_OFF:
             model = share(peft_model)
+            # switching on again, PEFT sets requires_grad of the shared factors, by which compiled steps of others would
+            # be compiled anew in a measured round: so once before any is
+            with model.disable_adapter():
+                pass
             passes = [Pass(model, around=model.disable_adapter), Pass(model)]
             made.append(Contender(name, passes, mixes=True))
         else:

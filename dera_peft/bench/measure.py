@@ -115,13 +115,12 @@ def measure(
     slower for a while is so for all of them. In the warm-up their logits are compared.
     """
     order = random.Random(0)
+    device = contenders[0].tensors[0].device
     for batch_size in batch_sizes:
-        device = contenders[0].tensors[0].device
         vocab_size = contenders[0].passes[0].model.config.vocab_size
         tokens = make_tokens(vocab_size, batch_size, prompt + new, device)
         timings = {one.name: Timings(one.name, batch_size, prompt) for one in contenders}
-        if device.type == "cuda":
-            torch.compiler.reset()  # a shape of the last batch size is not needed again
+        torch.compiler.reset()  # steps of the last batch size are not needed again
         expected: list[torch.Tensor] = []
         for one in contenders:
             _warm_up(one, timings[one.name], tokens, prompt, chunk, expected)
@@ -150,6 +149,8 @@ def _warm_up(
     on_cuda = tokens.device.type == "cuda"
     before = 0
     if on_cuda:
+        # a first run, in which libraries take their workspaces and a step is compiled: neither is its own
+        decode_forced(contender, tokens, prompt, chunk)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     found: list[torch.Tensor] = []

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 
 from dera_peft.adapters import place
 from dera_peft.branches import REFERENCE
+from dera_peft.devices import STRATEGIES
 from dera_peft.errors import DeRaError
 from dera_peft.loading import load
 
@@ -191,7 +192,7 @@ class Source:
         context: tokens that the positions of a shape have to reach.
         top: the share of a shape's layers, from the top, that the adapter is on.
         layers: instead of a shape's own number.
-        device: as `torch.device` takes it; the accelerator, if there is one, unless given.
+        device: one device, as `torch.device` takes it; the accelerator, if there is one, unless given.
 
     Raises:
         DeRaError: both or neither are given, or an option is for the other.
@@ -216,15 +217,17 @@ class Source:
                 "--quantization int8: its layers keep their weights in a state of their own, which the ways that are "
                 "compared can't share; measure nf4 or fp4."
             )
+        if self.device in STRATEGIES:
+            raise DeRaError(f"--device {self.device}: what is measured is on one device; name it, as cuda:0.")
         if is_loaded and (self.top != 1.0 or self.layers is not None):
             raise DeRaError("--top and --layers make a random model of a --shape; a loaded one is as it is.")
 
     def build(self) -> PeftModel:
         """The model with its adapter."""
-        if self.shape is None:
-            options = {"quantization": self.quantization, "dtype": self.dtype, "device_map": self.device}
-            return load_for_bench(self.base, self.adapter, **options)
         device = torch.device(self.device or torch.accelerator.current_accelerator() or "cpu")
+        if self.shape is None:
+            options = {"quantization": self.quantization, "dtype": self.dtype, "device_map": str(device)}
+            return load_for_bench(self.base, self.adapter, **options)
         dtype = getattr(torch, self.dtype) if self.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
         config = read_config(self.shape, self.context, self.layers)
         return make_random(config, dtype, device, self.quantization, self.top)

@@ -47,32 +47,34 @@ def measure_sweep(
     - sweep: all requests given to `decoding.decode` at once;
     - separate: for each λ and sample a `generate` over the prompts, `batch_size` of them at a time.
 
-    Every completion has `new` tokens: none ends before.
+    Every completion has `new` tokens: none ends before. Both go first in turn, after a short run of each that is not
+    timed.
     """
     model.generation_config.eos_token_id = None
     tokens = make_tokens(model.config.vocab_size, prompts, prompt, torch.device("cpu"))
     ids = dict(enumerate(tokens.tolist()))
-    requests = [Request(index, lam, sample) for lam in lambdas for sample in range(samples) for index in ids]
-    for _ in range(rounds):
-        start = time.perf_counter()
+
+    def sweep(lambdas: Sequence[float], samples: int, new: int) -> None:
+        requests = [Request(index, lam, sample) for lam in lambdas for sample in range(samples) for index in ids]
         for _ in decode(model, NoTokenizer(), ids, requests, Sampling(max_new_tokens=new), batch_size):
             pass
-        timings.sweep.append(time.perf_counter() - start)
-        advance()
-        start = time.perf_counter()
+
+    def separate(lambdas: Sequence[float], samples: int, new: int) -> None:
+        settings = {"do_sample": True, "top_k": 0, "max_new_tokens": new, "pad_token_id": 0}
         for lam in lambdas:
             for _ in range(samples):
                 for batch in tokens.to(model.device).split(batch_size):
-                    model.generate(
-                        batch,
-                        attention_mask=torch.ones_like(batch),
-                        lam=lam,
-                        do_sample=True,
-                        top_k=0,
-                        max_new_tokens=new,
-                        pad_token_id=0,
-                    )
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        timings.separate.append(time.perf_counter() - start)
-        advance()
+                    model.generate(batch, attention_mask=torch.ones_like(batch), lam=lam, **settings)
+
+    ways = [(sweep, timings.sweep), (separate, timings.separate)]
+    for way, _ in ways:
+        way([0.5], 1, 1)
+    for _ in range(rounds):
+        for way, times in ways:
+            start = time.perf_counter()
+            way(lambdas, samples, new)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize(model.device)
+            times.append(time.perf_counter() - start)
+            advance()
+        ways.reverse()

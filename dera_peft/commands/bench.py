@@ -46,13 +46,14 @@ def bench(
         device = contenders[0].tensors[0].device
         _check_memory(memory, device)
         facts = environment(device)
-        bandwidth = copy_bandwidth(device)
+        with torch.cuda.device_of(contenders[0].tensors[0]):  # clocks and counters are of the current device
+            bandwidth = copy_bandwidth(device)
         found: dict[int, list[Timings]] = {}
         peaks: list[dict] = []
         interrupted = False
         total = len(batch_sizes) * len(names) * (1 + rounds + memory)
         try:
-            with progress("measuring", total) as advance:
+            with torch.cuda.device_of(contenders[0].tensors[0]), progress("measuring", total) as advance:
                 for timings in measure(contenders, batch_sizes, prompt, new, rounds, chunk, lambda: advance(1)):
                     found[timings[0].batch_size] = timings
                 for batch_size in batch_sizes if memory else ():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from typer.testing import CliRunner
 
 from dera_peft import DeRaError
@@ -18,6 +19,7 @@ from dera_peft.bench.contenders import (
     DERA_TOP_HALF,
     MIXTURES,
     NAMES,
+    ON_OFF,
     PEFT_ACTIVE,
     TWO_MODELS,
     make_contenders,
@@ -213,12 +215,13 @@ def test_peak_memory_alone():
     assert 0 < found["libraries"] <= found["model"] <= found["peak"]
 
 
-def test_the_static_engine(monkeypatch):
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_the_static_engine(monkeypatch, quantization):
     """Traced whole (`fullgraph` raises at a graph break), run without a compiler; tests of `generate` compile it."""
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda forward, mode, **kwargs: compile_(forward, backend="eager", **kwargs))
     names = [BASE, DERA]
-    source = Source(shape="tiny", dtype="float32", device="cpu", context=9, layers=1)
+    source = Source(shape="tiny", dtype="float32", device="cpu", context=9, layers=1, quantization=quantization)
     tokens = measuring.make_tokens(512, 2, PROMPT + NEW, torch.device("cpu"))
     peft_model = source.build()
     for static, eager in zip(
@@ -227,3 +230,15 @@ def test_the_static_engine(monkeypatch):
         for _ in range(2):  # the second time over the first one's cache
             torch.testing.assert_close(logits_of(static, tokens), logits_of(eager, tokens), atol=1e-5, rtol=1e-5)
         assert static.cache_bytes == eager.cache_bytes
+
+
+def test_no_step_of_the_static_engine_is_compiled_in_a_measured_round(monkeypatch):
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda forward, mode, **kwargs: compile_(forward, backend="eager", **kwargs))
+    source = Source(shape="tiny", dtype="float32", device="cpu", context=9, layers=1)
+    contenders = make_contenders(source.build(), [DERA, DERA_ALIGNED, ON_OFF], engine="static")
+    before = counters["stats"]["unique_graphs"]
+    graphs = []  # after the warm-up and the round of each batch size
+    for _ in measuring.measure(contenders, [1, 2, 3, 4, 5], prompt=4, new=2, rounds=1):
+        graphs.append(counters["stats"]["unique_graphs"] - before)
+    assert graphs == [2, 2, 4, 4, 6, 6, 8, 8, 10, 10]
