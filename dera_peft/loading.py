@@ -350,7 +350,12 @@ def _load_base(config: PreTrainedConfig, base: str, **kwargs) -> PreTrainedModel
         return _auto_class(config).from_pretrained(base, use_safetensors=True, **kwargs)
     except SafetensorError as error:
         raise DeRaError(f"base={base!r}: a safetensors file is corrupt: {first_line(error)}") from error
-    except (OSError, HFValidationError) as error:
+    except torch.OutOfMemoryError as error:
+        raise DeRaError(
+            f"base={base!r} does not fit into the device's memory: quantize it (quantization), or name another device "
+            f"(device_map). {first_line(error)}"
+        ) from error
+    except (OSError, ValueError, HFValidationError) as error:
         raise DeRaError(f"base={base!r} can't be loaded: {first_line(error)}") from error
 
 

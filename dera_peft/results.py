@@ -127,6 +127,8 @@ def cut_torn(file: Path, torn: bytes, beginning: str) -> None:
     """
     Drops the last line, torn by an interruption, if it can have been such a row; any other file stays as it is.
 
+    Of several processes that have read the same file the first one cuts it.
+
     Args:
         torn: from `read_rows`.
         beginning: of every row.
@@ -137,7 +139,10 @@ def cut_torn(file: Path, torn: bytes, beginning: str) -> None:
         )
     if torn:
         with file.open("r+b") as stream:
-            stream.truncate(file.stat().st_size - len(torn))
+            whole = max(0, stream.seek(0, os.SEEK_END) - len(torn))
+            stream.seek(whole)
+            if stream.read() == torn:
+                stream.truncate(whole)
 
 
 def append_rows(file: Path, rows: Iterable[dict]) -> None:

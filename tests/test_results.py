@@ -8,7 +8,7 @@ from dera_peft import DeRaError
 from dera_peft.decoding import Request
 from dera_peft.fingerprint import settings_fingerprint, weights_fingerprint
 from dera_peft.prompts import Prompt, from_texts
-from dera_peft.results import Results
+from dera_peft.results import Results, cut_torn, read_rows
 
 ROW = {"index": 0, "prompt": "a", "lambda": 0.5, "sample": 0, "completion": "b"}
 
@@ -65,6 +65,15 @@ def test_a_last_line_of_another_kind_is_not_cut(tmp_path, text):
     with pytest.raises(DeRaError, match="does not end with a row of these results"):
         Results(file, "run1")
     assert file.read_text() == text
+
+
+def test_of_two_readers_of_a_torn_line_one_cuts_it(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"run": "r"}\n{"run": "r", "text')
+    (_, torn), _ = read_rows(file), read_rows(file)
+    for _ in range(2):
+        cut_torn(file, torn, '{"run"')
+        assert file.read_text() == '{"run": "r"}\n'
 
 
 def test_fingerprints_tell_settings_and_weights_apart(tmp_path):

@@ -117,18 +117,28 @@ def load_model(
     """
     if source.is_function:
         return load_object(source.base)()
-    distributed = PartialState().num_processes > 1
-    on_accelerator = PartialState().device.type not in ("cpu", "mps")
+    processes = PartialState()
+    is_alone_on_accelerator = processes.num_processes == 1 and processes.device.type not in ("cpu", "mps")
     arguments = {
         "revision": source.revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         "quantization_config": get_quantization_config(model_args),
-        "device_map": "auto" if on_accelerator and not distributed else None,
+        # one device: spread over several, each would wait for the others
+        "device_map": processes.device if is_alone_on_accelerator else None,
         "use_safetensors": True,
         **(init_kwargs or {}),
     }
-    return AutoModelForCausalLM.from_pretrained(source.base, **arguments), load_tokenizer(source)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source.base, **arguments)
+    except torch.OutOfMemoryError as error:
+        raise DeRaError(
+            f"model_name_or_path={source.base!r} does not fit into the memory of {processes.device}: load it in 4 bits "
+            f"(load_in_4bit: true), or a smaller one. {first_line(error)}"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise DeRaError(f"model_name_or_path={source.base!r} can't be loaded: {first_line(error)}") from error
+    return model, load_tokenizer(source)
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:

@@ -49,7 +49,7 @@ class RunArguments:
         # without this accelerate runs torchrun's processes on the CPU each for itself
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+            self.bf16 = not self.fp16 and not self.use_cpu and _has_bf16()
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
         if self.early_stopping_patience:
@@ -58,10 +58,20 @@ class RunArguments:
             self.restore_callback_states_from_checkpoint = True
         self.logging_nan_inf_filter = False  # it would log the average of the losses before in place of NaN
         super().__post_init__()
+        if self.n_gpu > 1:  # TRL refuses what transformers would do with them in one process
+            say(f"{self.n_gpu} GPUs are here, and one process trains on one: torchrun --nproc_per_node N uses N")
+            self._n_gpu = 1
 
     def watching(self) -> tuple[str, ...]:
         """The settings that do not decide what comes out."""
         return WATCHING if self.load_best_model_at_end else (*WATCHING, *WATCHING_UNLESS_STOPPED_EARLY)
+
+
+def _has_bf16() -> bool:
+    """Whether the accelerator computes in bf16 by itself; older CUDA cards only emulate it."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return is_torch_bf16_gpu_available()
 
 
 @dataclass
@@ -102,6 +112,8 @@ class GuardedTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         try:
             super()._save_checkpoint(model, trial)
+        except torch.OutOfMemoryError:  # which is no fault of the disk's
+            raise
         except (OSError, RuntimeError, SafetensorError) as error:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             message = _unsaved(folder, error, self.args.output_dir, self.state.global_step - 1)
@@ -227,6 +239,8 @@ def save(trainer: GuardedTrainer) -> None:
     """
     try:
         trainer.save_model()
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, RuntimeError, SafetensorError) as error:
         folder = trainer.args.output_dir
         raise DeRaError(_unsaved(folder, error, folder, trainer.state.global_step)) from error

@@ -260,7 +260,7 @@ def _log_probs(
         input_ids, attention_mask = pad(prompts, 0, left=False)
         labels, _ = pad(completions, model.config.pad_token_id or 0, left=False)
         inputs["decoder_input_ids"] = model.base.prepare_decoder_input_ids_from_labels(labels.to(model.device))
-    elif shares and len(prompts[0]) > 1:
+    elif shares and len(prompts[0]) > 1 and len(set(map(tuple, prompts))) < len(prompts):
         places = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         prefill = Prefill(model, list(places), plan(len(places)))
         of = [places[tuple(prompt)] for prompt in prompts]

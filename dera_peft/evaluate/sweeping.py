@@ -72,6 +72,7 @@ def sweep(config: SweepConfig | None = None, *, progress: Progress = silent, **k
     tokenizer, tokens = encoded(config, lines[0], prompts)
     folder = Path(config.output_dir)
     with hold(folder) if processes.is_main_process else nullcontext():
+        processes.wait_for_everyone()  # none touches a file before the folder is held
         making = Making(
             config,
             lines,

@@ -90,6 +90,15 @@ def test_a_prompt_is_computed_once_for_all_of_its_completions(tiny_base, top_ada
     assert shared[0].log_p.std() > 0.1
 
 
+def test_a_completion_that_is_scored_alone_shares_nothing(tiny_base, tiny_adapter, monkeypatch):
+    model = DeRaModel.from_pretrained(tiny_base, tiny_adapter)
+    passes = []
+    model.base.model.layers[0].register_forward_pre_hook(lambda _, args: passes.append(args[0].shape[1]))
+    monkeypatch.setattr(scoring, "MAX_LOGITS", 1)
+    score(model, [PROMPTS[0]] * 3, COMPLETIONS[:1] * 3, LAM)
+    assert passes == [len(PROMPTS[0]) + len(COMPLETIONS[0]) - 1] * 3
+
+
 def test_totals(two, tiny_model):
     whole, _, empty, *_ = score(tiny_model, PROMPTS, COMPLETIONS, 0.5)
     z_ref, z_aligned = by_hand(two, PROMPTS[0], COMPLETIONS[0])

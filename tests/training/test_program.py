@@ -1,11 +1,14 @@
 """Settings, folders of results and datasets of the training programs."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from dera_peft import DeRaError
 from dera_peft.data import read_dataset
+from training import trainer
 from training.data import dataset_fingerprint
 from training.program import OutputFolder, settings_of
 from training.trainer import ModelConfig, SFTConfig
@@ -113,3 +116,20 @@ def test_fingerprints_of_datasets(tmp_path):
     first, second = (dataset_fingerprint(read_dataset(str(tmp_path / name))) for name in ("a.jsonl", "b.jsonl"))
     assert first != second
     assert first == dataset_fingerprint(read_dataset(str(tmp_path / "a.jsonl")))
+
+
+def test_one_process_trains_on_one_gpu(tmp_path, monkeypatch, capsys):
+    """Several in one process would be transformers' DataParallel, which TRL refuses."""
+    monkeypatch.setattr(SFTConfig, "n_gpu", property(lambda self: self._n_gpu if self._n_gpu > 0 else 2))
+    config = SFTConfig(output_dir=str(tmp_path))
+    assert config.n_gpu == 1
+    assert "2 GPUs are here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 0), True)])
+def test_bf16_is_not_chosen_where_it_is_emulated(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=capability[0]))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert trainer._has_bf16() == expected
