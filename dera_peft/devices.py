@@ -1,5 +1,6 @@
 """Where a command puts the model, on one process and on several."""
 
+import gc
 from datetime import timedelta
 from typing import Any
 
@@ -55,3 +56,10 @@ def read_device_map(name: str | None) -> str | None:
         here = "cpu" if accelerator is None else f"cpu and {torch.accelerator.device_count()} of {accelerator.type}"
         raise DeRaError(f"device_map={name!r}: there is no such device here; there is {here}.")
     return name
+
+
+def free_memory() -> None:
+    """Gives an accelerator back what models hold that nobody refers to any more."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()

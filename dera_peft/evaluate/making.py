@@ -1,22 +1,21 @@
 """What a sweep makes and keeps: completions, their scores, rewards and verdicts; all that is missing, and no more."""
 
-import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from dera_peft.decoding import Request, decode
+from dera_peft.devices import free_memory
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate.between import reason_off
 from dera_peft.evaluate.config import SweepConfig
 from dera_peft.evaluate.judges import NamedJudge, judge_or_mark
 from dera_peft.evaluate.lines import Line, fine_grid
-from dera_peft.evaluate.rewards import NamedReward, columns_of, score_or_mark
+from dera_peft.evaluate.rewards import NamedReward, RewardModel, columns_of, score_or_mark
 from dera_peft.evaluate.scoring import score_each
 from dera_peft.evaluate.shown import shown_rows
 from dera_peft.evaluate.statistics import AGAINST
@@ -123,9 +122,7 @@ class Making:
         self._decode(line, model, todo)
         self._score(line, model, self._unscored(line))
         del model
-        gc.collect()
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
+        free_memory()
 
     def _decode(self, line: Line, model: DeRaModel, todo: Sequence[Key]) -> None:
         requests = [Request(key.index, key.lam, key.sample) for key in todo]
@@ -234,7 +231,7 @@ class Making:
         return found
 
     def reward(self, reward: NamedReward) -> None:
-        """Scores what a reward has not scored yet, or failed on."""
+        """Scores what a reward has not scored yet, or failed on; a reward model is freed."""
 
         def ask(keys: Sequence[Key]) -> list[tuple[float | None, str | None]]:
             prompts = [self.prompts[key.index] for key in keys]
@@ -247,6 +244,8 @@ class Making:
 
         places = {(reward.name, key, self.reward_run(reward, key)): key for key in self.all_keys(self.mine)}
         self._ask_for(f"reward, {reward.name}", places, ask)
+        if isinstance(reward.function, RewardModel):
+            reward.function.free()
 
     def comparisons(self, keys: Iterable[Key]) -> list[tuple[str, Key, Key]]:
         """(name, completion, the one that it is compared with): at λ=0 and at λ=1, of the same prompt and sample."""

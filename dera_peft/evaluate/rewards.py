@@ -16,7 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from dera_peft.devices import read_device_map
+from dera_peft.devices import free_memory, read_device_map
 from dera_peft.errors import DeRaError, first_line
 from dera_peft.evaluate.metrics import LIST, Metric, read_metric
 from dera_peft.fingerprint import file_fingerprint, settings_fingerprint, weights_fingerprint
@@ -167,6 +167,11 @@ class RewardModel:
                 use_safetensors=True,
                 output_loading_info=True,
             )
+        except torch.OutOfMemoryError as error:
+            raise DeRaError(
+                f"reward={self.name!r} does not fit into the device's memory: take a smaller one, or score what the "
+                f"sweep has decoded on another device. {first_line(error)}"
+            ) from error
         except (OSError, ValueError) as error:
             raise DeRaError(f"reward={self.name!r} can't be loaded: {first_line(error)}") from error
         if missing := sorted(loading["missing_keys"]):
@@ -176,6 +181,11 @@ class RewardModel:
             )
         model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         return model.eval()
+
+    def free(self) -> None:
+        """Lets go of the weights, which the next call loads again."""
+        vars(self).pop("model", None)
+        free_memory()
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence, completions: Sequence[str], **columns) -> list[float | None]:

@@ -1,5 +1,6 @@
 """Rewards from a user's file, and from a reward model."""
 
+import weakref
 from fractions import Fraction
 from pathlib import Path
 
@@ -220,6 +221,15 @@ def test_out_of_memory_halves_the_batch(tmp_path, tokenizer, capsys, monkeypatch
     monkeypatch.setattr(reward.model, "forward", lambda input_ids, **inputs: limited(input_ids, 0, **inputs))
     with pytest.raises(DeRaError, match="out of memory for a single text of"):
         score(reward, PROMPTS, COMPLETIONS)
+
+
+def test_a_freed_reward_model_is_loaded_again(tmp_path, tokenizer):
+    reward = load_reward(str(make_reward_model(tmp_path / "model", tokenizer)))
+    expected = score(reward, PROMPTS, COMPLETIONS)
+    held = weakref.ref(reward.model)
+    reward.free()
+    assert held() is None
+    assert score(reward, PROMPTS, COMPLETIONS) == expected
 
 
 def test_what_is_too_long_gets_no_reward(tmp_path, tokenizer, capsys):
