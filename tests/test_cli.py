@@ -151,7 +151,13 @@ def test_interrupted_and_continued(dera, model, tmp_path, sent):
     ]  # fmt: skip
     # one by one it takes long enough for the signal to come in the middle on a busy machine too
     slowly = [*DERA, *command, "--batch-size", "1"]
-    process = subprocess.Popen(slowly, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        slowly,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
+    )
     deadline = time.time() + 60
     while not (output.is_file() and output.stat().st_size) and time.time() < deadline:
         time.sleep(0.02)
