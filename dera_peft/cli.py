@@ -73,6 +73,14 @@ Chat = Annotated[
     bool, typer.Option("--chat", help="Render prompts with the tokenizer's chat template.", rich_help_panel=PROMPTS)
 ]
 
+# of `generate`, and of `sweep`, where what is not given is the config's
+MAX_NEW_TOKENS = typer.Option(metavar="N", help="At most so many new tokens.", rich_help_panel=SAMPLING)
+TEMPERATURE = typer.Option(metavar="T", help="Of sampling; 0 is greedy.", rich_help_panel=SAMPLING)
+MIN_P = typer.Option(
+    metavar="P", help="Drop tokens less probable than this share of the most probable one.", rich_help_panel=SAMPLING
+)
+REPETITION_PENALTY = typer.Option(metavar="X", help="Above 1 it discourages repetition.", rich_help_panel=SAMPLING)
+
 
 def version(wanted: bool) -> None:
     if wanted:
@@ -115,12 +123,8 @@ def generate(
         ),
     ] = None,
     chat: Chat = False,
-    max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", help="At most so many new tokens.", rich_help_panel=SAMPLING)
-    ] = 128,
-    temperature: Annotated[
-        float, typer.Option(metavar="T", help="Of sampling; 0 is greedy.", rich_help_panel=SAMPLING)
-    ] = 1.0,
+    max_new_tokens: Annotated[int, MAX_NEW_TOKENS] = 128,
+    temperature: Annotated[float, TEMPERATURE] = 1.0,
     greedy: Annotated[
         bool, typer.Option("--greedy", help="The same as --temperature 0.", rich_help_panel=SAMPLING)
     ] = False,
@@ -136,17 +140,8 @@ def generate(
             rich_help_panel=SAMPLING,
         ),
     ] = 1.0,
-    min_p: Annotated[
-        float,
-        typer.Option(
-            metavar="P",
-            help="Drop tokens less probable than this share of the most probable one.",
-            rich_help_panel=SAMPLING,
-        ),
-    ] = 0.0,
-    repetition_penalty: Annotated[
-        float, typer.Option(metavar="X", help="Above 1 it discourages repetition.", rich_help_panel=SAMPLING)
-    ] = 1.0,
+    min_p: Annotated[float, MIN_P] = 0.0,
+    repetition_penalty: Annotated[float, REPETITION_PENALTY] = 1.0,
     samples: Annotated[
         int, typer.Option(metavar="N", min=1, help="Completions per prompt and λ.", rich_help_panel=SAMPLING)
     ] = 1,
@@ -487,12 +482,8 @@ def sweep(
             rich_help_panel=SAMPLING,
         ),
     ] = [],  # noqa: B006
-    max_new_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="At most so many new tokens.", rich_help_panel=SAMPLING)
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(metavar="T", help="Of sampling; 0 is greedy.", rich_help_panel=SAMPLING)
-    ] = None,
+    max_new_tokens: Annotated[int | None, MAX_NEW_TOKENS] = None,
+    temperature: Annotated[float | None, TEMPERATURE] = None,
     top_k: Annotated[
         int | None,
         typer.Option(metavar="K", help="Sample from the k most probable tokens.", rich_help_panel=SAMPLING),
@@ -503,17 +494,8 @@ def sweep(
             metavar="P", help="Sample from the fewest tokens that hold this probability.", rich_help_panel=SAMPLING
         ),
     ] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(
-            metavar="P",
-            help="Drop tokens less probable than this share of the most probable one.",
-            rich_help_panel=SAMPLING,
-        ),
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(metavar="X", help="Above 1 it discourages repetition.", rich_help_panel=SAMPLING)
-    ] = None,
+    min_p: Annotated[float | None, MIN_P] = None,
+    repetition_penalty: Annotated[float | None, REPETITION_PENALTY] = None,
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Of all random numbers.", rich_help_panel=SAMPLING)
     ] = None,
@@ -682,7 +664,6 @@ def bench(
     from dera_peft.bench.shapes import Source
     from dera_peft.commands.bench import bench as run
     from dera_peft.commands.bench import read_batches
-    from dera_peft.devices import read_device_map
 
     source = Source(
         shape=shape,
@@ -690,7 +671,7 @@ def bench(
         adapter=adapter,
         quantization=quantization,
         dtype=dtype,
-        device=None if device is None else read_device_map(device),
+        device=device,
         context=prompt + new,
         top=top,
         layers=layers,
@@ -736,7 +717,6 @@ def bench_sweep(
     from dera_peft.bench.shapes import Source
     from dera_peft.commands.bench import bench_sweep as run
     from dera_peft.commands.common import read_lambdas
-    from dera_peft.devices import read_device_map
 
     source = Source(
         shape=shape,
@@ -744,7 +724,7 @@ def bench_sweep(
         adapter=adapter,
         quantization=quantization,
         dtype=dtype,
-        device=None if device is None else read_device_map(device),
+        device=device,
         context=prompt + new,
         layers=layers,
     )

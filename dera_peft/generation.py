@@ -87,8 +87,10 @@ class DeRaGenerationMixin(GenerationMixin):
         compiled, and then there has to be one before: of B rows below the fork, and of the branches' above it.
         """
         cache = super()._prepare_static_cache(*args, prefill_chunk_size=None, model_kwargs=model_kwargs, **kwargs)
+        if prefill_chunk_size is None or self.config.is_encoder_decoder:
+            return cache
         shape = self.base._get_static_cache_init_shape()
-        if prefill_chunk_size is None or shape is None or self.config.is_encoder_decoder:
+        if shape is None:
             return cache
         plan = model_kwargs["lam"]
         heads, sizes = ([size] * len(cache.layers) if isinstance(size, int) else size for size in shape)

@@ -85,7 +85,6 @@ def decode_forced(
     contender.prefill(tokens[:, :prompt], tokens.shape[1], chunk)
     clock.mark()
     (prefill,) = clock.seconds()
-    steps: list[float] = []
     clock = Clock(tokens.device)
     clock.mark()
     for place in range(prompt, tokens.shape[1]):
@@ -94,8 +93,7 @@ def decode_forced(
             clock.mark()
         else:
             see(logits)
-    steps = clock.seconds()
-    return prefill, steps
+    return prefill, clock.seconds()
 
 
 def measure(
@@ -116,8 +114,8 @@ def measure(
     """
     order = random.Random(0)
     device = contenders[0].tensors[0].device
+    vocab_size = contenders[0].passes[0].model.config.vocab_size
     for batch_size in batch_sizes:
-        vocab_size = contenders[0].passes[0].model.config.vocab_size
         tokens = make_tokens(vocab_size, batch_size, prompt + new, device)
         timings = {one.name: Timings(one.name, batch_size, prompt) for one in contenders}
         torch.compiler.reset()  # steps of the last batch size are not needed again

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 
 from dera_peft.adapters import place
 from dera_peft.branches import REFERENCE
-from dera_peft.devices import STRATEGIES
+from dera_peft.devices import STRATEGIES, read_device_map
 from dera_peft.errors import DeRaError
 from dera_peft.loading import load
 
@@ -195,7 +195,7 @@ class Source:
         device: one device, as `torch.device` takes it; the accelerator, if there is one, unless given.
 
     Raises:
-        DeRaError: both or neither are given, or an option is for the other.
+        DeRaError: both or neither are given, an option is for the other, or the device is not here.
     """
 
     shape: str | None = None
@@ -217,6 +217,8 @@ class Source:
                 "--quantization int8: its layers keep their weights in a state of their own, which the ways that are "
                 "compared can't share; measure nf4 or fp4."
             )
+        if self.device is not None:
+            read_device_map(self.device)  # whether it is here
         if self.device in STRATEGIES:
             raise DeRaError(f"--device {self.device}: what is measured is on one device; name it, as cuda:0.")
         if is_loaded and (self.top != 1.0 or self.layers is not None):

@@ -43,17 +43,18 @@ def bench(
     with _threads(threads):
         peft_model = source.build()
         contenders = make_contenders(peft_model, names, engine)
-        device = contenders[0].tensors[0].device
+        weight = contenders[0].tensors[0]
+        device = weight.device
         _check_memory(memory, device)
         facts = environment(device)
-        with torch.cuda.device_of(contenders[0].tensors[0]):  # clocks and counters are of the current device
+        with torch.cuda.device_of(weight):  # clocks and counters are of the current device
             bandwidth = copy_bandwidth(device)
         found: dict[int, list[Timings]] = {}
         peaks: list[dict] = []
         interrupted = False
         total = len(batch_sizes) * len(names) * (1 + rounds + memory)
         try:
-            with torch.cuda.device_of(contenders[0].tensors[0]), progress("measuring", total) as advance:
+            with torch.cuda.device_of(weight), progress("measuring", total) as advance:
                 for timings in measure(contenders, batch_sizes, prompt, new, rounds, chunk, lambda: advance(1)):
                     found[timings[0].batch_size] = timings
                 for batch_size in batch_sizes if memory else ():
