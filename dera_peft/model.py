@@ -13,8 +13,12 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 
-from dera_peft.biases import hand_over_biases
-from dera_peft.branches import (
+from dera_peft.checkpoint.record import LOGITS, WEIGHTS, Record
+from dera_peft.engine.biases import hand_over_biases
+from dera_peft.engine.fork import find_fork_layer, find_layers, fork_inputs, is_head_linear
+from dera_peft.engine.generation import DeRaGenerationMixin
+from dera_peft.engine.lora import Routing, branch_forward, check_one_replaces, check_scales, find_adapted
+from dera_peft.engine.plan import (
     ALIGNED,
     REFERENCE,
     BatchPlan,
@@ -25,10 +29,6 @@ from dera_peft.branches import (
     read_lam,
 )
 from dera_peft.errors import DeRaError
-from dera_peft.fork import find_fork_layer, find_layers, fork_inputs, is_head_linear
-from dera_peft.generation import DeRaGenerationMixin
-from dera_peft.lora import Routing, branch_forward, check_one_replaces, check_scales, find_adapted
-from dera_peft.record import LOGITS, WEIGHTS, Record
 
 # what a batch's rows and tokens are counted by, the decoder's where there are two
 TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
@@ -135,7 +135,7 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
         Raises:
             DeRaError: one of them does not exist, cannot be read, or does not fit the other.
         """
-        from dera_peft.loading import load
+        from dera_peft.checkpoint.loading import load
 
         return load(base, adapter, **kwargs)
 
@@ -160,7 +160,7 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
             lam: the default λ.
             reference, stacked, mixing: as in `from_pretrained`, with the names of adapters of the PeftModel.
         """
-        from dera_peft.adapters import check_adapter_config, check_keeps_biases
+        from dera_peft.checkpoint.adapters import check_adapter_config, check_keeps_biases
 
         reference = [reference] if isinstance(reference, str) else list(reference)
         names = list(peft_model.peft_config)
@@ -198,7 +198,7 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
         `DeRaModel.from_pretrained(save_directory)` restores the model. Other options of transformers' `save_pretrained`
         are refused.
         """
-        from dera_peft.loading import save
+        from dera_peft.checkpoint.loading import save
 
         self._check_wrapped()
         if not safe_serialization:
@@ -245,8 +245,8 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
         Raises:
             DeRaError: it is of another base, or its `dera.json` tells of another reference.
         """
-        from dera_peft.adapters import remove_from
-        from dera_peft.loading import load_adapter
+        from dera_peft.checkpoint.adapters import remove_from
+        from dera_peft.checkpoint.loading import load_adapter
 
         self._check_wrapped()
         if name in self.adapters or name in self.peft_model.peft_config:
@@ -262,7 +262,7 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
 
     def remove_adapter(self, name: str) -> None:
         """Removes an aligned branch, and its adapter unless another branch has it too."""
-        from dera_peft.adapters import remove_from
+        from dera_peft.checkpoint.adapters import remove_from
 
         self._check_wrapped()
         if name not in self.aligned:
@@ -296,7 +296,7 @@ class DeRaModel(PreTrainedModel, DeRaGenerationMixin):
         Raises:
             DeRaError: an adapter can't be scaled (DoRA, modules_to_save), or several can't be combined.
         """
-        from dera_peft.export import export
+        from dera_peft.checkpoint.export import export
 
         self._check_wrapped()
         return export(self, lam, folder, prompts)

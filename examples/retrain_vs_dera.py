@@ -22,14 +22,11 @@ completion, that is there already is reused.
 import argparse
 import csv
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # training/ is a folder of programs, not installed
 
 from dera_peft.quiet import be_quiet
 
@@ -39,13 +36,13 @@ import numpy
 from rich.console import Console
 from rich.table import Table
 
-from dera_peft.devices import read_device_map
+from dera_peft.checkpoint.devices import read_device_map
+from dera_peft.checkpoint.record import LOGITS
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate import SweepConfig, SweepResult, sweep
-from dera_peft.evaluate.statistics import Estimate, LambdaSummary, Resamples
-from dera_peft.record import LOGITS
-from training import dpo, preferences, sft
-from training.program import start
+from dera_peft.evaluate.analysis.summary import Estimate, LambdaSummary, Resamples
+from dera_peft.training import dpo, preferences, sft
+from dera_peft.training.program import start
 
 LAMBDAS = (0.25, 0.5, 0.75, 1.5, 2.0, 4.0)
 AGREE = 2.0  # standard errors of the paired difference

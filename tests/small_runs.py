@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CORPUS, make_adapter
 from peft import PeftModel
+from tiny_models import CORPUS, make_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 COMMON = {
@@ -26,7 +26,7 @@ def train(program: str, output_dir: Path, **settings) -> Path:
     for name, value in settings.items():
         values = value if isinstance(value, list) else [value]
         arguments += [f"--{name}", *map(str, values)]
-    importlib.import_module(f"training.{program}").main(arguments)
+    importlib.import_module(f"dera_peft.training.{program}").main(arguments)
     return output_dir
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
 
+from dera_peft.engine.fork import find_layers
 from dera_peft.errors import DeRaError
-from dera_peft.fork import find_layers
 from dera_peft.model import DeRaModel
 
 LAM = 0.5

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from dera_peft.bench.contenders import BASE, BASE_TWICE
 from dera_peft.bench.measure import Timings
-from dera_peft.units import format_bytes
+from dera_peft.formatting import format_bytes
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "dera-peft")
 

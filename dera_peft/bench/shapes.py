@@ -7,11 +7,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
-from dera_peft.adapters import place
-from dera_peft.branches import REFERENCE
-from dera_peft.devices import STRATEGIES, read_device_map
+from dera_peft.checkpoint.adapters import place
+from dera_peft.checkpoint.devices import STRATEGIES, read_device_map
+from dera_peft.checkpoint.loading import load
+from dera_peft.engine.plan import REFERENCE
 from dera_peft.errors import DeRaError
-from dera_peft.loading import load
 
 RANK = 16
 # The published configurations of Llama 3.1 8B, Llama 3.2 1B, SmolLM2 135M and Qwen3 0.6B.
@@ -163,7 +163,7 @@ def _quantize(base: PreTrainedModel, quantization: str, dtype: torch.dtype, devi
 
 def load_for_bench(base: str | None, adapter: str | None, **kwargs) -> PeftModel:
     """
-    A base and its adapter as `dera_peft.loading.load` loads them.
+    A base and its adapter as `dera_peft.checkpoint.loading.load` loads them.
 
     Raises:
         DeRaError: they are something that the ways to be compared with can't do.

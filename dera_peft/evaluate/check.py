@@ -5,15 +5,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dera_peft.decoding import Completion, Request, decode
-from dera_peft.devices import device_map_of, join_processes
+from dera_peft.checkpoint.devices import device_map_of, join_processes
+from dera_peft.decoding.batching import Completion, Request, decode
+from dera_peft.decoding.prompts import read_prompts
+from dera_peft.decoding.scoring import score_each
+from dera_peft.evaluate.arms import make_lines
 from dera_peft.evaluate.config import SweepConfig
-from dera_peft.evaluate.lines import make_lines
-from dera_peft.evaluate.making import Progress, silent
-from dera_peft.evaluate.metrics import repetition
-from dera_peft.evaluate.scoring import score_each
-from dera_peft.evaluate.sweeping import encoded
-from dera_peft.prompts import read_prompts
+from dera_peft.evaluate.run import encoded
+from dera_peft.evaluate.worker import Progress, silent
+from dera_peft.rewards.metrics import repetition
 
 PROMPTS, TOKENS = 8, 64  # at most: of which, and of how long a completion
 LAMBDAS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # beside the sweep's own

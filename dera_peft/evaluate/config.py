@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
+from dera_peft.checkpoint.record import LOGITS, WEIGHTS
+from dera_peft.decoding.prompts import is_lambda
+from dera_peft.decoding.sampling import Sampling
 from dera_peft.errors import DeRaError
-from dera_peft.evaluate.recommend import RULES
-from dera_peft.prompts import is_lambda
-from dera_peft.record import LOGITS, WEIGHTS
-from dera_peft.sampling import Sampling
+from dera_peft.evaluate.analysis.recommend import RULES
 
 TEXTS = ("split", "prompt_column")
 TEXTS_OR_NONE = ("output_dir", "base", "adapter", "quantization", "dtype", "device_map", "subset", "group")

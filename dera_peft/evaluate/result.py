@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dera_peft.evaluate.between import Curve
-    from dera_peft.evaluate.recommend import Recommendation
-    from dera_peft.evaluate.statistics import LambdaSummary
+    from dera_peft.evaluate.analysis.curve import Curve
+    from dera_peft.evaluate.analysis.recommend import Recommendation
+    from dera_peft.evaluate.analysis.summary import LambdaSummary
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from dera_peft.branches import REFERENCE
-from dera_peft.record import Record
+from dera_peft.checkpoint.record import Record
+from dera_peft.engine.plan import REFERENCE
 
 FILE_NAME = "retrain.yaml"
 DERIVED = ("accelerator_config",)  # an object that the trainer's arguments make for themselves

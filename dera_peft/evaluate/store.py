@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
+from dera_peft.decoding.rows import append_rows, cut_torn, is_writable, read_rows
 from dera_peft.errors import DeRaError
-from dera_peft.results import append_rows, cut_torn, is_writable, read_rows
 
 KEY = ("line", "index", "lambda", "sample")
 FIELDS = {

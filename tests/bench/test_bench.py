@@ -27,8 +27,8 @@ from dera_peft.bench.contenders import (
 from dera_peft.bench.memory import measure_alone
 from dera_peft.bench.report import figures, spread
 from dera_peft.bench.shapes import SHAPES, Source, read_config
-from dera_peft.cli import app
-from dera_peft.commands import bench as command
+from dera_peft.cli import bench as command
+from dera_peft.cli.app import app
 
 PROMPT, NEW = 6, 3
 TINY = Source(shape="tiny", dtype="float32", device="cpu", context=PROMPT + NEW)

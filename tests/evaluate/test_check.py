@@ -1,7 +1,7 @@
 """The quick check: what it says of an adapter that does nothing, and of one under which text falls apart."""
 
 import pytest
-from conftest import make_adapter
+from tiny_models import make_adapter
 
 from dera_peft.evaluate.check import Check, CheckedLambda, _judged, check
 from dera_peft.evaluate.config import SweepConfig

@@ -5,8 +5,8 @@ import json
 import pytest
 import yaml
 
+from dera_peft.checkpoint.record import Record
 from dera_peft.evaluate.retrain import retrain_command
-from dera_peft.record import Record
 
 TRAINING = {"method": "dpo", "beta": 0.5, "dataset": "pairs.jsonl"}
 ON_TOP = {"reference": ["sft"], "aligned": ["sft", "default"]}

@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 from small_runs import load_plainly, log_probs, train
 
 from dera_peft import DeRaError, DeRaModel
-from dera_peft.data import read_dataset
-from dera_peft.fingerprint import base_fingerprint
-from dera_peft.record import Record
-from training.data import dataset_fingerprint
-from training.models import check_adapter
+from dera_peft.checkpoint.fingerprint import base_fingerprint
+from dera_peft.checkpoint.record import Record
+from dera_peft.decoding.datasets import read_dataset
+from dera_peft.training.data import dataset_fingerprint
+from dera_peft.training.models import check_adapter
 
 IDS = torch.arange(3, 43).view(2, 20)
 
@@ -22,10 +22,10 @@ class Spy:
     """Stands before the run of a trainer: measures policy and reference before and after."""
 
     def __init__(self, monkeypatch):
-        import training.trainer
+        import dera_peft.training.trainer
 
-        self.run = training.trainer.run
-        monkeypatch.setattr(training.trainer, "run", self)
+        self.run = dera_peft.training.trainer.run
+        monkeypatch.setattr(dera_peft.training.trainer, "run", self)
 
     def __call__(self, trainer):
         self.batch = next(iter(trainer.get_train_dataloader()))

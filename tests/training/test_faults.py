@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from small_runs import train, write_rows
 
 from dera_peft import DeRaError
-from training import trainer as running
+from dera_peft.training import trainer as running
 
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SAVING = {"max_steps": 6, "logging_steps": 4, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}

@@ -6,7 +6,7 @@ import math
 import pytest
 from rich.console import Console
 
-from training.pairs import (
+from dera_peft.training.pairs import (
     ALIKE,
     ALL,
     BEST_WORST,

@@ -10,8 +10,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dera_peft import DeRaError
-from training import preferences, sampler
-from training.models import Source
+from dera_peft.training import preferences, sampler
+from dera_peft.training.models import Source
 
 ROOT = Path(__file__).resolve().parents[2]
 REWARD = """

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from small_runs import LORA, train, write_rows
 
 from dera_peft import DeRaError
-from training.program import check_processes
+from dera_peft.training.program import check_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = """
@@ -61,7 +61,7 @@ def test_a_launcher_that_starts_one_process_in_silence_is_found_out(tmp_path):
     script = tmp_path / "check.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from training.program import check_processes, start\n"
+        "from dera_peft.training.program import check_processes, start\n"
         "start(lambda: print('running', check_processes(None)))\n"
     )
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]

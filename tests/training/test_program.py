@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from dera_peft import DeRaError
-from dera_peft.data import read_dataset
-from training import trainer
-from training.data import dataset_fingerprint
-from training.program import OutputFolder, settings_of
-from training.trainer import ModelConfig, SFTConfig
+from dera_peft.decoding.datasets import read_dataset
+from dera_peft.training import trainer
+from dera_peft.training.data import dataset_fingerprint
+from dera_peft.training.program import OutputFolder, settings_of
+from dera_peft.training.trainer import ModelConfig, SFTConfig
 
 
 def test_a_folder_is_reused_by_the_same_run_alone(tmp_path):

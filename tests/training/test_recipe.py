@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from dera_peft import DeRaError, DeRaModel
-from dera_peft.cli import app
+from dera_peft.checkpoint.record import Record
+from dera_peft.cli.app import app
 from dera_peft.evaluate.retrain import retrain_command
-from dera_peft.objects import load_object
-from dera_peft.record import Record
-from training import dpo, preferences, sft
-from training.program import start
+from dera_peft.training import dpo, preferences, sft
+from dera_peft.training.program import start
+from dera_peft.user_code import load_object
 
 ROOT = Path(__file__).resolve().parents[2]
 SFT = ["--max_steps", "40", "--per_device_train_batch_size", "8", "--learning_rate", "1e-2", "--save_strategy", "no"]
@@ -122,7 +122,7 @@ def test_run_again_it_is_reused_and_other_settings_are_an_error(recipe, capsys):
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, program, arguments, message):
     config = ["--config", f"configs/tiny/{program}.yaml", "--output_dir", str(tmp_path / "out")]
-    main = importlib.import_module(f"training.{program}").main
+    main = importlib.import_module(f"dera_peft.training.{program}").main
     with pytest.raises(SystemExit) as caught:
         start(lambda: main([*config, *arguments]))
     assert caught.value.code == 2

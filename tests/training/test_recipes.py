@@ -15,7 +15,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from conftest import CORPUS, make_reward_model
+from tiny_models import CORPUS, make_reward_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -26,10 +26,10 @@ from transformers import (
     Qwen3Config,
 )
 
-import dera_peft.data
+import dera_peft.decoding.datasets
 from dera_peft import DeRaModel
-from dera_peft.cli import app
-from training import dpo, preferences, sft
+from dera_peft.cli.app import app
+from dera_peft.training import dpo, preferences, sft
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(folder.name for folder in (ROOT / "configs").iterdir() if (folder / "dpo.yaml").is_file())
@@ -102,7 +102,7 @@ def hub(monkeypatch):
         return datasets.DatasetDict(splits) if split is None else splits[split]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(dera_peft.data, "load_dataset", load)
+    monkeypatch.setattr(dera_peft.decoding.datasets, "load_dataset", load)
 
 
 def make_base(recipe: str, folder: Path) -> str:

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dera_peft import DeRaError
 from dera_peft.evaluate import SweepResult
-from dera_peft.evaluate.between import Curve
-from dera_peft.evaluate.statistics import summarise
-from dera_peft.objects import load_object
+from dera_peft.evaluate.analysis.curve import Curve
+from dera_peft.evaluate.analysis.summary import summarise
+from dera_peft.user_code import load_object
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,7 +11,7 @@ from small_runs import LORA, load_plainly, train, words, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dera_peft import DeRaError, DeRaModel
-from dera_peft.record import Record
+from dera_peft.checkpoint.record import Record
 
 IDS = torch.arange(3, 43).view(2, 20)
 
@@ -35,16 +35,16 @@ def chats(tmp_path_factory) -> Path:
 
 def losses(monkeypatch) -> list[float]:
     """Will hold the losses of the run that follows."""
-    import training.trainer
+    import dera_peft.training.trainer
 
-    found, run = [], training.trainer.run
+    found, run = [], dera_peft.training.trainer.run
 
     def spy(trainer):
         metrics = run(trainer)
         found[:] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         return metrics
 
-    monkeypatch.setattr(training.trainer, "run", spy)
+    monkeypatch.setattr(dera_peft.training.trainer, "run", spy)
     return found
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from dera_peft.objects import load_object
+from dera_peft.user_code import load_object
 
 
 @pytest.fixture(scope="module")

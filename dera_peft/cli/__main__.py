@@ -1,0 +1,5 @@
+"""`python -m dera_peft.cli`, as for torchrun."""
+
+from dera_peft.cli.app import main
+
+main()

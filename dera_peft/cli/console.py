@@ -1,0 +1,88 @@
+"""What several commands share."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from dera_peft.decoding.prompts import is_lambda
+from dera_peft.errors import DeRaError
+
+MIN_COLUMN = 38  # characters; λ stand side by side where each gets at least so many
+
+
+def read_lambdas(texts: Sequence[str]) -> list[float]:
+    """`["0,0.5", "1"]` -> [0.0, 0.5, 1.0]; each once, in the order given."""
+    values: list[float] = []
+    for part in ",".join(texts).split(","):
+        try:
+            value = float(part)
+        except ValueError:
+            raise DeRaError(
+                f"--lambda: {part.strip()!r} is not a number; write numbers with commas, as 0,0.5,1."
+            ) from None
+        if not is_lambda(value):
+            raise DeRaError(f"--lambda: {part.strip()!r} is not finite in fp32, in which logits are mixed.")
+        value += 0.0  # -0.0 is 0.0
+        if value not in values:
+            values.append(value)
+    return values
+
+
+def read_models(texts: Sequence[str]) -> dict[str, str]:
+    """`["retrained=runs/dpo-2"]` -> {"retrained": "runs/dpo-2"}."""
+    models = {}
+    for text in texts:
+        name, equals, adapter = text.partition("=")
+        if not equals or not name or not adapter:
+            raise DeRaError(f"--model: {text!r} is not of the form name=adapter.")
+        models[name] = adapter
+    return models
+
+
+@contextmanager
+def progress(description: str, total: int, done: int = 0) -> Iterator:
+    """A progress bar on stderr where that is a terminal; yields a function that advances it."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(description, total=total, completed=done)
+        yield lambda steps: bar.advance(task, steps)
+
+
+def format_lam(lam: float) -> str:
+    return f"λ={lam:g}"
+
+
+def printable(text: str) -> Text:
+    """As it is, without markup; control characters, which a terminal would obey, become a replacement character."""
+    return Text(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text))
+
+
+def side_by_side(console: Console, title: str, texts: dict[float, list[str]]) -> None:
+    """One prompt's completions by λ: in columns where they are wide enough, else one below the other."""
+    console.print(printable(title), style="bold")
+    samples = max(map(len, texts.values()))
+    if (console.width - 2) // len(texts) >= MIN_COLUMN:
+        table = Table(box=None, padding=(0, 1, 1 if samples > 1 else 0, 1), expand=True, header_style="bold cyan")
+        for lam in texts:
+            table.add_column(format_lam(lam), ratio=1, overflow="fold")
+        for sample in range(samples):
+            table.add_row(
+                *(printable(column[sample].strip() if sample < len(column) else "") for column in texts.values())
+            )
+    else:
+        table = Table(box=None, padding=(0, 1), show_header=False, expand=True)
+        table.add_column(style="bold cyan", no_wrap=True)
+        table.add_column(ratio=1, overflow="fold")
+        for lam, column in texts.items():
+            for sample, text in enumerate(column):
+                table.add_row(format_lam(lam) if sample == 0 else "", printable(text.strip()))
+    console.print(table)
+    console.print()

@@ -1,0 +1,303 @@
+"""`dera score`: prompts and completions in, what each completion is worth at each λ out."""
+
+import json
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from dera_peft.checkpoint.fingerprint import model_fingerprint, settings_fingerprint
+from dera_peft.checkpoint.loading import load, load_config, load_tokenizer, resolve
+from dera_peft.cli.console import progress, read_lambdas
+from dera_peft.decoding.prompts import Prompt, encode, is_utf8, parse_row
+from dera_peft.decoding.rows import Results
+from dera_peft.decoding.scoring import Scored, score_each
+from dera_peft.errors import DeRaError
+
+ENDS = {"eos": True, "length": False}  # whether the model ended it, by a row's "finish"
+DIGITS = 6  # of nats, in rows
+
+Key = tuple[int, float]  # of a row: which completion, at which λ
+
+
+@dataclass(frozen=True)
+class Given:
+    """
+    A completion to be scored.
+
+    Attributes:
+        finish: "eos" or "length", as in the rows of `dera generate`; None where the row does not say.
+        tokens: how many it had when it was decoded, the end token included; None where the row does not say.
+    """
+
+    prompt: Prompt
+    completion: str
+    finish: str | None
+    tokens: int | None
+
+
+def read_completions(file: str) -> list[Given]:
+    """
+    The rows of a .jsonl file, each with a "prompt" (a text or chat messages) and a "completion" (a text).
+
+    Raises:
+        DeRaError: no such file, or a row that is malformed, with its line.
+    """
+    given = []
+    try:
+        with Path(file).open(encoding="utf-8-sig") as stream:  # a byte order mark is no part of the first row
+            for number, line in enumerate(stream, start=1):
+                given.append(_read_row(line, number - 1, f"{file}, line {number}"))
+    except FileNotFoundError:
+        raise DeRaError(f"--completions: {file!r}: there is no such file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DeRaError(f"--completions: {file!r} can't be read: {error}") from None
+    if not given:
+        raise DeRaError(f"--completions: {file!r} has no rows in it.")
+    return given
+
+
+def _read_row(line: str, index: int, source: str) -> Given:
+    row = parse_row(line, source)
+    for key in ("prompt", "completion"):
+        if key not in row:
+            raise DeRaError(f"{source}: has no key {key!r}; its keys are {sorted(row)}.")
+    if not isinstance(row["completion"], str):
+        raise DeRaError(f"{source}: a completion must be a text; got {row['completion']!r}.")
+    if not is_utf8(row["completion"]):
+        raise DeRaError(f"{source}: the completion is not valid UTF-8.")
+    tokens = row.get("tokens")
+    return Given(
+        Prompt(index, row["prompt"], source),
+        row["completion"],
+        row.get("finish"),
+        tokens if isinstance(tokens, int) else None,
+    )
+
+
+def encode_completions(
+    given: Sequence[Given],
+    prompts: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    end: bool | None,
+) -> list[list[int]]:
+    """
+    Token ids of each completion, by itself, as decoding makes a text of its tokens by themselves.
+
+    Args:
+        prompts: token ids of the prompts, with which they must fit into the context.
+        end: whether the end token follows each completion; None asks its row.
+
+    Raises:
+        DeRaError: a completion is too long, a row's "finish" is not known, or the tokenizer has no end token.
+    """
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    result = []
+    for each, prompt in zip(given, prompts, strict=True):
+        source = each.prompt.source
+        if end is None and each.finish is not None and each.finish not in list(ENDS):
+            raise DeRaError(
+                f"{source}: finish={each.finish!r} is neither 'eos' nor 'length': say with --end or --no-end whether "
+                "the end token is part of the completions."
+            )
+        ids = list(tokenizer(each.completion, add_special_tokens=False)["input_ids"])
+        if ENDS.get(each.finish, False) if end is None else end:
+            if tokenizer.eos_token_id is None:
+                raise DeRaError(f"{source}: the tokenizer has no end token to score; pass --no-end.")
+            if ids[-1:] != [tokenizer.eos_token_id]:  # it may be written out
+                ids.append(tokenizer.eos_token_id)
+        length = len(ids) if config.is_encoder_decoder else len(prompt) + len(ids)
+        if context is not None and length > context:
+            raise DeRaError(
+                f"{source}: prompt and completion have {len(prompt)} and {len(ids)} tokens, which is more than the "
+                f"model's context of {context}; shorten them."
+            )
+        result.append(ids)
+    return result
+
+
+def score(
+    base: str | None,
+    adapter: str | None,
+    quantization: str | None,
+    dtype: str | None,
+    device_map: str | None,
+    completions_file: str,
+    lambdas: Sequence[str],
+    chat: bool,
+    end: bool | None,
+    temperature: float,
+    per_token: bool,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """See `dera score --help`."""
+    given = read_completions(completions_file)
+    record = resolve(base, adapter)
+    if len(record.branches) > 2:
+        raise DeRaError(
+            f"dera score takes one aligned model, and the record has {list(record.branches)[1:]}; use "
+            "dera_peft.evaluate.score with lam by name."
+        )
+    lambdas = read_lambdas(lambdas) if lambdas else [record.lam]
+    run = settings_fingerprint(
+        {
+            **model_fingerprint(record),
+            "quantization": quantization,
+            "dtype": dtype,
+            "chat": chat,
+            "end": end,
+            "temperature": temperature,
+            "per_token": per_token,
+        }
+    )
+    results = None if output is None else Results(output, run, "--output")
+    finished = {} if results is None else _finished(results, given)
+    wanted = [(index, lam) for index in range(len(given)) for lam in lambdas]
+    missing: dict[tuple[float, ...], list[int]] = defaultdict(list)  # all but a torn one lack all λ, or the new ones
+    for index in range(len(given)):
+        if lacks := tuple(lam for lam in lambdas if (index, lam) not in finished):
+            missing[lacks].append(index)
+    done = sum(key in finished for key in wanted)
+    if done:
+        print(f"{output}: {done} of {len(wanted)} scores are there already", file=sys.stderr)
+    if as_json:
+        _print_rows(finished[key] for key in wanted if key in finished)
+
+    if missing:
+        config = load_config(record.base, revision=record.base_revision)
+        tokenizer = load_tokenizer(base, adapter)
+        prompts = encode([each.prompt for each in given], tokenizer, config, 1, chat)
+        completions = encode_completions(given, prompts, tokenizer, config, end)
+        _tell_of_other_splits(given, completions, end)
+        model = load(base, adapter, quantization=quantization, dtype=dtype, device_map=device_map)
+        with progress("scoring", len(wanted), done) as advance:
+            for lacks, indices in missing.items():
+                of = [prompts[index] for index in indices], [completions[index] for index in indices]
+                for place, scored in score_each(model, *of, list(lacks), temperature):
+                    index = indices[place]
+                    ids = completions[index] if per_token else None
+                    rows = _rows(given[index], scored, lacks, ids, tokenizer)
+                    rows = [{"run": run, **row} for row in rows] if results is None else results.append(rows)
+                    finished.update({(index, row["lambda"]): row for row in rows})
+                    if as_json:
+                        _print_rows(rows)
+                    advance(len(rows))
+    if not as_json:
+        Console().print(table(lambdas, {key: finished[key] for key in wanted}))
+
+
+def _finished(results: Results, given: Sequence[Given]) -> dict[Key, dict]:
+    """
+    The rows of an earlier run.
+
+    Raises:
+        DeRaError: they are of other completions than these.
+    """
+    rows = {}
+    for row in results.rows:
+        index = row["index"]
+        if index < len(given):
+            now = {"prompt": given[index].prompt.content, "completion": given[index].completion}
+            for name, value in now.items():
+                if row[name] != value:
+                    raise DeRaError(
+                        f"{str(results.file)!r} holds the scores of other rows: {name} was {row[name]!r}, where "
+                        f"{given[index].prompt.source} has {value!r}. Move the file away or name another output."
+                    )
+        rows[index, row["lambda"]] = row
+    return rows
+
+
+def _tell_of_other_splits(given: Sequence[Given], completions: Sequence[Sequence[int]], end: bool | None) -> None:
+    """A sampled text need not have been made of the tokens that the tokenizer splits it into."""
+    if end is not None:
+        return
+    counts = [(each.tokens, len(ids)) for each, ids in zip(given, completions, strict=True) if each.tokens is not None]
+    if other := sum(before != now for before, now in counts):
+        print(
+            f"{other} of {len(counts)} completions are split into another number of tokens than they were decoded "
+            "with: their texts are scored as the tokenizer splits them",
+            file=sys.stderr,
+        )
+
+
+def _rows(
+    given: Given, scored: Scored, lambdas: Sequence[float], ids: Sequence[int] | None, tokenizer: Any
+) -> list[dict]:
+    """A row for each λ; with the values of each token if its `ids` are given."""
+    rows = []
+    for place, lam in enumerate(lambdas):
+        row = {
+            "index": given.prompt.index,
+            "prompt": given.prompt.content,
+            "completion": given.completion,
+            "lambda": lam,
+            "tokens": scored.log_p.shape[1],
+            "log_p": _number(scored.total[place]),
+            "per_token": _number(scored.per_token[place]),
+            "perplexity": _number(scored.perplexity[place]),
+            "kl": _number(scored.kl[place].sum()),
+        }
+        if ids is not None:
+            row["token_ids"] = ids
+            row["token_texts"] = [tokenizer.decode([token]) for token in ids]
+            row["token_log_p"] = [_number(value) for value in scored.log_p[place]]
+            row["token_kl"] = [_number(value) for value in scored.kl[place]]
+            if scored.disagreement is not None:
+                row["token_disagreement"] = [_number(value) for value in scored.disagreement]
+        rows.append(row)
+    return rows
+
+
+def _number(value: Any) -> float | None:
+    """JSON has no infinity and no NaN."""
+    value = float(value)
+    return round(value, DIGITS) if math.isfinite(value) else None
+
+
+def table(lambdas: Sequence[float], rows: Mapping[Key, dict]) -> Table:
+    """For each λ the means over the completions, and over all of their tokens."""
+    result = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("λ", "completions", "tokens", "log p", "per token", "perplexity", "KL (nats)"):
+        result.add_column(name, justify="right", no_wrap=True)
+    for lam in lambdas:
+        of = [row for (_, each), row in rows.items() if each == lam]
+        tokens = sum(row["tokens"] for row in of)
+        total = sum(_value(row["log_p"]) for row in of)
+        divergence = sum(_value(row["kl"]) for row in of)
+        per_token = total / tokens if tokens else math.nan
+        result.add_row(
+            f"{lam:g}",
+            str(len(of)),
+            str(tokens),
+            f"{total / len(of):.2f}",
+            f"{per_token:.4f}",
+            f"{_exp(-per_token):.4g}",
+            f"{divergence / len(of):.2f}",
+        )
+    return result
+
+
+def _value(number: float | None) -> float:
+    return math.nan if number is None else number
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
+
+
+def _print_rows(rows: Iterable[dict]) -> None:
+    for row in rows:
+        print(json.dumps(row, ensure_ascii=False), flush=True)

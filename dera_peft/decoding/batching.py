@@ -1,0 +1,274 @@
+"""Decoding many requests, each with its own λ, in batches."""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from dera_peft.checkpoint.record import WEIGHTS
+from dera_peft.decoding.prompts import Prompt
+from dera_peft.decoding.sampling import PLAIN, Sampling, row_key
+from dera_peft.engine.padding import pad
+from dera_peft.engine.prefill import Prefill, can_be_shared
+from dera_peft.errors import DeRaError
+from dera_peft.model import DeRaModel
+
+BATCH_TOKENS = 32 * 1024  # 4 GiB of keys and values in one branch of a model of 8 billion parameters (GQA, bf16)
+GROUP_BATCHES = 8  # of a group: one of them may be short
+BOTH_BRANCHES = 0.5  # a λ that needs both
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to be made: of which prompt, at which λ (None for a model without one), the how-manieth sample."""
+
+    index: int
+    lam: float | None
+    sample: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """
+    What a request gave.
+
+    Attributes:
+        tokens: the new token ids, with the end token if the model gave one.
+        text: their text, without special tokens.
+        finish: "eos" if the model ended it, "length" if the limit of tokens did.
+    """
+
+    request: Request
+    tokens: list[int]
+    text: str
+    finish: str
+
+    def row(self, prompt: Prompt) -> dict:
+        """As a line of a results file, with the columns of its prompt."""
+        return {
+            **prompt.columns,
+            "index": prompt.index,
+            "prompt": prompt.content,
+            "lambda": self.request.lam,
+            "sample": self.request.sample,
+            "completion": self.text,
+            "tokens": len(self.tokens),
+            "finish": self.finish,
+        }
+
+
+@torch.no_grad()
+def decode(
+    model: DeRaModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]] | Mapping[int, Sequence[int]],
+    requests: Sequence[Request],
+    sampling: Sampling,
+    batch_size: int,
+    streamer: BaseStreamer | None = None,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+) -> Iterator[list[Completion]]:
+    """
+    Yields each batch of completions as it is finished. A batch mixes λ freely; each row pays for the branches it needs.
+
+    A prompt of several requests is computed once for all of them, in the branches that any of them needs, where the
+    model's cache allows it (`prefill.can_be_shared`).
+
+    Batches are made by length, longest prompts first, so that too little memory shows at once; then the tokens that are
+    held at once are halved, which is said on stderr.
+
+    Args:
+        prompts: token ids by prompt index, from `prompts.encode`.
+        model: a `DeRaModel`, or any causal language model for requests without λ.
+        requests: indices into `prompts`.
+        batch_size: at most so many completions are decoded at once.
+        streamer: of transformers, for a single request.
+        batch_tokens: at most so many tokens are held at once (but one request's at least): those of a batch, its new
+            ones included, and those of the prompts that are kept for the batches to come.
+
+    Raises:
+        DeRaError: a request has no λ and the model needs one, or the other way round; or too little memory for a single
+            request.
+    """
+    for request in requests:
+        if (request.lam is None) == isinstance(model, DeRaModel):
+            raise DeRaError(f"{request}: a request has a λ where the model is a DeRaModel, and None where it is not.")
+    _say_what_is_left_aside(model)
+    queue = _Queue(model, prompts, requests, batch_size, batch_tokens, sampling.max_new_tokens)
+    prefill = None
+    while queue:
+        if not queue.group:
+            prefill = None  # freed before the next one is made
+            queue.open_group()
+        batch = queue.batch()
+        completions = None
+        try:
+            if queue.kept and prefill is None:
+                kept, lam = queue.kept_prompts()
+                plan = None if lam is None else model.plan(lam, len(kept))
+                prefill = Prefill(model, kept, plan, tokenizer.pad_token_id or 0)
+            places = [queue.kept[queue.prefix(request)] for request in batch] if queue.kept else None
+            completions = _decode_batch(model, tokenizer, prompts, batch, sampling, streamer, prefill, places)
+        except torch.OutOfMemoryError as error:
+            if len(batch) == 1 and not queue.kept:
+                raise DeRaError(
+                    f"out of memory for a single prompt of {len(prompts[batch[0].index])} tokens and "
+                    f"{sampling.max_new_tokens} new ones: lower max_new_tokens, or quantize the base (quantization)."
+                ) from error
+        if completions is None:  # out here, where the error's frames no longer hold the batch's tensors
+            prefill = None
+            tokens = queue.halve(batch)
+            torch.accelerator.empty_cache()
+            print(f"out of memory: going on with half as many tokens at once, {tokens}", file=sys.stderr)
+            continue
+        queue.finish(batch)
+        yield completions
+
+
+def _say_what_is_left_aside(model: PreTrainedModel) -> None:
+    config = model.generation_config
+    found = {name: getattr(config, name, None) for name in PLAIN}
+    if own := [f"{name}={value!r}" for name, value in found.items() if value is not None and value != PLAIN[name]]:
+        print(
+            f"the base's generation config sets {', '.join(own)}: left aside, since tokens are drawn by the options of "
+            "this command alone",
+            file=sys.stderr,
+        )
+
+
+class _Queue:
+    """
+    The requests that wait, and which of them are decoded at once.
+
+    They are taken in groups. A group's prompts are computed once for all of its requests; or it has none to keep.
+    What is shared is a prefix: a prompt, and where weights are mixed a λ too, for then keys and values depend on it.
+
+    Attributes:
+        group: the requests of the group that are not finished.
+        kept: the group's prefixes, each with its place in the prefill.
+    """
+
+    def __init__(self, model, prompts, requests, batch_size: int, batch_tokens: int, new_tokens: int):
+        self.prompts, self.new_tokens = prompts, new_tokens
+        self.batch_size, self.batch_tokens = batch_size, batch_tokens
+        self.mixes_weights = isinstance(model, DeRaModel) and model.mixing == WEIGHTS
+        self.counts = Counter(map(self.prefix, requests)) if can_be_shared(model) else Counter()
+        self.group: list[Request] = []
+        self.kept: dict[tuple, int] = {}
+        # those whose prompt is shared stand together, before the others
+        self.waiting = sorted(
+            requests,
+            key=lambda r: (self.counts[self.prefix(r)] < 2, -self.length(r), r.index, r.lam, r.sample),
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.group or self.waiting)
+
+    def length(self, request: Request) -> int:
+        return len(self.prompts[request.index])
+
+    def prefix(self, request: Request) -> tuple:
+        return (request.index, request.lam) if self.mixes_weights else (request.index,)
+
+    def can_be_kept(self, request: Request) -> bool:
+        """Whether its prompt is worth keeping, and leaves room for decoding."""
+        return self.counts[self.prefix(request)] > 1 and 1 < self.length(request) <= self.batch_tokens // 4
+
+    def open_group(self) -> None:
+        """As many prompts as leave few batches short, but in no more than a quarter of the tokens."""
+        self.kept, self.kept_length = {}, self.length(self.waiting[0])
+        is_kept = self.can_be_kept(self.waiting[0])
+        for request in self.waiting:
+            if self.can_be_kept(request) != is_kept:
+                break
+            if is_kept and self.prefix(request) not in self.kept:
+                is_full = len(self.kept) == self.batch_tokens // 4 // self.kept_length
+                if is_full or len(self.group) >= GROUP_BATCHES * self.batch_size:
+                    break
+                self.kept[self.prefix(request)] = len(self.kept)
+            self.group.append(request)
+        self.waiting = self.waiting[len(self.group) :]
+
+    def kept_prompts(self) -> tuple[list[Sequence[int]], list[float] | None]:
+        """What is computed once: token ids, and for each a λ that needs the branches that any of its requests needs."""
+        lambdas: dict[tuple, list] = {prefix: [] for prefix in self.kept}
+        for request in self.group:
+            lambdas[self.prefix(request)].append(request.lam)
+        prompts = [self.prompts[index] for index, *_ in self.kept]
+        if self.group[0].lam is None:
+            return prompts, None
+        # at λ=0 and λ=1 one branch is enough, if it is the only one that is asked for
+        return prompts, [values[0] if len(set(values)) == 1 else BOTH_BRANCHES for values in lambdas.values()]
+
+    def batch(self) -> list[Request]:
+        """The next requests; those of a group that is kept have less room."""
+        room = self.batch_tokens - len(self.kept) * self.kept_length
+        each = self.length(self.group[0]) + self.new_tokens
+        return self.group[: max(1, min(self.batch_size, room // each))]
+
+    def finish(self, batch: list[Request]) -> None:
+        self.group = self.group[len(batch) :]
+
+    def halve(self, batch: list[Request]) -> int:
+        """After too little memory for a batch: the group is opened anew, with half of the tokens; returns how many."""
+        held = len(self.kept) * self.kept_length + len(batch) * (self.length(batch[0]) + self.new_tokens)
+        self.batch_tokens = min(self.batch_tokens, held) // 2
+        self.group, self.waiting = [], [*self.group, *self.waiting]
+        return self.batch_tokens
+
+
+def _decode_batch(
+    model: DeRaModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]] | Mapping[int, Sequence[int]],
+    batch: Sequence[Request],
+    sampling: Sampling,
+    streamer: BaseStreamer | None,
+    prefill: Prefill | None,
+    places: Sequence[int] | None,
+) -> list[Completion]:
+    """`places` are those of the batch's prompts in `prefill`."""
+    has_encoder = model.config.is_encoder_decoder
+    # an encoder's positions count from the left, so its padding stands on the right
+    input_ids, attention_mask = pad(
+        [prompts[request.index] for request in batch], tokenizer.pad_token_id or 0, left=not has_encoder
+    )
+    length = input_ids.shape[1]
+    padding = (length - attention_mask.sum(-1)).tolist()
+    if has_encoder:  # what is generated starts with the decoder's start token, not with the prompt
+        length, padding = 1, [0] * len(batch)
+    end = model.generation_config.eos_token_id
+    ends = set(end if isinstance(end, list) else [] if end is None else [end])
+    inputs = {}
+    if batch[0].lam is not None:
+        inputs["lam"] = model.plan([request.lam for request in batch], len(batch))
+    if prefill is not None:
+        inputs["past_key_values"] = prefill.select(places, length, inputs.get("lam"))
+    sequences = model.generate(
+        input_ids.to(model.device),
+        attention_mask=attention_mask.to(model.device),
+        **inputs,
+        do_sample=False,  # the noise in the logits makes the argmax a sample
+        num_beams=1,
+        logits_processor=sampling.logits_processor(
+            [row_key(sampling.seed, request.index, request.sample) for request in batch],
+            length,
+            padding,
+        ),
+        **PLAIN,
+        max_new_tokens=sampling.max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id or 0,
+        streamer=streamer,
+    )
+    completions = []
+    for request, tokens in zip(batch, sequences[:, length:].tolist(), strict=True):
+        length_with_end = next((place + 1 for place, token in enumerate(tokens) if token in ends), None)
+        tokens = tokens[:length_with_end]
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        completions.append(Completion(request, tokens, text, "length" if length_with_end is None else "eos"))
+    return completions

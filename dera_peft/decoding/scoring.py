@@ -1,0 +1,289 @@
+"""What given completions are worth at many λ: their log-probabilities, and how far each λ is from the reference."""
+
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dera_peft.checkpoint.record import WEIGHTS
+from dera_peft.engine.padding import pad
+from dera_peft.engine.plan import BatchPlan, read_lam
+from dera_peft.engine.prefill import Prefill, can_be_shared
+from dera_peft.errors import DeRaError
+from dera_peft.model import DeRaModel
+
+# Of one pass over a slice of the sequences, in all branches. The first bounds what the layers hold; the second the
+# logits, which fill the memory at a vocabulary of 150,000.
+MAX_TOKENS = 16 * 1024
+MAX_LOGITS = 32 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Scored:
+    """
+    One completion of T tokens at L λ; tensors on the CPU, in nats.
+
+    Attributes:
+        log_p: `[L, T]` fp32, log p_λ(y_t | x, y_<t) of softmax(z_λ / temperature), each λ with its own normalizer.
+        kl: `[L, T]` fp32, KL(p_λ ‖ p_ref) between the whole next-token distributions at temperature 1. Its sum over a
+            sample of π_λ estimates KL(π_λ ‖ π_ref) with less variance than the sample's log-ratios, and is never
+            negative.
+        disagreement: `[T]` fp32, the Jensen-Shannon divergence between the branches' next-token distributions at
+            temperature 1, all branches weighing the same; None with mixing="weights", which has no branches.
+        best: branch name -> its most probable next tokens, (ids `[T, k]` int64, probabilities `[T, k]` fp32), best
+            first; empty unless asked for, and with mixing="weights".
+    """
+
+    log_p: torch.Tensor
+    kl: torch.Tensor
+    disagreement: torch.Tensor | None = None
+    best: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def total(self) -> torch.Tensor:
+        """`[L]` fp32, log p_λ(y | x)."""
+        return self.log_p.sum(-1)
+
+    @property
+    def per_token(self) -> torch.Tensor:
+        """`[L]` fp32, the mean over the tokens; NaN where there are none."""
+        return self.log_p.mean(-1)
+
+    @property
+    def perplexity(self) -> torch.Tensor:
+        """`[L]` fp32, exp of minus the mean; NaN where there are no tokens."""
+        return (-self.per_token).exp()
+
+
+def score(
+    model: DeRaModel,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    lam,
+    temperature: float = 1.0,
+    top: int = 0,
+) -> list[Scored]:
+    """
+    Scores every completion at every λ, from one pass of all branches (with mixing="weights" from one pass a λ).
+
+    Where there are at least twice as many completions as prompts, each prompt is computed once for those of a slice (if
+    the model's cache allows it, see `prefill.can_be_shared`).
+
+    Args:
+        prompts: token ids, one list per sequence, none empty. Of an encoder-decoder model, the encoder's input.
+        completions: token ids, one list per sequence; one may be empty.
+        lam: L strengths, all of them for every sequence: a number (L is 1), a list of L, a `[L, K]` tensor for K
+            aligned adapters, or a dict by aligned branch of numbers or lists of L.
+        temperature: of `log_p`, more than 0.
+        top: how many of each branch's most probable tokens to return as `best`.
+
+    Returns:
+        One per sequence, in their order.
+
+    Raises:
+        DeRaError: bad input; or too little memory for a single sequence.
+    """
+    found = dict(score_each(model, prompts, completions, lam, temperature, top))
+    return [found[index] for index in range(len(prompts))]
+
+
+@torch.no_grad()
+def score_each(
+    model: DeRaModel,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    lam,
+    temperature: float = 1.0,
+    top: int = 0,
+) -> Iterator[tuple[int, Scored]]:
+    """
+    As `score`, but yields (index, scored) as they are ready, sequences of like lengths together.
+
+    Where there is too little memory for a slice of the sequences it is halved, which is said on stderr.
+    """
+    lam = _read_lambdas(lam, model.aligned)
+    _check(model, prompts, completions, temperature, top)
+    shares = len(prompts) >= 2 * len(set(map(tuple, prompts))) and can_be_shared(model)
+    waiting = sorted(
+        range(len(prompts)), key=lambda index: (len(prompts[index]), tuple(prompts[index]), len(completions[index]))
+    )
+    halvings = 0
+    while waiting:
+        lengths = [(len(prompts[index]), len(completions[index])) for index in waiting]
+        chosen = waiting[: _slice_size(model, lengths, halvings, shares)]
+        scored = None
+        try:
+            of = [prompts[index] for index in chosen], [completions[index] for index in chosen]
+            scored = _score_slice(model, *of, lam, temperature, top, shares)
+        except torch.OutOfMemoryError as error:
+            if len(chosen) == 1:
+                raise DeRaError(
+                    f"out of memory for a single sequence of {sum(lengths[0])} tokens: quantize the base "
+                    "(quantization), or shorten it."
+                ) from error
+        if scored is None:  # out here, where the error's frames no longer hold the slice's tensors
+            halvings += 1
+            torch.accelerator.empty_cache()
+            print(f"out of memory for {len(chosen)} sequences: going on with half as many at once", file=sys.stderr)
+            continue
+        waiting = waiting[len(chosen) :]
+        yield from zip(chosen, scored, strict=True)
+
+
+def _read_lambdas(lam, aligned: Sequence[str]) -> torch.Tensor:
+    """`[L, K]` float64."""
+    values = lam.values() if isinstance(lam, Mapping) else [lam]
+    counts = [len(value) for value in values if isinstance(value, Sequence) or getattr(value, "ndim", 0)]
+    if 0 in counts:
+        raise DeRaError(f"lam={lam!r} is empty; give at least one λ.")
+    return read_lam(lam, max(counts, default=1), aligned)
+
+
+def _check(model, prompts, completions, temperature, top) -> None:
+    if len(prompts) != len(completions):
+        raise DeRaError(f"there are {len(prompts)} prompts and {len(completions)} completions: give one for each.")
+    if empty := [index for index, prompt in enumerate(prompts) if len(prompt) == 0]:
+        raise DeRaError(f"prompts[{empty[0]}] is empty: a completion's first token needs one before it.")
+    if not 0 < temperature < math.inf:
+        raise DeRaError(f"temperature={temperature!r} must be more than 0: greedy decoding has no probabilities.")
+    vocabulary = model.config.get_text_config().vocab_size
+    if not 0 <= top <= vocabulary:
+        raise DeRaError(f"top={top!r} must be from 0 to the vocabulary's {vocabulary} tokens.")
+
+
+def _slice_size(model: DeRaModel, lengths: Sequence[tuple[int, int]], halvings: int, shares: bool) -> int:
+    """How many of the first sequences, of (prompt, completion) lengths, to take at once; at least one."""
+    vocabulary = model.config.get_text_config().vocab_size
+    passes = 2 if model.mixing == WEIGHTS else len(model.branches)  # whose logits are held at once
+    first_prompt, longest = lengths[0][0], 0
+    for count, (prompt, completion) in enumerate(lengths, start=1):
+        longest = max(longest, prompt + completion)
+        tokens = count * longest * passes
+        logits = count * (longest - first_prompt) * passes * vocabulary
+        is_other = shares and prompt != first_prompt  # prompts that are shared stand without padding
+        if count > 1 and (is_other or tokens > MAX_TOKENS >> halvings or logits > MAX_LOGITS >> halvings):
+            return count - 1
+    return len(lengths)
+
+
+def _score_slice(
+    model: DeRaModel,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    lam: torch.Tensor,
+    temperature: float,
+    top: int,
+    shares: bool,
+) -> list[Scored]:
+    """The tokens of all completions stand in one dimension, N, in which there is no padding."""
+    inputs = prompts, completions, shares
+    if model.mixing == WEIGHTS:
+        branches: dict[str, torch.Tensor] = {}
+        log_ref = _log_probs(model, *inputs, torch.zeros_like(lam[0]))[""]
+        mixtures = (_log_probs(model, *inputs, strengths)[""] for strengths in lam)
+    else:
+        branches = _log_probs(model, *inputs)
+        log_ref, *log_aligned = branches.values()
+        differences = [log_k - log_ref for log_k in log_aligned]
+        mixtures = (_mix(log_ref, differences, strengths) for strengths in lam)
+    targets = torch.tensor([token for completion in completions for token in completion], device=log_ref.device)
+    log_p, kl = [], []
+    for mixed, strengths in zip(mixtures, lam, strict=True):
+        log_mixed = mixed.log_softmax(-1)
+        each = log_mixed if temperature == 1 else (mixed / temperature).log_softmax(-1)
+        log_p.append(each.gather(-1, targets.long()[:, None])[:, 0].cpu())
+        kl.append(torch.linalg.vecdot(log_mixed.exp(), log_mixed.sub_(log_ref)).clamp(min=0).cpu())
+        if not strengths.any():
+            kl[-1].zero_()  # without the rounding
+
+    lengths = [len(completion) for completion in completions]
+    parts = [torch.stack(values).split(lengths, dim=1) for values in (log_p, kl)]
+    if not branches:
+        return [Scored(*values) for values in zip(*parts, strict=True)]
+    parts.append(_disagreement(list(branches.values())).split(lengths))
+    best: dict[str, list] = {}
+    for name, log_probs in branches.items() if top else ():
+        most, ids = log_probs.topk(top)
+        best[name] = list(zip(ids.cpu().split(lengths), most.exp().cpu().split(lengths), strict=True))
+    return [
+        Scored(*values, best={name: pairs[index] for name, pairs in best.items()})
+        for index, values in enumerate(zip(*parts, strict=True))
+    ]
+
+
+def _mix(log_ref: torch.Tensor, differences: Sequence[torch.Tensor], strengths: torch.Tensor) -> torch.Tensor:
+    """z_λ = z_ref + Σ λ_k·(z_k - z_ref), but for a constant in each row, which no softmax sees."""
+    mixed = log_ref
+    for difference, strength in zip(differences, strengths.tolist(), strict=True):
+        if strength != 0:
+            mixed = torch.add(mixed, difference, alpha=strength)
+    return mixed
+
+
+def _disagreement(log_probs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The Jensen-Shannon divergence of `[N, V]` distributions of the same weight: mean KL from their mean; `[N]`."""
+    log_mean = log_probs[0]
+    for other in log_probs[1:]:
+        log_mean = torch.logaddexp(log_mean, other)
+    log_mean = log_mean - math.log(len(log_probs))
+    divergences = [(each.exp() * (each - log_mean)).sum(-1) for each in log_probs]
+    return torch.stack(divergences).mean(0).clamp(min=0).cpu()
+
+
+def _log_probs(
+    model: DeRaModel,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    shares: bool,
+    strengths: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """
+    Branch name -> log-probabilities `[N, V]` (fp32) of every token at each place of the completions; with `strengths`
+    (`[K]`), those of the mixture, under the name "". With `shares` each prompt, all of one length, is computed once.
+    """
+    lengths = [len(completion) for completion in completions]
+    if not any(lengths):
+        nothing = torch.zeros(0, model.config.get_text_config().vocab_size)
+        return dict.fromkeys([""] if strengths is not None else model.adapters, nothing)
+
+    def plan(count: int) -> BatchPlan:
+        return model.plan(None if strengths is None else strengths.expand(count, -1), count, strengths is None)
+
+    # A sequence's last token is predicted and never read. Padding stands on the right, where causal models do not see
+    # it: they need no positions, and each sequence is scored as if it were alone.
+    inputs: dict[str, Any] = {"lam": plan(len(prompts)), "use_cache": False}
+    starts = [0] * len(prompts)
+    if model.config.is_encoder_decoder:
+        input_ids, attention_mask = pad(prompts, 0, left=False)
+        labels, _ = pad(completions, model.config.pad_token_id or 0, left=False)
+        inputs["decoder_input_ids"] = model.base.prepare_decoder_input_ids_from_labels(labels.to(model.device))
+    elif shares and len(prompts[0]) > 1 and len(set(map(tuple, prompts))) < len(prompts):
+        places = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        prefill = Prefill(model, list(places), plan(len(places)))
+        of = [places[tuple(prompt)] for prompt in prompts]
+        inputs.update(past_key_values=prefill.select(of, prefill.length, inputs["lam"]), use_cache=True)
+        read = [[prompt[-1], *completion[:-1]] for prompt, completion in zip(prompts, completions, strict=True)]
+        input_ids, _ = pad(read, 0, left=False)
+        attention_mask = torch.ones(len(prompts), prefill.length - 1 + input_ids.shape[1], dtype=torch.long)
+    else:
+        read = [[*prompt, *completion[:-1]] for prompt, completion in zip(prompts, completions, strict=True)]
+        input_ids, attention_mask = pad(read, 0, left=False)
+        first = min(map(len, prompts)) - 1
+        inputs["logits_to_keep"] = input_ids.shape[1] - first
+        starts = [len(prompt) - 1 - first for prompt in prompts]
+    output = model(
+        input_ids.to(model.device),
+        attention_mask=attention_mask.to(model.device),
+        output_branches=strengths is None,
+        **inputs,
+    )
+    logits = output.branch_logits if strengths is None else {"": output.logits}
+    spans = list(zip(starts, lengths, strict=True))
+    log_probs = {}
+    for name, values in logits.items():
+        rows = [row[start : start + length] for row, (start, length) in zip(values, spans, strict=True)]
+        log_probs[name] = torch.cat(rows).float().log_softmax(-1)
+    return log_probs

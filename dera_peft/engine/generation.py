@@ -1,0 +1,103 @@
+"""transformers' `generate` over branches: the rows are planned once per call, from λ, and fixed for the call."""
+
+from typing import Any
+
+import torch
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache
+
+from dera_peft.engine.plan import BatchPlan
+from dera_peft.errors import DeRaError
+
+
+class DeRaGenerationMixin(GenerationMixin):
+    """What a `DeRaModel` does otherwise than other models when it generates."""
+
+    def generate(self, inputs: torch.Tensor | None = None, *args, lam: Any = None, **kwargs):
+        """
+        transformers' `generate`, at strength `lam` (see `DeRaModel`); every other argument as ever.
+
+        λ's count is checked against the prompts before beams and return sequences expand them.
+
+        Raises:
+            DeRaError: λ does not fit; or with `guidance_scale` or `assistant_model`, whose forward passes know no λ.
+        """
+        self._check_wrapped()
+        return super().generate(inputs, *args, lam=lam, **kwargs)
+
+    def _prepare_generation_config(self, generation_config, **kwargs):
+        # λ is taken out first: a generation config that has a `lam` of its own would swallow the argument
+        lam = kwargs.pop("lam", None)
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        model_kwargs["lam"] = getattr(generation_config, "lam", None) if lam is None else lam
+        return generation_config, model_kwargs
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        scale = generation_config.guidance_scale
+        if scale is not None and scale != 1:
+            raise DeRaError(f"guidance_scale={scale!r} is not supported: its own forward pass is not given λ.")
+        if generation_mode_kwargs.get("assistant_model") is not None:
+            raise DeRaError("assistant_model is not supported: it is not given λ; prompt_lookup_num_tokens is.")
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        plan = model_kwargs.pop("lam", None)
+        if not isinstance(plan, BatchPlan):
+            every_branch = bool(model_kwargs.get("output_branches"))
+            plan = self.plan(plan, input_ids.shape[0], every_branch)
+        self._check_cache(model_kwargs.get("past_key_values"), plan.expand(expand_size))
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        model_kwargs["lam"] = plan.expand(expand_size)
+        return input_ids, model_kwargs
+
+    def _prepare_text_encoder_decoder_kwargs_for_generation(
+        self, inputs_tensor, model_kwargs, model_input_name, generation_config
+    ):
+        """The encoder runs before anything expands: once, on the branches' rows, which then expand as sequences do."""
+        own = {name: model_kwargs.pop(name) for name in ("lam", "output_branches") if name in model_kwargs}
+        plan = own.get("lam")
+        if not isinstance(plan, BatchPlan):
+            plan = self.plan(plan, inputs_tensor.shape[0], bool(own.get("output_branches")))
+        self._routing.start(plan, inputs_tensor.shape[1])
+        forked = super()._prepare_text_encoder_decoder_kwargs_for_generation(
+            plan.fork(inputs_tensor), self._fork(model_kwargs), model_input_name, generation_config
+        )
+        return {**model_kwargs, **own, "lam": plan, "encoder_outputs": forked["encoder_outputs"]}
+
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        return self.base.prepare_inputs_for_generation(input_ids, **kwargs)
+
+    def _reorder_cache(self, past_key_values: Cache, beam_idx: torch.LongTensor) -> Cache:
+        rows = self._routing.plan.reorder(beam_idx)
+        if self.fork_layer == 0:  # an encoder-decoder's cache is two
+            past_key_values.reorder_cache(rows)
+            return past_key_values
+        for index, layer in enumerate(past_key_values.layers):
+            layer.reorder_cache(beam_idx if index < self.fork_layer else rows)
+        return past_key_values
+
+    def _supports_default_dynamic_cache(self) -> bool:
+        return self.base._supports_default_dynamic_cache()
+
+    def _prepare_static_cache(self, *args, prefill_chunk_size, model_kwargs, **kwargs) -> Cache:
+        """
+        A cache is made with the first keys that it sees, of as many rows as these have. But a prefill in chunks may be
+        compiled, and then there has to be one before: of B rows below the fork, and of the branches' above it.
+        """
+        cache = super()._prepare_static_cache(*args, prefill_chunk_size=None, model_kwargs=model_kwargs, **kwargs)
+        if prefill_chunk_size is None or self.config.is_encoder_decoder:
+            return cache
+        shape = self.base._get_static_cache_init_shape()
+        if shape is None:
+            return cache
+        plan = model_kwargs["lam"]
+        heads, sizes = ([size] * len(cache.layers) if isinstance(size, int) else size for size in shape)
+        for index, (layer, num_heads, head_dim) in enumerate(zip(cache.layers, heads, sizes, strict=True)):
+            rows = plan.batch_size if index < self.fork_layer else plan.num_rows
+            if layer.supports_early_init:
+                empty = torch.empty(rows, num_heads, 0, head_dim, dtype=self.dtype, device=self.device)
+                layer.lazy_initialization(empty, empty)
+        cache.dera_pattern = plan.pattern
+        return cache

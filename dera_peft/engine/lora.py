@@ -1,0 +1,326 @@
+"""A forward pass for PEFT's adapted modules that touches only its branch's rows."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.lora import Embedding as LoraEmbedding
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from torch import nn
+
+from dera_peft.engine.biases import TrainedBias, find_bias
+from dera_peft.engine.plan import BatchPlan, Branch
+from dera_peft.errors import DeRaError
+
+SUPPORTED_VARIANTS = (DoraEmbeddingVariant, DoraLinearVariant)
+
+
+class Routing:
+    """
+    What fork, adapted modules and join of one model share while a batch is computed.
+
+    Attributes:
+        plan: the batch's rows.
+        length: S, the batch's number of tokens a sequence.
+        keep_branches: whether the head runs for each branch, since their logits are asked for.
+        forked: the inputs forked so far, see `fork_inputs`.
+    """
+
+    def __init__(self):
+        self.plan: BatchPlan | None = None
+        self.length = 1
+        self.keep_branches = False
+        self.forked: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def start(self, plan: BatchPlan, length: int, keep_branches: bool = False) -> None:
+        self.plan, self.length, self.keep_branches, self.forked = plan, length, keep_branches, []
+
+    def rows(self, name: str, x: torch.Tensor, rows: slice) -> slice:
+        """
+        The rows of `x` that a plan's `rows` stand for: in `[R, S, ...]` themselves, in `[R·S, D]` S times as many.
+
+        Raises:
+            DeRaError: `x` has another number of rows.
+        """
+        if rows.start is None:  # all of them
+            return rows
+        each = self.length if x.ndim == 2 and x.is_floating_point() else 1
+        if x.shape[0] != self.plan.num_rows * each:
+            raise DeRaError(
+                f"{name} was called with {x.shape[0]} rows in a batch of {self.plan.num_rows}: its model reorders or "
+                "folds the rows before this layer (as mixtures of experts do), so an adapter here cannot be kept to "
+                "its branch; train one on the attention layers."
+            )
+        return rows if each == 1 else slice(rows.start * each, rows.stop * each)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """
+    A module of the base that adapters change, by its name there, with the names of those that are used.
+
+    A module without LoRA may be adapted by a trained bias alone.
+    """
+
+    name: str
+    module: nn.Module
+    adapters: frozenset[str]
+    bias: TrainedBias | None = None
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether an adapter replaces the module's weights, instead of adding a product to its output."""
+        return isinstance(self.module, AuxiliaryTrainingWrapper)
+
+    @property
+    def scales(self) -> bool:
+        """Whether an adapter's share of the output is proportional to a scale, as plain LoRA's is."""
+        return not self.is_replaced and not (self.has_lora and self.adapters & set(self.module.lora_variant))
+
+    @property
+    def has_lora(self) -> bool:
+        return isinstance(self.module, LoraLayer)
+
+
+def find_adapted(base: nn.Module, adapters: Sequence[str]) -> list[Adapted]:
+    """
+    The modules of `base` that any of `adapters` changes.
+
+    Raises:
+        DeRaError: one is adapted in a way that can't be kept to a branch's rows; names module, adapter and reason.
+    """
+    found = []
+    inner = set()  # layers in a LoRA layer, which stands for them
+    for name, module in base.named_modules():
+        bias = find_bias(module)
+        if bias is not None and bias.adapter not in adapters:
+            bias = None
+        if isinstance(module, LoraLayer):
+            inner.add(module.get_base_layer())
+            names = set(module.r) if bias is None else {*module.r, bias.adapter}
+        elif isinstance(module, ModulesToSaveWrapper):
+            names = set(module.modules_to_save)
+        elif isinstance(module, TrainableTokensWrapper):
+            names = set(module.token_adapter.token_indices)
+        elif bias is not None and module not in inner:
+            names = {bias.adapter}
+        else:
+            continue
+        if names := frozenset(names.intersection(adapters)):
+            found.append(Adapted(name, module, names, bias))
+            _check(found[-1])
+    return found
+
+
+def _check(adapted: Adapted) -> None:
+    name, layer = adapted.name, adapted.module
+    if adapted.is_replaced:
+        merged = layer.token_adapter.merged_adapters if isinstance(layer, TrainableTokensWrapper) else []
+    else:
+        merged = layer.merged_adapters if adapted.has_lora else []
+    if merged:
+        raise DeRaError(f"{name}: the adapter {merged} is merged into the base; call unmerge_adapter() first.")
+    if not adapted.has_lora:
+        return
+    for adapter in sorted(adapted.adapters.intersection(layer.r)):
+        is_linear = (
+            adapter in layer.lora_A
+            and isinstance(layer.lora_A[adapter], nn.Linear)
+            and not isinstance(layer, (MultiheadAttention, ParamWrapper))
+        )
+        if not is_linear and not isinstance(layer, LoraEmbedding):
+            raise DeRaError(
+                f"{name}: adapter {adapter!r} is a LoRA {type(layer).__name__}; LoRA on linear layers and embeddings "
+                "is supported. Where it adapts the experts of a mixture (target_parameters), adapt the attention "
+                "layers instead: the tokens of all sequences are mixed in an expert's batch."
+            )
+        variant = layer.lora_variant.get(adapter)
+        if variant is not None and type(variant) not in SUPPORTED_VARIANTS:
+            kind = type(variant).__name__
+            raise DeRaError(
+                f"{name}: adapter {adapter!r} uses the LoRA variant {kind}, which is not supported; plain LoRA, rsLoRA "
+                "and DoRA are."
+            )
+
+
+def check_scales(branches: Sequence[Branch], adapted: Sequence[Adapted]) -> None:
+    """
+    Refuses adapters whose weights can't be scaled by λ.
+
+    Raises:
+        DeRaError: names module and adapter.
+    """
+    common = set.intersection(*(set(branch.adapters) for branch in branches))
+    for module in adapted:
+        if not module.scales and (own := module.adapters - common):
+            kind = "modules_to_save or trainable tokens" if module.is_replaced else "DoRA"
+            raise DeRaError(
+                f"{module.name}: adapter {min(own)!r} uses {kind}, whose weights can't be scaled by λ; mix logits."
+            )
+
+
+def check_one_replaces(branches: Sequence[Branch], adapted: Sequence[Adapted]) -> None:
+    """
+    Refuses a branch of which two adapters replace the weights of one module: only one could be used.
+
+    Raises:
+        DeRaError: names module and adapters.
+    """
+    for module in adapted:
+        for branch in branches:
+            both = [name for name in branch.adapters if name in module.adapters]
+            if module.is_replaced and len(both) > 1:
+                raise DeRaError(
+                    f"{module.name}: the adapters {both} of the branch {branch.name!r} each bring weights of their own "
+                    "for it (modules_to_save or trainable tokens), and only one's can be used."
+                )
+
+
+def branch_forward(adapted: Adapted, routing: Routing) -> Callable:
+    """The `forward` of an adapted module under a plan."""
+    if adapted.is_replaced:
+        return _replaced_forward(adapted, routing)
+    forward = _lora_forward(adapted, routing) if adapted.has_lora else adapted.module.forward
+    return forward if adapted.bias is None else _biased_forward(adapted, routing, forward)
+
+
+def _lora_forward(adapted: Adapted, routing: Routing) -> Callable:
+    """
+    One base product over all rows, whatever the base layer is (quantized or not), then y[rows] += B(A(x[rows]))·s in
+    place for the rows of the branches that have the adapter.
+    """
+    name, layer = adapted.name, adapted.module
+    base_layer = layer.base_layer
+    adds = {adapter: _make_add(layer, adapter) for adapter in adapted.adapters.intersection(layer.r)}
+
+    def forward(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        plan = routing.plan
+        y = base_layer(x, *args, **kwargs)
+        for adapter, runs in plan.adapter_rows.items():
+            add = adds.get(adapter)
+            if add is None:
+                continue
+            for run in runs:
+                if run.start is None:  # all rows
+                    add(x, y, plan)
+                else:
+                    rows = routing.rows(name, x, run)
+                    add(x[rows], y[rows], plan)
+        return y
+
+    return forward
+
+
+def _make_add(layer: LoraLayer, adapter: str) -> Callable[[torch.Tensor, torch.Tensor, BatchPlan], None]:
+    """The function that adds an adapter's share, of the rows x, to the rows y in place."""
+    if adapter in layer.lora_variant:
+        variant = layer.lora_variant[adapter]
+
+        def add_variant(x: torch.Tensor, y: torch.Tensor, plan: BatchPlan) -> None:
+            y.copy_(variant.forward(layer, active_adapter=adapter, x=_cast(layer, adapter, x), result=y))
+
+        return add_variant
+    is_plain = (
+        not isinstance(layer, LoraEmbedding)
+        and layer.lora_B[adapter].bias is None
+        # of an offloaded layer, whose weights come when the module is called
+        and not layer.lora_A[adapter].weight.is_meta
+    )
+    if is_plain:
+        return _make_add_product(layer, adapter)
+
+    def add_delta(x: torch.Tensor, y: torch.Tensor, plan: BatchPlan) -> None:
+        y.add_(_scaled(_delta(layer, adapter, x), plan, adapter), alpha=layer.scaling[adapter])
+
+    return add_delta
+
+
+def _make_add_product(layer: LoraLayer, adapter: str) -> Callable[[torch.Tensor, torch.Tensor, BatchPlan], None]:
+    """
+    The same in few operations, and in few steps of Python: while one token a row is decoded, their number costs more
+    than the products themselves.
+    """
+    lora_a, lora_b, dropout = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
+    rank, outputs, scaling = lora_b.in_features, lora_b.out_features, layer.scaling
+
+    def add_product(x: torch.Tensor, y: torch.Tensor, plan: BatchPlan) -> None:
+        # `lora_a.weight` would be found by nn.Module.__getattr__, which takes as long as the product
+        a, b = lora_a._parameters["weight"], lora_b._parameters["weight"]
+        if x.dtype != a.dtype:
+            x = x.type(a.dtype)
+        low = nn.functional.linear(dropout(x) if dropout.training else x, a)
+        if plan.adapter_scale:
+            low = _scaled(low, plan, adapter)
+        if low.dtype == b.dtype == y.dtype:
+            # folded to [n·S, D], the product and the sum are one call
+            y.view(-1, outputs).addmm_(low.view(-1, rank), b.t(), alpha=scaling[adapter])
+        else:
+            y.add_(nn.functional.linear(low, b).type(y.dtype), alpha=scaling[adapter])
+
+    return add_product
+
+
+def _biased_forward(adapted: Adapted, routing: Routing, unbiased: Callable) -> Callable:
+    """y[rows] += trained bias - own bias, behind everything else: DoRA's norms leave the bias out."""
+    name, bias = adapted.name, adapted.bias
+
+    def forward(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        y = unbiased(x, *args, **kwargs)
+        for run in routing.plan.adapter_rows.get(bias.adapter, ()):
+            rows = routing.rows(name, x, run)
+            y[rows].add_(_scaled(bias.delta.expand_as(y[rows]), routing.plan, bias.adapter))
+        return y
+
+    return forward
+
+
+def _scaled(delta: torch.Tensor, plan: BatchPlan, adapter: str) -> torch.Tensor:
+    """An adapter's share of the output times its λ, where weights are mixed."""
+    if adapter not in plan.adapter_scale:
+        return delta
+    scale = plan.adapter_scale[adapter].to(delta.device, delta.dtype)
+    scale = scale.repeat_interleave(delta.shape[0] // len(scale))
+    return delta * scale.view(-1, *[1] * (delta.ndim - 1))
+
+
+def _delta(layer: LoraLayer, adapter: str, x: torch.Tensor) -> torch.Tensor:
+    if not isinstance(layer, LoraEmbedding):
+        lora_a, lora_b, dropout = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
+        return lora_b(lora_a(dropout(_cast(layer, adapter, x))))
+    delta = layer._embed(x, layer.lora_embedding_A[adapter].T) @ layer.lora_embedding_B[adapter].T
+    scale = layer._get_embed_scale()  # Gemma's embeddings are scaled in their own forward
+    return delta if scale is None else delta * scale.to(delta.dtype)
+
+
+def _cast(layer: LoraLayer, adapter: str, x: torch.Tensor) -> torch.Tensor:
+    return x if isinstance(layer, LoraEmbedding) else x.to(layer.lora_A[adapter].weight.dtype)
+
+
+def _replaced_forward(adapted: Adapted, routing: Routing) -> Callable:
+    """Each branch's rows through the weights that its adapter brings, or through the base's own."""
+    name, wrapper = adapted.name, adapted.module
+    original = wrapper.original_module
+
+    def of(adapter: str | None) -> Callable:
+        if adapter is None:
+            return original
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            return wrapper.modules_to_save[adapter]
+        return lambda x: wrapper.token_adapter.forward_adapters(x, [adapter])
+
+    def forward(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        parts = []
+        wanted = [next(iter(adapted.adapters & set(s.branch.adapters)), None) for s in routing.plan.segments]
+        if len(set(wanted)) == 1:
+            return of(wanted[0])(x, *args, **kwargs)
+        for segment, adapter in zip(routing.plan.segments, wanted, strict=True):
+            rows = routing.rows(name, x, slice(segment.start, segment.stop))
+            parts.append(of(adapter)(x[rows], *args, **kwargs))
+            if not isinstance(parts[-1], torch.Tensor):
+                raise DeRaError(f"{name} is in modules_to_save and does not return a tensor; it can't be branched.")
+        return torch.cat(parts)
+
+    return forward

@@ -1,0 +1,82 @@
+"""Prompts that are computed once for many completions."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from dera_peft.decoding.sampling import PLAIN
+from dera_peft.engine.padding import pad
+from dera_peft.engine.plan import BatchPlan
+from dera_peft.model import DeRaModel
+
+
+def can_be_shared(model: PreTrainedModel) -> bool:
+    """Whether the model caches plain keys and values at every layer, so that a prompt's rows can be repeated."""
+    config = model.generation_config
+    if model.config.is_encoder_decoder or not model._supports_default_dynamic_cache():
+        return False
+    if config.cache_implementation is not None or config.use_cache is False:
+        return False
+    # the layers that generate's own cache would have; sliding windows and recurrent states are of other types
+    return all(type(layer) is DynamicLayer for layer in _new_cache(model).layers)
+
+
+def _new_cache(model: PreTrainedModel) -> DynamicCache:
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
+class Prefill:
+    """
+    The keys and values of prompts, in all the branches that their completions need.
+
+    Args:
+        model: for which `can_be_shared`.
+        prompts: token ids.
+        plan: from `model.plan`, with at least the branches that each prompt's completions need; with mixing="weights",
+            of the completions' own λ. None for a model without λ.
+        pad_token_id: fills up shorter prompts.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], plan: BatchPlan | None, pad_token_id: int = 0
+    ):
+        self.model, self.plan = model, plan
+        input_ids, attention_mask = pad(prompts, pad_token_id, left=True)
+        self.length = input_ids.shape[1]
+        # one token is generated and thrown away: so the base prepares positions and masks as it does for decoding
+        self.cache = model.generate(
+            input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            **({} if plan is None else {"lam": plan}),
+            **PLAIN,
+            max_new_tokens=1,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=pad_token_id,
+            return_dict_in_generate=True,
+        ).past_key_values
+
+    def select(self, sequences: Sequence[int], length: int, plan: BatchPlan | None) -> DynamicCache:
+        """
+        A cache of its own for a batch, from which `generate` goes on with the prompts' last tokens.
+
+        Args:
+            sequences: which prompt each of the batch's sequences is of; one may stand any number of times.
+            length: of the batch's longest prompt.
+            plan: the batch's, from `model.plan`.
+        """
+        by_sequence = torch.tensor(sequences)
+        by_row = by_sequence if plan is None else plan.rows_in(self.plan, by_sequence.to(plan.device))
+        first_forked = self.model.fork_layer if isinstance(self.model, DeRaModel) else 0
+        cache = _new_cache(self.model)
+        for index, layer in enumerate(self.cache.layers):
+            if layer.is_initialized:  # layers that share another's keys and values have none
+                rows = (by_sequence if index < first_forked else by_row).to(layer.keys.device)
+                # without the padding of longer prompts, and without the last token, whose output the batch needs
+                keys, values = (states[:, :, self.length - length : -1] for states in (layer.keys, layer.values))
+                cache.update(keys.index_select(0, rows), values.index_select(0, rows), index)
+        if plan is not None:
+            cache.dera_pattern = plan.pattern
+        return cache

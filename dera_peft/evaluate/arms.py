@@ -1,0 +1,148 @@
+"""The lines of a sweep: what is decoded, over one reference, and drawn as a curve or a point of its own."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+
+from dera_peft.checkpoint.fingerprint import (
+    base_fingerprint,
+    model_fingerprint,
+    settings_fingerprint,
+    weights_fingerprint,
+)
+from dera_peft.checkpoint.loading import load, resolve
+from dera_peft.checkpoint.record import LOGITS, Record
+from dera_peft.engine.plan import REFERENCE
+from dera_peft.errors import DeRaError
+from dera_peft.evaluate.config import SweepConfig
+from dera_peft.model import DeRaModel
+
+BETWEEN = 4  # points of the fine grid between two λ of the sweep
+MAX_GRID = 81  # points in all
+
+
+@dataclass(frozen=True)
+class Line:
+    """
+    One line.
+
+    Attributes:
+        name: "logits", "weights", or the user's own for a further model.
+        base, adapter: as in `DeRaModel.from_pretrained`.
+        mixing: "logits" or "weights".
+        record: of the adapter.
+        lambdas: the λ to decode at.
+        is_own: whether it is the sweep's adapter, and not a further model's.
+        place: the λ that a further model stands for, β of the sweep's adapter over its own; None where one of them is
+            not known.
+        run: fingerprint of all that decides a completion: weights and sampling, not how many prompts, λ or samples.
+    """
+
+    name: str
+    base: str | None
+    adapter: str | None
+    mixing: str
+    record: Record
+    lambdas: tuple[float, ...]
+    is_own: bool
+    place: float | None
+    run: str
+
+    @property
+    def beta(self) -> float | None:
+        return beta_of(self.record)
+
+    def load(self, config: SweepConfig, device_map) -> DeRaModel:
+        return load(
+            self.base,
+            self.adapter,
+            quantization=config.quantization,
+            dtype=config.dtype,
+            device_map=device_map,
+            mixing=self.mixing,
+        )
+
+
+def beta_of(record: Record) -> float | None:
+    """β that the adapter was trained with, if its record knows one that β/λ can be said of."""
+    beta = record.training.get("beta")
+    is_number = isinstance(beta, (int, float)) and not isinstance(beta, bool)
+    return float(beta) if is_number and 0 < beta < math.inf else None
+
+
+def make_lines(config: SweepConfig) -> list[Line]:
+    """
+    The lines that a config names: those of the sweep's adapter, "logits" first, and then the further models.
+
+    Raises:
+        DeRaError: there is no such model, or it stands over another reference, or it is several aligned models.
+    """
+    record = _resolve(config.base, config.adapter)
+    mixings = sorted(config.mixing)  # logits, weights
+    lines = [
+        Line(
+            mixing,
+            config.base,
+            config.adapter,
+            mixing,
+            record,
+            config.lambdas,
+            True,
+            None,
+            _run(config, record, mixing),
+        )
+        for mixing in mixings
+    ]
+    for name, adapter in config.models.items():
+        other = _resolve(None if Record.is_in(adapter) else record.base, adapter)
+        if reference_of(other) != reference_of(record):
+            raise DeRaError(
+                f"models: {name!r} ({adapter!r}) stands over another reference than the sweep's adapter, so that its "
+                "KL would be from something else: it needs the same base, and the same adapters under it."
+            )
+        known = beta_of(record), beta_of(other)
+        place = None if None in known else known[0] / known[1]
+        base = None if Record.is_in(adapter) else record.base
+        lines.append(Line(name, base, adapter, LOGITS, other, (1.0,), False, place, _run(config, other, LOGITS)))
+    return lines
+
+
+def _resolve(base: str | None, adapter: str | None) -> Record:
+    record = resolve(base, adapter)
+    if len(record.branches) > 2:
+        raise DeRaError(
+            f"dera sweep takes one aligned model, and adapter={adapter or base!r} is a record of "
+            f"{list(record.branches)[1:]}: sweep one of their adapters, or a mixture of them (dera export)."
+        )
+    return record
+
+
+def _run(config: SweepConfig, record: Record, mixing: str) -> str:
+    return settings_fingerprint(
+        {
+            **model_fingerprint(replace(record, mixing=mixing)),
+            "quantization": config.quantization,
+            "dtype": config.dtype,
+            "chat": config.chat,
+            "sampling": asdict(config.sampling),
+        }
+    )
+
+
+def reference_of(record: Record) -> tuple:
+    """Which weights the reference is made of: where they are local by their fingerprints, else by name."""
+    folders = [record.adapters[name] for name in record.branches[REFERENCE]]
+    base = record.base_fingerprint or base_fingerprint(record.base, record.base_revision) or record.base
+    return (base, *(weights_fingerprint(folder) or folder for folder in folders))
+
+
+def fine_grid(lambdas: Sequence[float]) -> list[float]:
+    """The λ and points evenly between them, as many as MAX_GRID allows; ascending, never beyond the λ themselves."""
+    lambdas = sorted(lambdas)
+    intervals = max(1, len(lambdas) - 1)
+    between = max(0, min(BETWEEN, (MAX_GRID - len(lambdas)) // intervals))
+    grid = []
+    for low, high in pairwise(lambdas):
+        grid += [low, *(round(low + (high - low) * step / (between + 1), 9) for step in range(1, between + 1))]
+    return [*grid, lambdas[-1]]

@@ -1,0 +1,80 @@
+"""What each branch would have said at each token of a completion, in words."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from dera_peft.decoding.scoring import Scored
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+MAX_BYTES = 4  # of a character in UTF-8
+
+
+def views(
+    scored: "Scored",
+    prompt: Sequence[int],
+    completion: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    known: dict[tuple[int | None, int], str] | None = None,
+) -> list[dict]:
+    """
+    The view of each token: its text, how much the branches disagree there, and the tokens each holds most probable.
+
+    Args:
+        scored: of this completion, with `top` > 0 and branches (`mixing="logits"`).
+        prompt, completion: the token ids that were scored.
+        known: of one tokenizer, the texts of tokens behind others; what is found is added, for the next call.
+
+    Returns:
+        Per token `{"token": text, "js": nats, "reference": [[text, probability], …], "aligned": …}`, the most probable
+        first. An end token has a view as well.
+    """
+    texts = token_texts(prompt, completion, tokenizer)
+    known = {} if known is None else known
+
+    def text_after(before: int | None, token: int) -> str:
+        if (before, token) not in known:
+            known[before, token] = _text_after(before, token, tokenizer)
+        return known[before, token]
+
+    disagreement = scored.disagreement.tolist()
+    best = {branch: (ids.tolist(), chances.tolist()) for branch, (ids, chances) in scored.best.items()}
+    result = []
+    for place, text in enumerate(texts):
+        before = completion[place - 1] if place else (prompt[-1] if prompt else None)
+        view = {"token": text, "js": disagreement[place]}
+        for branch, (ids, chances) in best.items():
+            view[branch] = [
+                [text_after(before, token), chance] for token, chance in zip(ids[place], chances[place], strict=True)
+            ]
+        result.append(view)
+    return result
+
+
+def token_texts(prompt: Sequence[int], completion: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """
+    The text that each token of a completion adds to what stands before it.
+
+    A character that several tokens make up stands with the last of them, and "" with the others. Special tokens are
+    written out, so that an end token has a text too.
+    """
+    ids = [*prompt[-1:], *completion]
+    start, done = 0, len(ids) - len(completion)  # the texts of ids[:done] are told; ids[start:done] is their context
+    texts: list[str] = []
+    for end in range(done + 1, len(ids) + 1):
+        text = tokenizer.decode(ids[start:end])
+        if text.endswith(REPLACEMENT) and end - done < MAX_BYTES and end < len(ids):
+            texts.append("")
+            continue
+        texts.append(text[len(tokenizer.decode(ids[start:done])) :])
+        start, done = done, end
+    return texts
+
+
+def _text_after(before: int | None, token: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A token's text behind another, without which a leading space is lost; "�" for a part of a character."""
+    context = [] if before is None else [before]
+    text = tokenizer.decode([*context, token])[len(tokenizer.decode(context)) if context else 0 :]
+    return text if text and REPLACEMENT not in text else REPLACEMENT

@@ -1,0 +1,298 @@
+"""A sweep over λ: decode held-out prompts, measure them, recommend a λ, and show what was found."""
+
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from dera_peft.checkpoint.devices import device_map_of, join_processes
+from dera_peft.checkpoint.loading import load_config, load_tokenizer
+from dera_peft.checkpoint.record import LOGITS
+from dera_peft.decoding.prompts import Prompt, encode, read_prompts
+from dera_peft.decoding.rows import write_rows
+from dera_peft.errors import DeRaError
+from dera_peft.evaluate.analysis.curve import Curve, estimate_curve, reason_off
+from dera_peft.evaluate.analysis.recommend import recommend
+from dera_peft.evaluate.analysis.summary import AGAINST, check_names, summarise, write_csv
+from dera_peft.evaluate.arms import Line, make_lines
+from dera_peft.evaluate.config import SweepConfig
+from dera_peft.evaluate.report.page import write_report
+from dera_peft.evaluate.report.plots import plot_pareto, plot_sweep
+from dera_peft.evaluate.result import SweepResult
+from dera_peft.evaluate.retrain import FILE_NAME as RETRAIN
+from dera_peft.evaluate.retrain import retrain_command
+from dera_peft.evaluate.store import Key, hold
+from dera_peft.evaluate.worker import Making, Progress, silent
+from dera_peft.rewards.functions import NamedReward, load_rewards
+from dera_peft.rewards.judges import NamedJudge, load_judge
+from dera_peft.rewards.metrics import Measured, is_better_low
+
+FILES = ("report.html", "sweep.png", "sweep.svg", "pareto.png", "pareto.svg", "summary.csv", "samples.jsonl")
+PACKAGES = ("dera-peft", "torch", "transformers", "peft")
+IN_MEMORY = ("log_p", "kl_grid", "views")  # of a row, what samples.jsonl does without
+
+
+def sweep(config: SweepConfig | None = None, *, progress: Progress = silent, **keys) -> SweepResult | None:
+    """
+    Decodes, measures, summarises, recommends; writes samples.jsonl, summary.csv, the plots and report.html.
+
+    All that is made on the way is kept in `output_dir/parts` as it is finished: run again with the same model and
+    sampling, after a kill too, a sweep goes on where it was and draws the same random numbers. More λ, samples,
+    prompts, lines or rewards add to what is there; a changed reward is asked again, and nothing is decoded again.
+
+    Of the processes that `torchrun` or `accelerate launch` started each makes the part of some prompts; they need one
+    file system. The result does not depend on their number, but for rounding.
+
+    Args:
+        config: or its keys, as in `SweepConfig`; keys come before a config.
+        progress: shows how far it is; see `making.Progress`.
+
+    Returns:
+        What was found; None in all processes but the first one.
+
+    Raises:
+        DeRaError: bad input. Rows on which a reward or the judge fails are marked, and the rest goes on.
+    """
+    config = SweepConfig(**keys) if config is None else replace(config, **keys)
+    processes = join_processes()
+    device_map = device_map_of(config.device_map, processes)
+    if config.output_dir is None:
+        raise DeRaError("output_dir is missing: set it in the config or with --output-dir.")
+    lines = make_lines(config)
+    rewards = load_rewards(config.rewards, lines[0].beta, device_map)
+    _check_rewards(rewards)
+    judge = None if config.judge is None else load_judge(config.judge, device_map)
+    if judge is not None and not set(AGAINST) & set(config.lambdas):
+        raise DeRaError(f"judge={judge.name!r} compares with λ=0 and λ=1, and lambdas has neither: add one of them.")
+    prompts = _prompts(config, rewards, say=processes.is_main_process)
+    tokenizer, tokens = encoded(config, lines[0], prompts)
+    folder = Path(config.output_dir)
+    with hold(folder) if processes.is_main_process else nullcontext():
+        processes.wait_for_everyone()  # none touches a file before the folder is held
+        making = Making(
+            config,
+            lines,
+            prompts,
+            tokens,
+            tokenizer,
+            mine=_part(tokens, processes.process_index, processes.num_processes),
+            device_map=device_map,
+            folder=folder,
+            rank=processes.process_index,
+            progress=progress if processes.is_main_process else silent,
+        )
+        processes.wait_for_everyone()  # all have seen the same files, before any writes
+        wanted = making.all_keys(range(len(prompts)))
+        reused = sum(key in making.completions for key in wanted)
+        if processes.is_main_process:
+            _tell(config, reused, len(wanted))
+        for line in lines:
+            making.make(line)
+        for reward in rewards:
+            if reward.function is not None:
+                making.reward(reward)
+        if judge is not None:
+            making.judge(judge)
+        processes.wait_for_everyone()
+        if not processes.is_main_process:
+            return None
+        making.read()
+        return _finish(making, rewards, judge, reused)
+
+
+def _tell(config: SweepConfig, reused: int, count: int) -> None:
+    """What a user may not expect of the `count` completions, before they are made."""
+    if config.temperature == 0 and config.samples > 1:
+        print(
+            f"temperature=0, samples={config.samples}: greedy decoding gives all samples of a prompt the same text; "
+            "one is enough",
+            file=sys.stderr,
+        )
+    if reused:
+        some = "all" if reused == count else f"{reused} of"
+        print(f"{config.output_dir}: {some} {count} completions are there already", file=sys.stderr)
+
+
+def encoded(config: SweepConfig, line: Line, prompts: Sequence[Prompt]) -> tuple[Any, list[list[int]]]:
+    """The tokenizer, and each prompt's token ids."""
+    tokenizer = load_tokenizer(config.base, config.adapter)
+    base = load_config(line.record.base, revision=line.record.base_revision)
+    return tokenizer, encode(prompts, tokenizer, base, config.max_new_tokens, config.chat)
+
+
+def _check_rewards(rewards: Sequence[NamedReward]) -> None:
+    if not rewards:
+        raise DeRaError("rewards is missing: set it in the config or with --reward.")
+    check_names([reward.name for reward in rewards])
+    if is_better_low(rewards[0].name):
+        raise DeRaError(
+            f"rewards: by the first one λ is chosen, and a high {rewards[0].name} is no merit; put another one first."
+        )
+
+
+def _prompts(config: SweepConfig, rewards: Sequence[NamedReward], say: bool) -> list[Prompt]:
+    prompts = read_prompts(config.prompts, config.prompt_column, config.split, config.subset, config.max_prompts)
+    where = config.prompts if isinstance(config.prompts, str) else "prompts"
+    if say and (own := sum(prompt.lam is not None for prompt in prompts)):
+        print(
+            f"{where}: {own} of {len(prompts)} prompts have a lambda of their own, which a sweep leaves aside: it "
+            "decodes each at all of its lambdas",
+            file=sys.stderr,
+        )
+    if config.group is not None:
+        for prompt in prompts:
+            if prompt.columns.get(config.group) is None:
+                raise DeRaError(
+                    f"{prompt.source}: has no {config.group!r} to tell its group by; it has {sorted(prompt.columns)}."
+                )
+    for reward in rewards:
+        kind, _, column = reward.name.partition(":")
+        if reward.metric and kind == "exact_match" and not any(column in prompt.columns for prompt in prompts):
+            raise DeRaError(f"rewards: {reward.name!r}: no prompt has a column {column!r}.")
+    return prompts
+
+
+def _part(tokens: Sequence[Sequence[int]], rank: int, count: int) -> list[int]:
+    """The prompts of one of `count` processes: the longest first, each to the one with the fewest tokens so far."""
+    loads, parts = [0] * count, [[] for _ in range(count)]
+    for index in sorted(range(len(tokens)), key=lambda index: (-len(tokens[index]), index)):
+        least = loads.index(min(loads))
+        loads[least] += len(tokens[index])
+        parts[least].append(index)
+    return sorted(parts[rank])
+
+
+# -- what was found ---------------------------------------------------------------------------------------------------
+
+
+def _finish(making: Making, rewards: Sequence[NamedReward], judge: NamedJudge | None, reused: int) -> SweepResult:
+    config, folder, first = making.config, making.folder, making.lines[0]
+    rows = _join(making, rewards, judge)
+    names = [reward.name for reward in rewards]
+    summaries = summarise(rows, config.group, config.seed)
+    if making.reads_grid:
+        curve = estimate_curve(rows, making.grid, names, config.seed)
+    else:
+        curve = Curve(reason=reason_off(config.sampling))
+    recommendation, reason = None, f"the reward {names[0]!r} has no value at any λ."
+    if any(row["rewards"][names[0]] is not None for row in rows if row["line"] == LOGITS):
+        try:
+            recommendation = recommend(summaries, curve, config.rule, names[0], config.kl_budget, first.beta)
+            reason = None
+        except DeRaError as error:  # there is still all that was measured to be shown
+            reason = str(error)
+    command = None
+    if recommendation is not None and recommendation.beta is not None and recommendation.lam != 1:
+        command = retrain_command(config.adapter or config.base, first.record, recommendation.beta, folder)
+
+    models = {line.name: line.place for line in making.lines if not line.is_own}
+    title = f"{len(making.prompts)} prompts, {config.samples} samples each; bars: 95 % over prompts"
+    for ending in ("png", "svg"):
+        found = summaries, curve, recommendation, names[0]
+        plot_sweep(*found, folder / f"sweep.{ending}", title, models)
+        plot_pareto(*found, folder / f"pareto.{ending}", title, models)
+    write_rows(
+        folder / "samples.jsonl",
+        ({name: value for name, value in row.items() if name not in IN_MEMORY} for row in rows),
+    )
+    write_csv(summaries, folder / "summary.csv")
+    facts = _facts(making, rewards, judge)
+    title = f"How strong should {facts['adapter']} be?"
+    found = summaries, curve, recommendation, rows, command, models
+    write_report(folder / "report.html", title, facts, *found, reason=reason)
+    failed = sum("errors" in row for row in rows)
+    files = [*FILES, RETRAIN] if command is not None and RETRAIN in command else list(FILES)
+    return SweepResult(summaries, curve, recommendation, reason, command, rows, reused, failed, files)
+
+
+def _join(making: Making, rewards: Sequence[NamedReward], judge: NamedJudge | None) -> list[dict]:
+    """Completions with all that was found of them, by line, prompt, λ and sample."""
+    scores, valued = making.scores(), making.rewards()
+    keys = making.all_keys(range(len(making.prompts)))
+    verdicts: dict[Key, dict[str, dict]] = {}
+    if judge is not None:
+        for name, key, other in making.comparisons(keys):
+            verdict = valued[name, key, making.judge_run(judge, key, other)]
+            verdicts.setdefault(key, {})[f"{other.lam:g}"] = verdict
+    rows = []
+    for key in keys:
+        completion, score, prompt = making.completions[key], scores[key], making.prompts[key.index]
+        ids, has_end = completion["ids"], completion["finish"] == "eos"
+        measured = Measured(
+            completion["completion"],
+            tokens=ids[:-1] if has_end else ids,
+            log_ref=score["log_ref"],
+            log_aligned=score.get("log_aligned"),
+            length=len(ids),
+            columns=prompt.columns,
+        )
+        values: dict[str, float | None] = {}
+        errors: dict[str, str] = {}
+        for reward in rewards:
+            if reward.metric is not None:
+                values[reward.name] = reward.metric(measured)
+                continue
+            found = valued[reward.name, key, making.reward_run(reward, key)]
+            values[reward.name] = found["value"]
+            if "error" in found:
+                errors[reward.name] = found["error"]
+        errors |= {f"judge {lam}": found["error"] for lam, found in verdicts.get(key, {}).items() if "error" in found}
+        row = {
+            "run": completion["run"],
+            "line": key.line,
+            "index": key.index,
+            **prompt.columns,
+            "prompt": prompt.content,  # also where another column is called so
+            "lambda": key.lam,
+            "sample": key.sample,
+            "completion": completion["completion"],
+            "tokens": len(ids),
+            "finish": completion["finish"],
+            "kl": score["kl"],
+            "rewards": values,
+        }
+        if errors:
+            row["errors"] = errors
+        if judge is not None:
+            row["judged"] = {lam: found["value"] for lam, found in verdicts.get(key, {}).items()}
+        rows.append(row | {name: score[name] for name in IN_MEMORY if name in score})
+    return rows
+
+
+def _facts(making: Making, rewards: Sequence[NamedReward], judge: NamedJudge | None) -> dict[str, str]:
+    """What was swept, for the page."""
+    config, first = making.config, making.lines[0]
+    sampling = config.sampling
+    ways = {
+        "temperature": (sampling.temperature, 1.0), "top_k": (sampling.top_k, 0), "top_p": (sampling.top_p, 1.0),
+        "min_p": (sampling.min_p, 0.0), "repetition_penalty": (sampling.repetition_penalty, 1.0),
+    }  # fmt: skip
+    drawn = ", ".join(f"{name} {value:g}" for name, (value, plain) in ways.items() if value != plain)
+    if sampling.temperature == 0:
+        drawn = "greedy"
+    facts = {
+        "base": first.record.base,
+        "adapter": str(config.adapter or config.base),
+        "β of its training": "not known" if first.beta is None else f"{first.beta:g}",
+        "quantization": config.quantization or "none",
+        "prompts": f"{len(making.prompts)} of {config.prompts if isinstance(config.prompts, str) else 'a list'}",
+        "samples": f"{config.samples} per prompt and λ",
+        "sampling": f"{drawn or 'temperature 1'}, at most {sampling.max_new_tokens} tokens, seed {sampling.seed}",
+        "rewards": ", ".join(reward.name for reward in rewards),
+    }
+    if judge is not None:
+        facts["judge"] = judge.name
+    for line in making.lines:
+        if not line.is_own:
+            beta = "" if line.beta is None else f" (β = {line.beta:g})"
+            facts[line.name] = f"{line.adapter}{beta}"
+    if sampling.temperature not in (0, 1):
+        facts["KL and perplexity"] = "at temperature 1, along samples that were drawn at the temperature above"
+    return facts | {
+        "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
+        "date": date.today().isoformat(),
+    }

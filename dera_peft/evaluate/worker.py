@@ -1,0 +1,314 @@
+"""What a sweep makes and keeps: completions, their scores, rewards and verdicts; all that is missing, and no more."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dera_peft.checkpoint.devices import free_memory
+from dera_peft.checkpoint.fingerprint import settings_fingerprint
+from dera_peft.checkpoint.record import LOGITS
+from dera_peft.decoding.batching import Request, decode
+from dera_peft.decoding.prompts import Prompt, column_names
+from dera_peft.decoding.scoring import score_each
+from dera_peft.errors import DeRaError
+from dera_peft.evaluate.analysis.curve import reason_off
+from dera_peft.evaluate.analysis.summary import AGAINST
+from dera_peft.evaluate.arms import Line, fine_grid
+from dera_peft.evaluate.config import SweepConfig
+from dera_peft.evaluate.report.samples import shown_rows
+from dera_peft.evaluate.report.token_views import views
+from dera_peft.evaluate.store import Key, Store
+from dera_peft.model import DeRaModel
+from dera_peft.rewards.functions import NamedReward, RewardModel, columns_of, score_or_mark
+from dera_peft.rewards.judges import NamedJudge, judge_or_mark
+
+TOP = 3  # tokens of each branch that the report names
+DIGITS = 6  # of what is kept: nats
+
+# (what is done, how much of it there is, how much is done already) -> tells how much more is
+Progress = Callable[[str, int, int], AbstractContextManager[Callable[[int], None]]]
+
+
+@contextmanager
+def silent(description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    yield lambda steps: None
+
+
+@dataclass
+class Making:
+    """
+    One process's part of a sweep, and the rows of all that were there when it began.
+
+    Attributes:
+        lines, prompts: all of the sweep's.
+        tokens: of each prompt, by its index.
+        mine: the prompts of this process, by their index.
+    """
+
+    config: SweepConfig
+    lines: Sequence[Line]
+    prompts: Sequence[Prompt]
+    tokens: Sequence[Sequence[int]]
+    tokenizer: PreTrainedTokenizerBase
+    mine: Sequence[int]
+    device_map: Any
+    folder: Path
+    rank: int
+    progress: Progress
+
+    def __post_init__(self):
+        self.grid = fine_grid(self.config.lambdas)
+        self.reads_grid = reason_off(self.config.sampling) is None
+        self.names = column_names(self.prompts)
+        self.known: dict[tuple[int | None, int], str] = {}  # texts of tokens, for the views
+        self.read()
+
+    def read(self) -> None:
+        """What all processes have made until now."""
+        self.completion_store, self.score_store, self.reward_store = (
+            Store(self.folder, kind, self.rank) for kind in ("completions", "scores", "rewards")
+        )
+        self.completions = self._completions(self.completion_store.rows)
+
+    # -- which rows there are ---------------------------------------------------------------------------------------
+
+    def keys(self, line: Line, indices: Iterable[int]) -> list[Key]:
+        return [
+            Key(line.name, index, lam, sample)
+            for index in indices
+            for lam in line.lambdas
+            for sample in range(self.config.samples)
+        ]
+
+    def all_keys(self, indices: Iterable[int]) -> list[Key]:
+        indices = list(indices)
+        return [key for line in self.lines for key in self.keys(line, indices)]
+
+    def _completions(self, rows: Iterable[dict]) -> dict[Key, dict]:
+        """The rows of this sweep's lines. Raises `DeRaError` where they are of other settings or prompts."""
+        runs = {line.name: line.run for line in self.lines}
+        found = {}
+        for row in rows:
+            key = Key.of(row)
+            if key.line not in runs or key.index >= len(self.prompts):
+                continue
+            way_out = "move the folder away or name another output_dir."
+            if row["run"] != runs[key.line]:
+                raise DeRaError(
+                    f"{str(self.folder)!r} holds the completions of other settings (line {key.line!r}: run "
+                    f"{row['run']}, this one is {runs[key.line]}): {way_out}"
+                )
+            prompt = self.prompts[key.index]
+            if row["prompt"] != prompt.content:
+                raise DeRaError(
+                    f"{str(self.folder)!r} holds the completions of other prompts: {row['prompt']!r}, where "
+                    f"{prompt.source} is {prompt.content!r}; {way_out}"
+                )
+            found[key] = row
+        return found
+
+    # -- completions and scores ---------------------------------------------------------------------------------------
+
+    def make(self, line: Line) -> None:
+        """Decodes and scores what a line lacks; its model is loaded if there is anything, and freed."""
+        todo = [key for key in self.keys(line, self.mine) if key not in self.completions]
+        if not todo and not self._unscored(line):
+            return
+        model = line.load(self.config, self.device_map)
+        self._decode(line, model, todo)
+        self._score(line, model, self._unscored(line))
+        del model
+        free_memory()
+
+    def _decode(self, line: Line, model: DeRaModel, todo: Sequence[Key]) -> None:
+        requests = [Request(key.index, key.lam, key.sample) for key in todo]
+        total = len(self.keys(line, self.mine))
+        with self.progress(f"decoding, {line.name}", total, total - len(todo)) as advance:
+            for made in decode(
+                model, self.tokenizer, self.tokens, requests, self.config.sampling, self.config.batch_size
+            ):
+                rows = [
+                    {
+                        "run": line.run,
+                        **Key(line.name, each.request.index, each.request.lam, each.request.sample).row(),
+                        "prompt": self.prompts[each.request.index].content,
+                        "completion": each.text,
+                        "ids": each.tokens,
+                        "finish": each.finish,
+                    }
+                    for each in made
+                ]
+                self.completions.update((Key.of(row), row) for row in self.completion_store.append(rows))
+                advance(len(rows))
+
+    def score_run(self, key: Key) -> str:
+        """Fingerprint of all that a row's score depends on."""
+        row = self.completions[key]
+        grid = self.grid if key.line == LOGITS and self.reads_grid else None
+        return settings_fingerprint([row["run"], row["ids"], grid])
+
+    def scores(self) -> dict[Key, dict]:
+        rows = ((Key.of(row), row) for row in self.score_store.rows)
+        return {key: row for key, row in rows if key in self.completions and row["run"] == self.score_run(key)}
+
+    def _unscored(self, line: Line) -> dict[Key, bool]:
+        """The completions without a score, and whether the report shows them."""
+        there = [key for key in self.keys(line, self.mine) if key in self.completions]
+        rows = [{**self.completions[key], "tokens": len(self.completions[key]["ids"])} for key in there]
+        # of what this process has; it is no less than what is shown of all
+        shown = {Key.of(row) for row in shown_rows(rows)} if rows and line.mixing == LOGITS else set()
+        scores = self.scores()
+        return {
+            key: key in shown for key in there if key not in scores or (key in shown and "views" not in scores[key])
+        }
+
+    def _score(self, line: Line, model: DeRaModel, todo: Mapping[Key, bool]) -> None:
+        """KL and log-probabilities, of all λ at once where they are read on the grid, else λ by λ."""
+        if line.name == LOGITS and self.reads_grid:
+            strengths = {key: tuple(sorted({*self.grid, 0.0, 1.0})) for key in todo}
+        else:
+            strengths = {key: tuple(sorted({0.0, key.lam, 1.0})) for key in todo}
+        jobs: dict[tuple, list[Key]] = {}
+        for key, shown in todo.items():
+            jobs.setdefault((strengths[key], shown), []).append(key)
+        with self.progress(f"scoring, {line.name}", len(todo), 0) as advance:
+            for (lam, shown), keys in jobs.items():
+                for key, values in self._score_each(line, model, keys, lam, shown):
+                    self.score_store.append([{"run": self.score_run(key), **key.row(), **values}])
+                    advance(1)
+
+    def _score_each(
+        self, line: Line, model: DeRaModel, keys: list[Key], lam: tuple[float, ...], shown: bool
+    ) -> Iterator[tuple[Key, dict]]:
+        inputs = [self.tokens[key.index] for key in keys], [self.completions[key]["ids"] for key in keys]
+        on_grid = line.name == LOGITS and self.reads_grid
+        temperature = self.config.temperature if on_grid else 1.0
+        plainly = {}
+        if temperature != 1:
+            plainly = {index: scored.total for index, scored in score_each(model, *inputs, [0.0, 1.0])}
+        for index, scored in score_each(model, *inputs, list(lam), temperature, TOP if shown else 0):
+            key, total, kl = keys[index], scored.total, scored.kl.sum(-1)
+            ends = plainly[index] if plainly else total[[lam.index(0.0), lam.index(1.0)]]
+            values = {"kl": round(kl[lam.index(key.lam)].item(), DIGITS), "log_ref": round(ends[0].item(), DIGITS)}
+            if line.is_own:  # of a further model it would be another reward
+                values["log_aligned"] = round(ends[1].item(), DIGITS)
+            if on_grid:
+                places = [lam.index(strength) for strength in self.grid]
+                values["log_p"] = [round(value, DIGITS) for value in total[places].tolist()]
+                values["kl_grid"] = [round(value, DIGITS) for value in kl[places].tolist()]
+            if shown:
+                values["views"] = _rounded(
+                    views(scored, inputs[0][index], inputs[1][index], self.tokenizer, self.known)
+                )
+            yield key, values
+
+    # -- rewards and verdicts -------------------------------------------------------------------------------------
+
+    def reward_run(self, reward: NamedReward, key: Key) -> str:
+        return settings_fingerprint(
+            [reward.fingerprint, self.prompts[key.index].columns, self.completions[key]["completion"]]
+        )
+
+    def judge_run(self, judge: NamedJudge, key: Key, other: Key) -> str:
+        texts = [self.completions[each]["completion"] for each in (key, other)]
+        return settings_fingerprint([judge.fingerprint, self.config.seed, *texts])
+
+    def rewards(self) -> dict[tuple[str, Key, str], dict]:
+        """
+        The rows of rewards and verdicts by name, completion and fingerprint; of several one without an error.
+
+        A reward that has changed, or another text, has another fingerprint: what was found before is not read.
+        """
+        found: dict[tuple[str, Key, str], dict] = {}
+        for row in self.reward_store.rows:
+            place = row["name"], Key.of(row), row["run"]
+            if place not in found or "error" in found[place]:
+                found[place] = row
+        return found
+
+    def reward(self, reward: NamedReward) -> None:
+        """Scores what a reward has not scored yet, or failed on; a reward model is freed."""
+
+        def ask(keys: Sequence[Key]) -> list[tuple[float | None, str | None]]:
+            prompts = [self.prompts[key.index] for key in keys]
+            return score_or_mark(
+                reward.function,
+                [prompt.content for prompt in prompts],
+                [self.completions[key]["completion"] for key in keys],
+                columns_of(prompts, self.names),
+            )
+
+        places = {(reward.name, key, self.reward_run(reward, key)): key for key in self.all_keys(self.mine)}
+        self._ask_for(f"reward, {reward.name}", places, ask)
+        if isinstance(reward.function, RewardModel):
+            reward.function.free()
+
+    def comparisons(self, keys: Iterable[Key]) -> list[tuple[str, Key, Key]]:
+        """(name, completion, the one that it is compared with): at λ=0 and at λ=1, of the same prompt and sample."""
+        pairs = []
+        for lam in AGAINST:
+            if lam in self.config.lambdas:
+                others = [(key, Key(LOGITS, key.index, lam, key.sample)) for key in keys]
+                pairs += [(f"judge {lam:g}", key, other) for key, other in others if key != other]
+        return pairs
+
+    def judge(self, judge: NamedJudge) -> None:
+        """Compares what the judge has not compared yet, or failed on."""
+
+        def ask(pairs: Sequence[tuple[str, Key, Key]]) -> list[tuple[int | None, str | None]]:
+            return judge_or_mark(
+                judge,
+                [self.prompts[key.index].content for _, key, _ in pairs],
+                [self.completions[key]["completion"] for _, key, _ in pairs],
+                [self.completions[other]["completion"] for _, _, other in pairs],
+                [(self.config.seed, name, *key) for name, key, _ in pairs],
+            )
+
+        pairs = self.comparisons(self.all_keys(self.mine))
+        places = {(name, key, self.judge_run(judge, key, other)): (name, key, other) for name, key, other in pairs}
+        self._ask_for(f"judge, {judge.name}", places, ask)
+
+    def _ask_for(self, description: str, places: Mapping[tuple[str, Key, str], Any], ask: Callable) -> None:
+        """
+        Keeps the values of those places (name, completion, fingerprint) that have none yet, or an error.
+
+        Args:
+            ask: from the items of some places to (value, error) of each.
+        """
+        there = self.rewards()
+        todo = [place for place in places if place not in there or "error" in there[place]]
+        if not todo:
+            return
+        with self.progress(description, len(places), len(places) - len(todo)) as advance:
+            for chosen in _slices(todo, self.config.batch_size):
+                found = ask([places[place] for place in chosen])
+                self.reward_store.append(_valued(*place, *pair) for place, pair in zip(chosen, found, strict=True))
+                advance(len(chosen))
+
+
+def _slices(items: Sequence, size: int) -> Iterator[Sequence]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _valued(name: str, key: Key, run: str, value: float | None, error: str | None) -> dict:
+    row = {"run": run, **key.row(), "name": name, "value": value}
+    return row if error is None else {**row, "error": error}
+
+
+def _rounded(tokens: list[dict]) -> list[dict]:
+    """Views with no more digits than a page needs."""
+    return [
+        {
+            name: round(value, DIGITS)
+            if name == "js"
+            else value
+            if name == "token"
+            else [[text, round(chance, 4)] for text, chance in value]
+            for name, value in token.items()
+        }
+        for token in tokens
+    ]

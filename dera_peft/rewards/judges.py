@@ -1,0 +1,129 @@
+"""Judges: what says which of two completions is the better one."""
+
+import hashlib
+import numbers
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dera_peft.errors import DeRaError
+from dera_peft.rewards.functions import (
+    RewardModel,
+    load_reward,
+    name_of,
+    reward_fingerprint,
+    score,
+    short_name,
+    source_fingerprint,
+    unwrapped,
+)
+from dera_peft.user_code import is_object_path
+
+# f(prompts, pairs) -> for each pair 0 (the first is better), 1 (the second is) or -1 (neither), as TRL's judges
+Judge = Callable[..., list[int]]
+FIRST, SECOND, NEITHER = 0, 1, -1
+
+
+@dataclass(frozen=True)
+class NamedJudge:
+    """
+    A sweep's judge.
+
+    Attributes:
+        fingerprint: of all but the pair that its verdict depends on.
+    """
+
+    name: str
+    fingerprint: str
+    function: Judge
+
+
+def load_judge(spec: str | Judge, device_map: Any = None) -> NamedJudge:
+    """
+    A function, as path.py:name or itself; or a sequence-classification model, by hub id or folder, which prefers the
+    completion that it scores higher.
+
+    Raises:
+        DeRaError: there is none of that name, or it is not a judge.
+    """
+    if not isinstance(spec, str):
+        return NamedJudge(name_of(spec), source_fingerprint(spec), spec)
+    judge = load_reward(spec, device_map)
+    name = short_name(spec)
+    function = judge if is_object_path(spec) else lambda prompts, pairs: compare_scores(judge, prompts, pairs)
+    return NamedJudge(name, f"{name} {reward_fingerprint(spec)}", function)
+
+
+def compare_scores(model: RewardModel, prompts: Sequence, pairs: Sequence[Sequence[str]]) -> list[int]:
+    """By a reward model's scores; neither where it gives one of the two none."""
+    texts = [text for pair in pairs for text in pair]
+    scores = score(model, [prompt for prompt in prompts for _ in range(2)], texts)
+    verdicts = []
+    for first, second in zip(scores[::2], scores[1::2], strict=True):
+        if first is None or second is None or first == second:
+            verdicts.append(NEITHER)
+        else:
+            verdicts.append(FIRST if first > second else SECOND)
+    return verdicts
+
+
+def judge_or_mark(
+    judge: NamedJudge, prompts: Sequence, completions: Sequence[str], others: Sequence[str], keys: Sequence[Any]
+) -> list[tuple[int | None, str | None]]:
+    """
+    Whether each completion is better than the other one of the same prompt.
+
+    Judges are known to favour a place, so each pair is shown in an order that its key draws: random, and the same in
+    every run. Two texts that are the same are a tie, which nobody is asked about. Where the judge fails on all pairs at
+    once, it is asked for each one alone.
+
+    Returns:
+        For each pair 1 (better), 0 (a tie) or -1 (worse), and None; or None and what went wrong.
+    """
+    verdicts: list[tuple[int | None, str | None]] = [(0, None)] * len(completions)
+    asked = [row for row, pair in enumerate(zip(completions, others, strict=True)) if pair[0] != pair[1]]
+    swapped = [is_swapped(keys[row]) for row in asked]
+    pairs = [
+        [others[row], completions[row]] if swap else [completions[row], others[row]]
+        for row, swap in zip(asked, swapped, strict=True)
+    ]
+    found = _ask(judge, [prompts[row] for row in asked], pairs) if asked else []
+    for row, swap, (verdict, error) in zip(asked, swapped, found, strict=True):
+        if verdict is None:
+            verdicts[row] = (None, error)
+        elif verdict != NEITHER:
+            verdicts[row] = (1 if (verdict == FIRST) != swap else -1, None)
+    return verdicts
+
+
+def is_swapped(key: Any) -> bool:
+    """A coin that falls the same for the same key."""
+    return bool(hashlib.sha256(repr(key).encode()).digest()[0] & 1)
+
+
+def _ask(judge: NamedJudge, prompts: list, pairs: list[list[str]]) -> list[tuple[int | None, str | None]]:
+    fault = None
+    try:
+        verdicts = judge.function(prompts=list(prompts), pairs=[list(pair) for pair in pairs])
+        if not isinstance(verdicts, (list, tuple)):
+            fault = f"returned a {type(verdicts).__name__}: it must return a list, one verdict for each pair"
+        elif len(verdicts) != len(pairs):
+            fault = f"gave {len(verdicts)} verdicts for {len(pairs)} pairs"
+    except DeRaError:
+        raise
+    except Exception as error:
+        fault = f"raised {type(error).__name__}: {error}"
+    if fault is not None:
+        if len(pairs) == 1:
+            return [(None, f"the judge {judge.name!r} {fault}")]
+        return [_ask(judge, [prompt], [pair])[0] for prompt, pair in zip(prompts, pairs, strict=True)]
+    found: list[tuple[int | None, str | None]] = []
+    for verdict in map(unwrapped, verdicts):
+        # True is no name of a place, though it equals 1
+        is_whole = isinstance(verdict, numbers.Integral) and not isinstance(verdict, bool)
+        if is_whole and verdict in (FIRST, SECOND, NEITHER):
+            found.append((int(verdict), None))
+        else:
+            what = f"{str(verdict)[:80]} ({type(verdict).__name__})"
+            found.append((None, f"the judge {judge.name!r} gave {what}, which is none of the integers 0, 1 and -1"))
+    return found

@@ -1,0 +1,61 @@
+"""What a training program writes into `dera.json`."""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, Trainer
+
+from dera_peft.checkpoint.fingerprint import base_fingerprint
+from dera_peft.checkpoint.loading import quantization_name
+from dera_peft.checkpoint.record import Record
+from dera_peft.engine.plan import ALIGNED, REFERENCE
+from dera_peft.training.models import Source
+from dera_peft.training.rows import RowCount
+
+PACKAGES = ("dera-peft", "peft", "torch", "transformers", "trl")
+
+
+def describe(
+    trainer: Trainer, script_args: Any, dataset_fingerprint: str, count: RowCount, metrics: dict[str, float]
+) -> dict[str, Any]:
+    """How an adapter was trained, beside its method and loss: see `Record.training`."""
+    args = trainer.args
+    return {
+        "quantization": quantization_of(trainer.model),
+        "dtype": str(trainer.model.dtype).removeprefix("torch."),
+        "mixed_precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else None,
+        "dataset": script_args.dataset_name,
+        "dataset_fingerprint": dataset_fingerprint,
+        "rows": count.as_dict(),
+        "steps": trainer.state.global_step,
+        "metrics": metrics,
+        "processes": args.world_size,
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+
+
+def quantization_of(model: PreTrainedModel) -> str | None:
+    """nf4, int8, another name, or None for a model that is not quantized."""
+    return quantization_name(vars(model.config).get("quantization_config"))
+
+
+def record_of(source: Source, folder: Path, continues: bool, training: dict[str, Any]) -> Record:
+    """
+    The record of an adapter in `folder` over an SFT model.
+
+    Where that has an adapter of its own, a copy of it is in `folder/sft`, and it is the reference's. The aligned model
+    has it too, below the new one; or, where it was continued, has the new one in its place.
+    """
+    adapters, reference, aligned = {"default": str(folder)}, [], ["default"]
+    if source.adapter is not None:
+        adapters = {"sft": str(folder / "sft"), **adapters}
+        reference, aligned = ["sft"], ["default"] if continues else ["sft", "default"]
+    return Record(
+        source.base,
+        adapters,
+        {REFERENCE: reference, ALIGNED: aligned},
+        base_fingerprint=base_fingerprint(source.base, source.revision),
+        base_revision=source.revision,
+        training=training,
+    )

@@ -1,0 +1,215 @@
+"""
+Fine-tunes a base with TRL's SFTTrainer: the model that alignment starts from, and DeRa's reference.
+
+    python -m training.sft --config configs/tiny/sft.yaml
+    python -m training.sft --config configs/tiny/sft.yaml --learning_rate 1e-3 --output_dir runs/other
+    torchrun --nproc_per_node 4 -m training.sft --config configs/tiny/sft.yaml
+
+All weights are trained, or with use_peft a LoRA adapter, over a quantized base with load_in_4bit or load_in_8bit
+(QLoRA). training.dpo takes the adapter as it is; merge_adapter: true also merges it into the unquantized base, in
+output_dir/merged.
+
+Every key of the config is a key of this program, of TRL's SFTConfig or of its ModelConfig, and can be set on
+the command line, which comes first. Run again, it reuses a finished model, and goes on from the last checkpoint of an
+unfinished one.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from dera_peft.errors import DeRaError
+from dera_peft.quiet import be_quiet
+from dera_peft.training.program import (
+    DataArguments,
+    HelpFormatter,
+    OutputFolder,
+    check_processes,
+    is_main_process,
+    parse,
+    say,
+    settings_of,
+    start,
+)
+
+
+@dataclass
+class SFTArguments(DataArguments):
+    """The data, and what becomes of an adapter."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Texts to learn from: a hub id, a folder, a .jsonl/.csv/.parquet file, or path.py:function. "
+            "Columns as in TRL's SFTTrainer: text, prompt and completion (texts or chats), or messages."
+        },
+    )
+    merge_adapter: bool = field(
+        default=False,
+        metadata={"help": "Merge the trained adapter into the unquantized base, and save that in output_dir/merged."},
+    )
+
+
+def make_parser():
+    from trl import TrlParser
+
+    from dera_peft.training.trainer import ModelConfig, SFTConfig
+
+    return TrlParser(
+        (SFTArguments, SFTConfig, ModelConfig),
+        prog="python -m training.sft",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    be_quiet()
+    script_args, training_args, model_args = parse(make_parser(), arguments)
+
+    from trl import get_peft_config
+
+    from dera_peft.training.data import dataset_fingerprint, read_splits
+    from dera_peft.training.describe import describe, quantization_of, record_of
+    from dera_peft.training.models import find_source, load_model, merge, train_in_float32
+    from dera_peft.training.rows import check_columns, text_columns, text_fault, usable_rows
+    from dera_peft.training.trainer import SFTTrainer, build, run, save
+
+    check_arguments(script_args, model_args)
+    processes = check_processes(script_args.num_processes)
+    rows, held_out = read_splits(script_args)
+    source = find_source(model_args)
+    if source.adapter is not None:
+        raise DeRaError(
+            f"model_name_or_path={source.adapter!r} is an adapter: fine-tune a base, or merge it into one first."
+        )
+    if source.is_function and model_args.use_peft:
+        raise DeRaError(
+            f"use_peft=True: the adapter's base would be {source.base!r}, which nothing can load again; save the model "
+            "that it makes first, or fine-tune all of it."
+        )
+    output = OutputFolder(
+        training_args.output_dir,
+        {
+            **settings_of(script_args, training_args, model_args, ignore=training_args.watching()),
+            "processes": processes,
+        },
+        {**source.fingerprint(), "dataset": dataset_fingerprint(rows)},
+        script_args.overwrite,
+    )
+    if output.is_complete:
+        output.say_reused()
+        return
+
+    init_kwargs, training_args.model_init_kwargs = training_args.model_init_kwargs, None
+    model, tokenizer = load_model(source, model_args, init_kwargs)
+    name, columns = script_args.dataset_name, text_columns(rows, training_args.dataset_text_field)
+    check_columns(name, rows, columns, bool(tokenizer.chat_template or training_args.chat_template_path))
+    usable, count = usable_rows(name, rows, partial(text_fault, columns=columns))
+    count.check(script_args.max_bad_rows)
+    count.cut = count_cut(usable, columns, tokenizer, training_args)
+    say(str(count))
+    count.check(script_args.max_bad_rows)
+    if held_out is not None:
+        held_out, held_out_count = usable_rows(
+            f"{name}, to evaluate on", held_out, partial(text_fault, columns=columns)
+        )
+        held_out_count.check(script_args.max_bad_rows)
+        say(str(held_out_count))
+
+    trainer = build(
+        SFTTrainer,
+        model=model,
+        args=training_args,
+        train_dataset=usable,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+    )
+    quantization = quantization_of(trainer.model)
+    if model_args.use_peft and quantization is not None and not trainer.is_sharded:
+        train_in_float32(trainer.model)
+    metrics = run(trainer)
+    save(trainer)
+    if is_main_process() and model_args.use_peft:
+        training = {
+            "method": "sft",
+            "beta": None,
+            "loss_type": training_args.loss_type,
+            **describe(trainer, script_args, output.record["inputs"]["dataset"], count, metrics),
+        }
+        folder = Path(training_args.output_dir)
+        record_of(source, folder, False, training).save(folder)
+        if script_args.merge_adapter:
+            del trainer, model  # the unquantized base may need their memory
+            merge(source, folder, model_args.dtype, tokenizer, folder / "merged")
+            say(f"merged into {folder / 'merged'}")
+            if quantization is not None:
+                say(
+                    f"warning: the adapter was trained on a base quantized to {quantization}, and is merged into the "
+                    "unquantized one: the merged model differs slightly from what was trained. As the start of DPO it "
+                    "is the reference all the same; the adapter itself, over the quantized base, is another one."
+                )
+    output.complete()
+
+
+def check_arguments(script_args: SFTArguments, model_args) -> None:
+    """
+    Raises:
+        DeRaError: something is missing, or would have no effect.
+    """
+    if not script_args.dataset_name or not model_args.model_name_or_path:
+        raise DeRaError("dataset_name and model_name_or_path must be set, in the config or on the command line.")
+    if not model_args.use_peft:
+        for name in ("load_in_4bit", "load_in_8bit"):
+            if getattr(model_args, name):
+                raise DeRaError(f"{name}=True: quantized weights can't be trained; set use_peft: true for an adapter.")
+        if script_args.merge_adapter:
+            raise DeRaError("merge_adapter=True: there is no adapter; set use_peft: true, or leave it out.")
+
+
+def count_cut(rows, columns: tuple[str, ...], tokenizer, training_args) -> int:
+    """How many rows are longer than max_length, and lose what is beyond it."""
+    from trl import maybe_convert_to_chatml
+
+    packed_whole = training_args.packing and training_args.packing_strategy in ("bfd_split", "wrapped")
+    if training_args.max_length is None or packed_whole or "input_ids" in rows.column_names:
+        return 0
+    template = chat_template(training_args.chat_template_path, tokenizer)
+
+    def length(row: dict) -> dict[str, int]:
+        if isinstance(row[columns[0]], str):
+            tokens = tokenizer("".join(row[column] for column in columns) + tokenizer.eos_token)["input_ids"]
+        else:
+            row = maybe_convert_to_chatml(row)  # "conversations" become "messages"
+            names = columns if columns[0] in row else ("messages",)
+            messages = [message for column in names for message in row[column]]
+            tokens = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=True, return_dict=True)[
+                "input_ids"
+            ]
+        return {"length": len(tokens)}
+
+    lengths = rows.map(length, remove_columns=rows.column_names, num_proc=training_args.dataset_num_proc)["length"]
+    return sum(found > training_args.max_length for found in lengths)
+
+
+def chat_template(path: str | None, tokenizer) -> str | None:
+    """The template that TRL will train with: a file's, that of another model's tokenizer, or the tokenizer's own."""
+    if path is None:
+        return tokenizer.chat_template
+    if Path(path).suffix in (".jinja", ".j2"):
+        try:
+            return Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise DeRaError(f"chat_template_path={path!r} can't be read: {error}") from None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path).chat_template
+    except (OSError, ValueError) as error:
+        raise DeRaError(f"chat_template_path={path!r} is neither a .jinja file nor a tokenizer: {error}") from error
+
+
+if __name__ == "__main__":
+    start(main)

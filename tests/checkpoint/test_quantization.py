@@ -1,0 +1,115 @@
+"""Quantized and offloaded bases against two passes of PEFT over the same base, adapter on and adapter off."""
+
+import pytest
+import torch
+from tiny_models import make_adapter
+from transformers import AutoModelForCausalLM
+
+from dera_peft import DeRaError, DeRaModel
+
+IDS = torch.arange(3, 27).view(4, 6)
+LAM = [0.0, 0.5, 1.0, 1.5]
+NEW = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def two_passes(peft_model):
+    z_aligned = peft_model(IDS).logits
+    with peft_model.disable_adapter():
+        z_ref = peft_model(IDS).logits
+    assert (z_ref - z_aligned).abs().max() > 1
+    return z_ref, z_aligned
+
+
+def assert_mixture(model, atol=2e-4):
+    found, output = model(IDS, lam=LAM).logits, model.generate(IDS, lam=LAM, num_beams=3, **NEW)
+    cacheless = model.generate(IDS, lam=LAM, num_beams=3, use_cache=False, **NEW)
+    z_ref, z_aligned = two_passes(model.unwrap())
+    weight = torch.tensor(LAM)[:, None, None]
+    torch.testing.assert_close(found, (1 - weight) * z_ref + weight * z_aligned, atol=atol, rtol=1e-5)
+    assert output.tolist() == cacheless.tolist()
+    return z_ref
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+def test_four_bits(tiny_base, tiny_adapter, quantization):
+    pytest.importorskip("bitsandbytes")
+    model = DeRaModel.from_pretrained(tiny_base, tiny_adapter, quantization=quantization, dtype=torch.float32)
+    weight = model.base.model.layers[0].mlp.up_proj.base_layer.weight
+    assert weight.quant_state.quant_type == quantization
+    z_ref = assert_mixture(model)
+    full = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)(IDS).logits
+    assert (z_ref - full).abs().max() > 1e-2, "the base must really be quantized"
+
+
+@torch.no_grad()
+def test_int8_is_exact_to_the_precision_of_int8(tiny_base, tiny_adapter):
+    """LLM.int8() rounds activations by row, and picks outlier columns by batch: rows see each other a little."""
+    pytest.importorskip("bitsandbytes")
+    model = DeRaModel.from_pretrained(tiny_base, tiny_adapter, quantization="int8", dtype=torch.float32)
+    assert_mixture_in_int8 = model(IDS, lam=LAM).logits
+    z_ref, z_aligned = two_passes(model.unwrap())
+    weight = torch.tensor(LAM)[:, None, None]
+    expected = (1 - weight) * z_ref + weight * z_aligned
+    full = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)(IDS).logits
+    rounding = (z_ref - full).abs().mean()
+    assert rounding > 1e-3, "the base must really be quantized"
+    assert (assert_mixture_in_int8 - expected).abs().mean() < rounding
+
+
+@torch.no_grad()
+def test_dora_over_four_bits(tiny_base, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    adapter = make_adapter(tiny_base, tmp_path / "dora", use_dora=True)
+    assert_mixture(DeRaModel.from_pretrained(tiny_base, adapter, quantization="nf4", dtype=torch.float32))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [8, 4])
+def test_torchao_by_a_quantization_config(tiny_base, tiny_adapter, bits):
+    quantization = pytest.importorskip("torchao.quantization")
+    from transformers import TorchAoConfig
+
+    config = {8: quantization.Int8WeightOnlyConfig, 4: quantization.IntxWeightOnlyConfig}[bits]
+    model = DeRaModel.from_pretrained(
+        tiny_base, tiny_adapter, quantization_config=TorchAoConfig(config()), dtype=torch.float32
+    )
+    weight = model.base.model.layers[0].mlp.up_proj.base_layer.weight
+    assert type(weight).__module__.startswith("torchao")
+    assert_mixture(model)
+
+
+def test_one_quantization_at_a_time(tiny_base, tiny_adapter):
+    with pytest.raises(DeRaError, match="not both"):
+        DeRaModel.from_pretrained(tiny_base, tiny_adapter, quantization="nf4", quantization_config={})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_offloaded_layers(tiny_base, tiny_adapter, tmp_path, place):
+    """Layers that live elsewhere come when they are called, and their adapters with them."""
+    plain = DeRaModel.from_pretrained(tiny_base, tiny_adapter)
+    expected = plain(IDS, lam=LAM).logits
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map |= {f"model.layers.{index}": "cpu" if index < 3 else place for index in range(6)}
+    model = DeRaModel.from_pretrained(
+        tiny_base, tiny_adapter, device_map=device_map, offload_folder=str(tmp_path / "offload")
+    )
+    if place == "disk":
+        assert model.base.model.layers[5].mlp.up_proj.base_layer.weight.is_meta
+    torch.testing.assert_close(model(IDS, lam=LAM).logits, expected, atol=1e-5, rtol=1e-5)
+    tokens = model.generate(IDS, lam=LAM, num_beams=3, **NEW)
+    assert tokens.tolist() == plain.generate(IDS, lam=LAM, num_beams=3, **NEW).tolist()
+
+
+@torch.no_grad()
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.accelerator.device_count() < 2, reason="needs two accelerators")
+def test_layers_on_several_devices(tiny_base, tiny_adapter):
+    expected = DeRaModel.from_pretrained(tiny_base, tiny_adapter)(IDS, lam=LAM).logits
+    model = DeRaModel.from_pretrained(tiny_base, tiny_adapter, device_map="balanced")
+    assert len({parameter.device for parameter in model.parameters()}) == 2
+    torch.testing.assert_close(model(IDS.to(model.device), lam=LAM).logits.cpu(), expected, atol=2e-4, rtol=1e-5)
+    for name, module in model.base.named_modules():
+        if name.endswith("up_proj"):
+            assert module.lora_A["default"].weight.device == module.base_layer.weight.device
