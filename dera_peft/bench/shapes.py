@@ -7,11 +7,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
-from dera_peft.checkpoint.adapters import place
+from dera_peft.checkpoint.adapters import place_adapter
 from dera_peft.checkpoint.devices import STRATEGIES, read_device_map
-from dera_peft.checkpoint.loading import load
+from dera_peft.checkpoint.source import ModelSource
 from dera_peft.engine.plan import REFERENCE
 from dera_peft.errors import DeRaError
+from dera_peft.model import DeRaModel
 
 RANK = 16
 # The published configurations of Llama 3.1 8B, Llama 3.2 1B, SmolLM2 135M and Qwen3 0.6B.
@@ -135,7 +136,7 @@ def make_random(
         for name, parameter in peft_model.named_parameters():
             if "lora_B" in name:  # PEFT starts it at zero, where both branches would agree
                 parameter.normal_(std=0.02)
-    place(base, "default", base.dtype)
+    place_adapter(base, "default", base.dtype)
     return peft_model.requires_grad_(False)
 
 
@@ -163,12 +164,12 @@ def _quantize(base: PreTrainedModel, quantization: str, dtype: torch.dtype, devi
 
 def load_for_bench(base: str | None, adapter: str | None, **kwargs) -> PeftModel:
     """
-    A base and its adapter as `dera_peft.checkpoint.loading.load` loads them.
+    A base and its adapter as `DeRaModel.from_pretrained` loads them.
 
     Raises:
         DeRaError: they are something that the ways to be compared with can't do.
     """
-    model = load(base, adapter, **kwargs)
+    model = DeRaModel.from_source(ModelSource(base=base, adapter=adapter, **kwargs))
     names = model.adapters
     if model.config.is_encoder_decoder:
         raise DeRaError("dera bench measures decoder-only models; this base has an encoder.")

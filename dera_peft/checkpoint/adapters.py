@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from huggingface_hub.errors import HFValidationError
-from peft import LoraConfig, PeftConfig, PeftModel, PeftType, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
@@ -16,12 +16,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file
 
+from dera_peft.engine.adapter_kinds import check_adapter_kind, check_one_has_biases
 from dera_peft.engine.biases import drop_biases, keep_biases
 from dera_peft.errors import DeRaError, first_line
 
-# Initialisations that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, ...) change the base's own
-# weights when the adapter is created, so that "adapter off" would not be the reference.
-INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
 # Modules whose output is the sum of their bias and something else, so that a branch's bias can be added behind them.
 BIASED = (nn.Linear, Conv1D, nn.LayerNorm)
 PREFIX = "base_model.model."
@@ -31,62 +29,6 @@ FACTORS = re.compile(
     r"(?P<module>.+)\.(lora_(?P<factor>A|B|embedding_A|embedding_B)|lora_(?P<magnitude>magnitude_vector))"
     r"(\.(?!weight$|bias$)[^.]+)?(\.(?P<kind>weight|bias))?"
 )
-ADVICE = {
-    PeftType.XLORA: "its gate mixes adapters by input; load them as several LoRA adapters and weight them by λ",
-    PeftType.IA3: "IA3 rescales activations; train a LoRA adapter",
-    PeftType.VERA: "train a LoRA adapter, or convert it (peft.convert_to_lora)",
-    PeftType.LOHA: "convert it to LoRA (peft.convert_to_lora)",
-    PeftType.LOKR: "convert it to LoRA (peft.convert_to_lora)",
-    PeftType.ADALORA: "train with plain LoRA and a rank_pattern",
-    PeftType.PROMPT_TUNING: "it changes the prompt, not the model; train a LoRA adapter",
-    PeftType.PREFIX_TUNING: "it changes the cache, not the model; train a LoRA adapter",
-    PeftType.P_TUNING: "it changes the prompt, not the model; train a LoRA adapter",
-}
-
-
-def check_adapter_config(adapter: str, config: PeftConfig) -> None:
-    """
-    Refuses adapters for which "adapter off" is not the base, or that are not LoRA.
-
-    Raises:
-        DeRaError: names the adapter, the setting and what would work.
-    """
-    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        advice = ADVICE.get(config.peft_type, "train a LoRA adapter")
-        raise DeRaError(f"adapter={adapter!r} is of type {kind}; only LoRA is supported: {advice}.")
-    _check_one_has_biases(adapter, [config])
-    if config.init_lora_weights not in INITS_THAT_KEEP_THE_BASE:
-        raise DeRaError(
-            f"adapter={adapter!r} was initialised with {config.init_lora_weights!r}, which changes the base's weights, "
-            "so the base alone is not its reference; convert it to plain LoRA when saving (save_pretrained's "
-            "path_initial_model_for_weight_conversion)."
-        )
-    if config.target_parameters:
-        raise DeRaError(
-            f"adapter={adapter!r} uses target_parameters={config.target_parameters!r}, as for a mixture's experts, in "
-            "whose batches the rows of all branches are mixed; adapt modules (target_modules), as those of attention."
-        )
-    if config.alora_invocation_tokens:
-        raise DeRaError(
-            f"adapter={adapter!r} is an activated LoRA (alora_invocation_tokens={config.alora_invocation_tokens!r}), "
-            "which is only on behind its invocation; train a LoRA that is always on."
-        )
-
-
-def check_keeps_biases(adapter: str, config: LoraConfig) -> None:
-    """
-    Refuses adapters that, in a PeftModel, have replaced the base's own biases.
-
-    Raises:
-        DeRaError: names the adapter, the setting and what would work.
-    """
-    if config.bias != "none":
-        raise DeRaError(
-            f"adapter={adapter!r} has bias={config.bias!r}: PEFT writes its biases over the base's own, so switching "
-            "it off does not give the reference back. Load it from its folder (DeRaModel.from_pretrained), which keeps "
-            "both, or train with bias='none' (lora_bias=True is supported)."
-        )
 
 
 def check_adapter(adapter: str, base: str, skeleton: PreTrainedModel) -> set[str]:
@@ -106,7 +48,7 @@ def check_adapter(adapter: str, base: str, skeleton: PreTrainedModel) -> set[str
         config = PeftConfig.from_pretrained(adapter)
     except (OSError, ValueError, TypeError, KeyError, HFValidationError) as error:
         raise DeRaError(f"adapter={adapter!r}: its adapter_config.json can't be read: {first_line(error)}") from error
-    check_adapter_config(adapter, config)
+    check_adapter_kind(adapter, config)
     modules = dict(skeleton.named_modules())
     factors: dict[str, set[str]] = {}
     others: set[str] = set()
@@ -159,7 +101,7 @@ def check_adapter(adapter: str, base: str, skeleton: PreTrainedModel) -> set[str
     return set(factors)
 
 
-def add_to(model: PreTrainedModel | PeftModel, adapter: str, name: str, modules: set[str]) -> PeftModel:
+def attach_adapter(model: PreTrainedModel | PeftModel, adapter: str, name: str, modules: set[str]) -> PeftModel:
     """
     Loads an adapter that `check_adapter` passed into a base, or into a PeftModel that has others.
 
@@ -172,7 +114,7 @@ def add_to(model: PreTrainedModel | PeftModel, adapter: str, name: str, modules:
     _check_copies(base, adapter)
     config = PeftConfig.from_pretrained(adapter)
     others = model.peft_config.values() if isinstance(model, PeftModel) else ()
-    _check_one_has_biases(adapter, [config, *others])
+    check_one_has_biases(adapter, [config, *others])
     trained = {} if config.bias == "none" else _read_biases(adapter)
     # weights that live on disk or are moved in and out are not there to put an adapter beside
     offloaded = any(parameter.is_meta for parameter in base.parameters())
@@ -199,13 +141,13 @@ def add_to(model: PreTrainedModel | PeftModel, adapter: str, name: str, modules:
         )
     if offloaded:
         _materialize(base, name, adapter)
-    place(base, name, base.dtype)
+    place_adapter(base, name, base.dtype)
     peft_model.eval()
     return peft_model
 
 
-def remove_from(peft_model: PeftModel, name: str) -> None:
-    """Takes an adapter that `add_to` loaded out of the model again."""
+def detach_adapter(peft_model: PeftModel, name: str) -> None:
+    """Takes an adapter that `attach_adapter` loaded out of the model again."""
     drop_biases(peft_model.get_base_model(), name)
     peft_model.delete_adapter(name)
 
@@ -240,7 +182,7 @@ def _materialize(base: PreTrainedModel, name: str, adapter: str) -> None:
             )
 
 
-def place(base: PreTrainedModel, name: str, dtype: torch.dtype) -> None:
+def place_adapter(base: PreTrainedModel, name: str, dtype: torch.dtype) -> None:
     """
     Puts the adapter where its layers run, and casts it once, instead of its activations up and down at every layer: to
     the base's dtype. On a CPU its factors stay in fp32: products of so few columns are slower in bf16, and an adapter
@@ -304,16 +246,6 @@ def _check_bias(adapter: str, base: str, key: str, shape: Sequence[int], modules
             "supported. Train with bias='lora_only' or 'none'."
         )
     return name
-
-
-def _check_one_has_biases(adapter: str, configs: Sequence[LoraConfig]) -> None:
-    """PEFT keeps one bias a module, and its copies of modules_to_save have biases of their own."""
-    biased = [config.bias for config in configs if config.bias != "none"]
-    if len(biased) > 1 or (biased and any(config.modules_to_save for config in configs)):
-        raise DeRaError(
-            f"adapter={adapter!r}: bias={biased[0]!r} goes together with no second such adapter in a model, and with "
-            "no modules_to_save; train with bias='none'."
-        )
 
 
 def _bias_owner(key: str) -> str:

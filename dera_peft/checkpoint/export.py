@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from dera_peft.engine.biases import biases_at
 from dera_peft.engine.lora import check_scales
+from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.plan import WeightPlan, read_lam
 from dera_peft.errors import DeRaError
-from dera_peft.model import DeRaModel
 
 SECOND = re.compile(r"\.lora_(embedding_)?B(\.|$)")  # B of B·A, and its bias
 COMBINED = "dera_export"  # a name that the PeftModel holds for a moment
@@ -36,12 +36,26 @@ weights are mixed.
 
 
 @torch.no_grad()
-def export(model: DeRaModel, lam, folder: str | os.PathLike, prompts: Sequence[Sequence[int]] = ()) -> dict:
-    """`DeRaModel.export`; see there."""
+def export(model: MixtureModel, lam, folder: str | os.PathLike, prompts: Sequence[Sequence[int]] = ()) -> dict:
+    """
+    Writes one plain PEFT adapter whose weights are scaled by λ, with a card.
+
+    Args:
+        lam: a number, or a dict by aligned branch.
+        folder: of the new adapter.
+        prompts: token ids. Each is continued greedily by DeRa, and both are compared at every new token.
+
+    Returns:
+        `{"kl": mean KL(DeRa ‖ exported) in nats a token, "max_kl": ..., "tokens": how many, "prompts": how many}`.
+        Empty without prompts.
+
+    Raises:
+        DeRaError: an adapter can't be scaled (DoRA, modules_to_save), or several can't be combined.
+    """
     if any(len(prompt) == 0 for prompt in prompts):
         raise DeRaError("prompts: one is empty; leave it out, or give at least the token that begins a text.")
     weights = read_lam(lam, 1, model.aligned)
-    check_scales(model.branches, model._adapted)
+    check_scales(model.branches, model.adapted)
     plan = WeightPlan(model.branches, weights)
     factors = {name: float(plan.adapter_scale.get(name, torch.ones(1))) for name in plan.branches[0].adapters}
     tensors, config = _scale(model, factors) if len(factors) == 1 else _combine(model, factors)
@@ -57,13 +71,13 @@ def export(model: DeRaModel, lam, folder: str | os.PathLike, prompts: Sequence[S
         base=model.config.name_or_path,
         lam=", ".join(f"λ={value:g}" if len(model.aligned) == 1 else f"λ({name})={value:g}" for name, value in named),
         sources=" and ".join(f"`{name}` (times {factor:g})" for name, factor in factors.items()),
-        fit=describe(fit),
+        fit=describe_fit(fit),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
     return fit
 
 
-def describe(fit: dict) -> str:
+def describe_fit(fit: dict) -> str:
     """What `export` returned, as a sentence."""
     if not fit:
         return "How far it is from DeRa was not measured: no prompts were given."
@@ -74,7 +88,7 @@ def describe(fit: dict) -> str:
     )
 
 
-def _scale(model: DeRaModel, factors: dict[str, float]) -> tuple[dict[str, torch.Tensor], LoraConfig]:
+def _scale(model: MixtureModel, factors: dict[str, float]) -> tuple[dict[str, torch.Tensor], LoraConfig]:
     """One adapter: its second factors times λ, whatever its ranks and scalings are."""
     ((name, factor),) = factors.items()
     with biases_at(model.base, factor):
@@ -83,7 +97,7 @@ def _scale(model: DeRaModel, factors: dict[str, float]) -> tuple[dict[str, torch
     return scaled, model.peft_model.peft_config[name]
 
 
-def _combine(model: DeRaModel, factors: dict[str, float]) -> tuple[dict[str, torch.Tensor], LoraConfig]:
+def _combine(model: MixtureModel, factors: dict[str, float]) -> tuple[dict[str, torch.Tensor], LoraConfig]:
     """Several adapters: PEFT's weighted combination "cat", which is exact: a LoRA of the sum of their ranks."""
     peft_model = model.peft_model
     for name in factors:
@@ -94,7 +108,7 @@ def _combine(model: DeRaModel, factors: dict[str, float]) -> tuple[dict[str, tor
                     f"adapter {name!r} has {option}={getattr(config, option)!r}, which PEFT's weighted combination of "
                     "adapters does not keep; only an adapter alone can be exported with it."
                 )
-    for module in model._adapted:
+    for module in model.adapted:
         if not module.scales:
             raise DeRaError(
                 f"{module.name}: {sorted(module.adapters)} adapt it by more than plain LoRA (modules_to_save, "
@@ -102,7 +116,7 @@ def _combine(model: DeRaModel, factors: dict[str, float]) -> tuple[dict[str, tor
                 "adapter alone can be exported with it."
             )
     # the combination takes its settings from the first adapter: it must find the modules of all of them
-    modules = {module.name for module in model._adapted}
+    modules = {module.name for module in model.adapted}
     exact = {"target_modules": modules, "layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
     configs = {name: peft_model.peft_config[name] for name in factors}
     peft_model.peft_config.update({name: replace(config, **exact) for name, config in configs.items()})
@@ -119,7 +133,7 @@ def _combine(model: DeRaModel, factors: dict[str, float]) -> tuple[dict[str, tor
         peft_model.delete_adapter(COMBINED)
 
 
-def _compare(model: DeRaModel, weights: torch.Tensor, prompts: Sequence[Sequence[int]]) -> dict:
+def _compare(model: MixtureModel, weights: torch.Tensor, prompts: Sequence[Sequence[int]]) -> dict:
     if model.config.is_encoder_decoder:
         raise DeRaError("prompts: an export of an encoder-decoder model is not compared; leave the prompts out.")
     divergences = []

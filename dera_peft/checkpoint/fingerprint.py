@@ -4,12 +4,9 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dera_peft.errors import DeRaError
-
-if TYPE_CHECKING:
-    from dera_peft.checkpoint.record import Record
 
 DIGITS = 12
 SAMPLE = 4096  # bytes read of each tensor
@@ -28,16 +25,6 @@ def file_fingerprint(file: str | os.PathLike) -> str:
     """Twelve hex digits of a file's contents."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:DIGITS]
-
-
-def model_fingerprint(record: "Record") -> dict[str, Any]:
-    """Which weights a record names, as a JSON-like value."""
-    return {
-        "base": (record.base, weights_fingerprint(record.base)),
-        "adapters": {name: (folder, weights_fingerprint(folder)) for name, folder in record.adapters.items()},
-        "branches": record.branches,
-        "mixing": record.mixing,
-    }
 
 
 def weights_fingerprint(name: str | os.PathLike, files: str = "*.safetensors") -> str | None:

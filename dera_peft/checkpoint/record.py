@@ -5,14 +5,14 @@ import os
 import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from dera_peft.checkpoint.fingerprint import base_fingerprint
-from dera_peft.engine.plan import REFERENCE
+from dera_peft.checkpoint.fingerprint import base_fingerprint, weights_fingerprint
+from dera_peft.engine.plan import LOGITS, REFERENCE, WEIGHTS
 from dera_peft.errors import DeRaError
 
 FILE_NAME = "dera.json"
 FORMAT = 1
-LOGITS, WEIGHTS = "logits", "weights"  # what λ mixes
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,15 @@ class Record:
     def with_base(self, base: str) -> "Record":
         """The same adapters over another copy of the base; `check_base` tells whether it is one."""
         return self if base == self.base else replace(self, base=base, base_revision=None)
+
+    def weights(self) -> dict[str, Any]:
+        """Which weights are named, by their fingerprints, as a JSON-like value."""
+        return {
+            "base": (self.base, weights_fingerprint(self.base)),
+            "adapters": {name: (folder, weights_fingerprint(folder)) for name, folder in self.adapters.items()},
+            "branches": self.branches,
+            "mixing": self.mixing,
+        }
 
     def check_base(self, revision: str | None = None) -> None:
         """

@@ -1,7 +1,7 @@
 """What several commands share."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -9,39 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from dera_peft.decoding.prompts import is_lambda
-from dera_peft.errors import DeRaError
-
 MIN_COLUMN = 38  # characters; λ stand side by side where each gets at least so many
-
-
-def read_lambdas(texts: Sequence[str]) -> list[float]:
-    """`["0,0.5", "1"]` -> [0.0, 0.5, 1.0]; each once, in the order given."""
-    values: list[float] = []
-    for part in ",".join(texts).split(","):
-        try:
-            value = float(part)
-        except ValueError:
-            raise DeRaError(
-                f"--lambda: {part.strip()!r} is not a number; write numbers with commas, as 0,0.5,1."
-            ) from None
-        if not is_lambda(value):
-            raise DeRaError(f"--lambda: {part.strip()!r} is not finite in fp32, in which logits are mixed.")
-        value += 0.0  # -0.0 is 0.0
-        if value not in values:
-            values.append(value)
-    return values
-
-
-def read_models(texts: Sequence[str]) -> dict[str, str]:
-    """`["retrained=runs/dpo-2"]` -> {"retrained": "runs/dpo-2"}."""
-    models = {}
-    for text in texts:
-        name, equals, adapter = text.partition("=")
-        if not equals or not name or not adapter:
-            raise DeRaError(f"--model: {text!r} is not of the form name=adapter.")
-        models[name] = adapter
-    return models
 
 
 @contextmanager

@@ -1,62 +1,55 @@
 """`dera export`: one plain PEFT adapter at a fixed λ, and how far it is from DeRa."""
 
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from rich.console import Console
-
-from dera_peft.checkpoint.export import NEW_TOKENS, describe
-from dera_peft.checkpoint.loading import load, load_config, load_tokenizer, resolve
-from dera_peft.decoding.prompts import encode, from_file, from_texts, is_lambda
-from dera_peft.errors import DeRaError
+from dera_peft.checkpoint.source import ModelSource
+from dera_peft.cli.inputs import PromptSettings
+from dera_peft.decoding.lambdas import read_lambda_by_name
+from dera_peft.settings import part, setting
 
 
-def read_lam(text: str) -> float | dict[str, float]:
-    """`"0.6"` -> 0.6; `"helpful=0.7,harmless=0.2"` -> a dict by adapter."""
-    named: dict[str, float] = {}
-    for part in text.split(","):
-        name, equals, value = part.rpartition("=")
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not is_lambda(number) or (not equals and "," in text):
-            raise DeRaError(f"--lambda: {text!r} is not a number, nor name=number for each adapter with commas.")
-        if not equals:
-            return number
-        named[name.strip()] = number
-    return named
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings(PromptSettings, ModelSource):
+    """The settings of `dera export`."""
+
+    lam: float | Mapping[str, float] = setting(
+        help="The strength to export at; of several adapters name=λ,name=λ.",
+        metavar="λ",
+        option="--lambda",
+        parse=read_lambda_by_name,
+    )
+    output: str = setting(help="Folder of the new adapter.", metavar="DIR")
+    json: bool = setting(False, "Print what was measured as JSON.")
 
 
-def export(
-    base: str | None,
-    adapter: str | None,
-    quantization: str | None,
-    dtype: str | None,
-    device_map: str | None,
-    lam: str,
-    folder: str,
-    texts: Sequence[str],
-    prompts_file: str | None,
-    chat: bool,
-    as_json: bool,
-) -> None:
-    """See `dera export --help`."""
-    strength = read_lam(lam)
-    if texts and prompts_file:
-        raise DeRaError("give --prompt or --prompts, not both.")
-    prompts = from_file(prompts_file) if prompts_file else from_texts(texts)
-    tokens = []
-    if prompts:
-        record = resolve(base, adapter)
-        config = load_config(record.base, revision=record.base_revision)
-        tokens = encode(prompts, load_tokenizer(base, adapter), config, NEW_TOKENS, chat)
-    model = load(base, adapter, quantization=quantization, dtype=dtype, device_map=device_map)
-    fit = model.export(strength, folder, tokens)
-    if as_json:
-        print(json.dumps({"folder": folder, "lambda": strength, **fit}, ensure_ascii=False))
+def export(settings: ExportSettings) -> None:
+    """Write a plain LoRA adapter at a fixed λ, for any server that loads LoRA, and measure how far it is from DeRa.
+
+    It mixes weights where DeRa mixes logits, so it is an approximation. Give prompts to see how good it is.
+
+    **Examples**
+
+    `dera export --adapter ./dpo --lambda 0.6 --output ./dpo-0.6 --prompts test.txt`
+    """
+    from rich.console import Console
+
+    from dera_peft.checkpoint.export import NEW_TOKENS, describe_fit
+    from dera_peft.decoding.prompts import encode
+    from dera_peft.model import DeRaModel
+
+    prompts = settings.read_prompts()
+    source = part(settings, ModelSource).placed()
+    tokens = encode(prompts, source.tokenizer(), source.config, NEW_TOKENS, settings.chat) if prompts else []
+    fit = DeRaModel.from_source(source).export(settings.lam, settings.output, tokens)
+    if settings.json:
+        print(json.dumps({"folder": settings.output, "lambda": settings.lam, **fit}, ensure_ascii=False))
         return
+    lam = settings.lam if isinstance(settings.lam, Mapping) else {"": settings.lam}
+    strength = ",".join(f"{name}={value:g}".removeprefix("=") for name, value in lam.items())
     console = Console()
-    console.print(f"written to {folder}: a plain LoRA adapter at λ={lam}", highlight=False, soft_wrap=True)
-    console.print(describe(fit), highlight=False)
+    console.print(
+        f"written to {settings.output}: a plain LoRA adapter at λ={strength}", highlight=False, soft_wrap=True
+    )
+    console.print(describe_fit(fit), highlight=False)

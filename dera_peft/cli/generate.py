@@ -4,83 +4,89 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from transformers import TextStreamer
-
-from dera_peft.checkpoint.fingerprint import model_fingerprint, settings_fingerprint
-from dera_peft.checkpoint.loading import load, load_config, load_tokenizer, resolve
-from dera_peft.cli.console import progress, read_lambdas, side_by_side
-from dera_peft.decoding.batching import Request, decode
-from dera_peft.decoding.prompts import Prompt, encode, from_file, from_lines, from_texts
-from dera_peft.decoding.rows import Results
+from dera_peft.checkpoint.source import ModelSource
+from dera_peft.cli.inputs import PromptSettings, resolve_one_aligned
+from dera_peft.decoding.lambdas import check_lambdas, read_lambdas
 from dera_peft.decoding.sampling import Sampling
 from dera_peft.errors import DeRaError
+from dera_peft.settings import COUNT, part, setting
+
+if TYPE_CHECKING:
+    from dera_peft.decoding.batching import Request
+    from dera_peft.decoding.prompts import Prompt
 
 
-def read_prompts(texts: Sequence[str], file: str | None) -> list[Prompt]:
-    """From `--prompt`, `--prompts` or standard input; exactly one of them."""
-    if texts and file:
-        raise DeRaError("give --prompt or --prompts, not both.")
-    if texts:
-        return from_texts(texts)
-    if file:
-        return from_file(file)
-    if sys.stdin is None or sys.stdin.isatty():
-        raise DeRaError("no prompt: give --prompt TEXT, --prompts FILE, or lines on standard input.")
-    prompts = from_lines(sys.stdin, "standard input")
-    if not prompts:
-        raise DeRaError("no prompt: standard input is empty.")
-    return prompts
+@dataclass(frozen=True)
+class GenerateSettings(PromptSettings, Sampling, ModelSource):
+    """The settings of `dera generate`."""
+
+    lambdas: tuple[float, ...] = setting(
+        (),
+        "Strengths, with commas or the option repeated. By default the one that dera.json names, else 1.",
+        metavar="λ[,λ…]",
+        panel="Prompts",
+        option="--lambda",
+        parse=read_lambdas,
+        check=check_lambdas,
+    )
+    greedy: bool = setting(False, "The same as --temperature 0.", panel="Sampling")
+    samples: int = setting(1, "Completions per prompt and λ.", check=COUNT, metavar="N", panel="Sampling")
+    batch_size: int = setting(16, "Completions decoded at once.", check=COUNT, metavar="N", panel="Sampling")
+    output: Path | None = setting(
+        None,
+        "A .jsonl file: a line per completion, written as it finishes. Run again, it is continued.",
+        metavar="FILE",
+    )
+    json: bool = setting(False, "Print those lines instead of the texts side by side.")
+    stream: bool = setting(False, "Print tokens as they come: one prompt, one λ.")
+
+    @property
+    def sampling(self) -> Sampling:
+        sampling = part(self, Sampling)
+        return replace(sampling, temperature=0.0) if self.greedy else sampling
 
 
-def generate(
-    base: str | None,
-    adapter: str | None,
-    quantization: str | None,
-    dtype: str | None,
-    device_map: str | None,
-    lambdas: Sequence[str],
-    texts: Sequence[str],
-    prompts_file: str | None,
-    sampling: Sampling,
-    samples: int,
-    chat: bool,
-    batch_size: int,
-    output: Path | None,
-    as_json: bool,
-    stream: bool,
-) -> None:
-    """See `dera generate --help`."""
-    default = read_lambdas(lambdas) if lambdas else None
-    prompts = read_prompts(texts, prompts_file)
-    record = resolve(base, adapter)
-    if len(record.branches) > 2:
-        raise DeRaError(
-            f"dera generate decodes one aligned model, and the record has {list(record.branches)[1:]}; use "
-            "DeRaModel.generate with lam by name, or export a mixture of them (dera export)."
-        )
+def generate(settings: GenerateSettings) -> None:
+    """Decode prompts at one or several λ, in one batched pass.
+
+    Prompts come from --prompt, --prompts or the lines of standard input.
+
+    **Examples**
+
+    `dera generate --adapter runs/tiny/dpo --lambda 0,0.5,1,2 --prompt "Once upon a time"`
+
+    `dera generate --base org/base --adapter ./dpo --quantization nf4 --chat --lambda 0.6 --prompt "Hi!" --stream`
+
+    `dera generate --adapter ./dpo --lambda=-0.5,0,1 --prompts prompts.jsonl --samples 4 --output out.jsonl`
+    """
+    from dera_peft.checkpoint.fingerprint import settings_fingerprint
+    from dera_peft.cli.console import progress
+    from dera_peft.decoding.batching import Request, decode
+    from dera_peft.decoding.prompts import encode
+    from dera_peft.decoding.rows import Results
+    from dera_peft.model import DeRaModel
+
+    prompts = settings.read_prompts_or_lines()
+    source, sampling = part(settings, ModelSource).placed(), settings.sampling
+    record = resolve_one_aligned(
+        source, "dera generate", "use DeRaModel.generate with lam by name, or export a mixture of them (dera export)."
+    )
     requests = [
         Request(prompt.index, lam, sample)
         for prompt in prompts
-        for lam in (prompt.lam or default or [record.lam])
-        for sample in range(samples)
+        for lam in (prompt.lam or settings.lambdas or [record.lam])
+        for sample in range(settings.samples)
     ]
-    if stream and (len(requests) > 1 or output or as_json):
+    output = settings.output
+    if settings.stream and (len(requests) > 1 or output or settings.json):
         raise DeRaError(
             "--stream shows one completion: one prompt, one λ, one sample, and neither --output nor --json."
         )
-    run = settings_fingerprint(
-        {
-            **model_fingerprint(record),
-            "quantization": quantization,
-            "dtype": dtype,
-            "chat": chat,
-            "sampling": asdict(sampling),
-        }
-    )
+    run = settings_fingerprint({**source.fingerprint(), "chat": settings.chat, "sampling": asdict(sampling)})
     results = None if output is None else Results(output, run, "--output")
     finished = {} if results is None else results.finished(prompts)
     todo = [request for request in requests if request not in finished]
@@ -88,26 +94,25 @@ def generate(
         done = len(requests) - len(todo)
         print(f"{output}: {done} of {len(requests)} completions are there already", file=sys.stderr)
 
-    if as_json:
+    if settings.json:
         _print_rows(finished[request] for request in requests if request in finished)
 
     if todo:
-        config = load_config(record.base, revision=record.base_revision)
-        tokenizer = load_tokenizer(base, adapter)
-        tokens = encode(prompts, tokenizer, config, sampling.max_new_tokens, chat)
-        model = load(base, adapter, quantization=quantization, dtype=dtype, device_map=device_map)
-        if stream:
+        tokenizer = source.tokenizer()
+        tokens = encode(prompts, tokenizer, source.config, sampling.max_new_tokens, settings.chat)
+        model = DeRaModel.from_source(source)
+        if settings.stream:
             _stream(model, tokenizer, tokens[0], todo[0], sampling)
             return
         with progress("decoding", len(requests), len(requests) - len(todo)) as advance:
-            for completions in decode(model, tokenizer, tokens, todo, sampling, batch_size):
+            for completions in decode(model, tokenizer, tokens, todo, sampling, settings.batch_size):
                 rows = [completion.row(prompts[completion.request.index]) for completion in completions]
                 rows = [{"run": run, **row} for row in rows] if results is None else results.append(rows)
                 finished.update({completion.request: row for completion, row in zip(completions, rows, strict=True)})
-                if as_json:
+                if settings.json:
                     _print_rows(rows)
                 advance(len(completions))
-    if not as_json:
+    if not settings.json:
         _show(prompts, requests, finished)
 
 
@@ -116,7 +121,11 @@ def _print_rows(rows: Iterable[dict]) -> None:
         print(json.dumps(row, ensure_ascii=False), flush=True)
 
 
-def _show(prompts: Sequence[Prompt], requests: Sequence[Request], finished: dict) -> None:
+def _show(prompts: "Sequence[Prompt]", requests: "Sequence[Request]", finished: dict) -> None:
+    from rich.console import Console
+
+    from dera_peft.cli.console import side_by_side
+
     console = Console()
     by_prompt: dict[int, dict[float, list[str]]] = defaultdict(lambda: defaultdict(list))
     for request in requests:
@@ -125,7 +134,11 @@ def _show(prompts: Sequence[Prompt], requests: Sequence[Request], finished: dict
         side_by_side(console, prompts[index].text, texts)
 
 
-def _stream(model, tokenizer, tokens: list[int], request: Request, sampling: Sampling) -> None:
+def _stream(model, tokenizer, tokens: list[int], request: "Request", sampling: Sampling) -> None:
+    from transformers import TextStreamer
+
+    from dera_peft.decoding.batching import decode
+
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     for _ in decode(model, tokenizer, [tokens], [request], sampling, batch_size=1, streamer=streamer):
         pass

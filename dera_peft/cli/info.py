@@ -1,83 +1,47 @@
 """`dera info`: what would run, without running it."""
 
 import json
+from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
-import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-from transformers import EncoderDecoderCache
-from transformers.cache_utils import CacheLayerMixin
-
-from dera_peft.checkpoint.loading import load, resolve
+from dera_peft.checkpoint.source import ModelSource
 from dera_peft.formatting import format_bytes
-from dera_peft.model import DeRaModel
+from dera_peft.settings import part, setting
+
+if TYPE_CHECKING:
+    from dera_peft.model import DeRaModel
 
 ADAPTER_PARTS = ("lora_", ".modules_to_save.", ".trainable_tokens_")  # of parameters' names
 EXAMPLES = (0.0, 0.5, 1.0, 2.0)
 
 
-def describe(model: DeRaModel, base: str, adapters: dict[str, str]) -> dict:
+@dataclass(frozen=True)
+class InfoSettings(ModelSource):
+    """The settings of `dera info`."""
+
+    json: bool = setting(False, "Print the facts as JSON.")
+
+
+def info(settings: InfoSettings) -> None:
+    """Say what would run: branches, fork, join, rows and memory.
+
+    **Examples**
+
+    `dera info --adapter runs/tiny/dpo`
+
+    `dera info --base org/base --adapter ./dpo --quantization nf4 --json`
     """
-    Branches, fork, join, rows and memory of a loaded model.
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
-    Bytes of the KV cache are per token of context, for each of a batch's B sequences below the fork and for each of its
-    R rows above it; measured on a cache that one token filled.
-    """
-    parameters = list(model.parameters())
-    lora = [p for name, p in model.named_parameters() if any(part in name for part in ADAPTER_PARTS)]
-    lora_parameters, lora_bytes = sum(p.numel() for p in lora), sum(p.nbytes for p in lora)
-    depth = model.config.get_text_config(decoder=True).num_hidden_layers
-    one = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    decoder = {"decoder_input_ids": one} if model.config.is_encoder_decoder else {}
-    with torch.no_grad():
-        cache = model(one, lam=dict.fromkeys(model.aligned, 0.0), use_cache=True, **decoder).past_key_values
-    layers = cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers
-    # a recurrent state does not grow with the context
-    per_layer = [
-        layer.keys.nbytes + layer.values.nbytes if isinstance(layer, CacheLayerMixin) else 0 for layer in layers
-    ]
-    return {
-        "base": base,
-        "architecture": type(model.base).__name__,
-        "adapters": adapters,
-        "branches": {branch.name: list(branch.adapters) for branch in model.branches},
-        "default_lambda": model.lam,
-        "fork_layer": model.fork_layer,
-        "layers": depth,
-        "join": "before the head" if model.joins_before_head else "after the head",
-        # with several aligned adapters: each at this λ
-        "rows_per_sequence": {
-            f"{lam:g}": model.plan(dict.fromkeys(model.aligned, lam), 1).num_rows for lam in EXAMPLES
-        },
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        # transformers counts a packed 4-bit weight as the numbers that it stands for
-        "base_parameters": model.base.num_parameters() - lora_parameters,
-        "adapter_parameters": lora_parameters,
-        "base_bytes": sum(p.nbytes for p in parameters) - lora_bytes,
-        "adapter_bytes": lora_bytes,
-        "cache_bytes_per_token": {
-            "below_fork_per_sequence": sum(per_layer[: model.fork_layer]),
-            "above_fork_per_row": sum(per_layer[model.fork_layer :]),
-        },
-    }
+    from dera_peft.model import DeRaModel
 
-
-def info(
-    base: str | None,
-    adapter: str | None,
-    quantization: str | None,
-    dtype: str | None,
-    device_map: str | None,
-    as_json: bool,
-) -> None:
-    """See `dera info --help`."""
-    record = resolve(base, adapter)
-    model = load(base, adapter, quantization=quantization, dtype=dtype, device_map=device_map)
-    facts = describe(model, record.base, record.adapters)
-    if as_json:
+    source = part(settings, ModelSource).placed()
+    model = DeRaModel.from_source(source)
+    facts = describe_model(model)
+    if settings.json:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     branches = "\n".join(f"{name}: {' + '.join(['base', *adapters])}" for name, adapters in facts["branches"].items())
@@ -106,6 +70,57 @@ def info(
     for name, value in lines.items():
         table.add_row(name, Text(value))
     Console().print(table)
+
+
+def describe_model(model: "DeRaModel") -> dict:
+    """
+    Branches, fork, join, rows and memory of a loaded model.
+
+    Bytes of the KV cache are per token of context, for each of a batch's B sequences below the fork and for each of its
+    R rows above it; measured on a cache that one token filled.
+    """
+    import torch
+    from transformers import EncoderDecoderCache
+    from transformers.cache_utils import CacheLayerMixin
+
+    parameters = list(model.parameters())
+    lora = [p for name, p in model.named_parameters() if any(part in name for part in ADAPTER_PARTS)]
+    lora_parameters, lora_bytes = sum(p.numel() for p in lora), sum(p.nbytes for p in lora)
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    one = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    decoder = {"decoder_input_ids": one} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        cache = model(one, lam=dict.fromkeys(model.aligned, 0.0), use_cache=True, **decoder).past_key_values
+    layers = cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers
+    # a recurrent state does not grow with the context
+    per_layer = [
+        layer.keys.nbytes + layer.values.nbytes if isinstance(layer, CacheLayerMixin) else 0 for layer in layers
+    ]
+    return {
+        "base": model.config.name_or_path if model.record is None else model.record.base,
+        "architecture": type(model.base).__name__,
+        "adapters": {} if model.record is None else model.record.adapters,
+        "branches": {branch.name: list(branch.adapters) for branch in model.branches},
+        "default_lambda": model.lam,
+        "fork_layer": model.fork_layer,
+        "layers": depth,
+        "join": "before the head" if model.joins_before_head else "after the head",
+        # with several aligned adapters: each at this λ
+        "rows_per_sequence": {
+            f"{lam:g}": model.plan(dict.fromkeys(model.aligned, lam), 1).num_rows for lam in EXAMPLES
+        },
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        # transformers counts a packed 4-bit weight as the numbers that it stands for
+        "base_parameters": model.base.num_parameters() - lora_parameters,
+        "adapter_parameters": lora_parameters,
+        "base_bytes": sum(p.nbytes for p in parameters) - lora_bytes,
+        "adapter_bytes": lora_bytes,
+        "cache_bytes_per_token": {
+            "below_fork_per_sequence": sum(per_layer[: model.fork_layer]),
+            "above_fork_per_row": sum(per_layer[model.fork_layer :]),
+        },
+    }
 
 
 def _format_lam(lam: float | dict[str, float]) -> str:

@@ -7,19 +7,22 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-
-from dera_peft.checkpoint.fingerprint import model_fingerprint, settings_fingerprint
-from dera_peft.checkpoint.loading import load, load_config, load_tokenizer, resolve
-from dera_peft.cli.console import progress, read_lambdas
-from dera_peft.decoding.prompts import Prompt, encode, is_utf8, parse_row
-from dera_peft.decoding.rows import Results
-from dera_peft.decoding.scoring import Scored, score_each
+from dera_peft.checkpoint.source import ModelSource
+from dera_peft.cli.inputs import resolve_one_aligned
+from dera_peft.decoding.jsonl import parse_row
+from dera_peft.decoding.lambdas import check_lambdas, read_lambdas
+from dera_peft.decoding.prompts import Prompt, is_utf8
 from dera_peft.errors import DeRaError
+from dera_peft.settings import part, setting
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from dera_peft.decoding.rows import Results
+    from dera_peft.decoding.scoring import Scored
 
 ENDS = {"eos": True, "length": False}  # whether the model ended it, by a row's "finish"
 DIGITS = 6  # of nats, in rows
@@ -85,8 +88,8 @@ def _read_row(line: str, index: int, source: str) -> Given:
 def encode_completions(
     given: Sequence[Given],
     prompts: Sequence[Sequence[int]],
-    tokenizer: PreTrainedTokenizerBase,
-    config: PreTrainedConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    config: "PreTrainedConfig",
     end: bool | None,
 ) -> list[list[int]]:
     """
@@ -124,41 +127,76 @@ def encode_completions(
     return result
 
 
-def score(
-    base: str | None,
-    adapter: str | None,
-    quantization: str | None,
-    dtype: str | None,
-    device_map: str | None,
-    completions_file: str,
-    lambdas: Sequence[str],
-    chat: bool,
-    end: bool | None,
-    temperature: float,
-    per_token: bool,
-    output: Path | None,
-    as_json: bool,
-) -> None:
-    """See `dera score --help`."""
-    given = read_completions(completions_file)
-    record = resolve(base, adapter)
-    if len(record.branches) > 2:
-        raise DeRaError(
-            f"dera score takes one aligned model, and the record has {list(record.branches)[1:]}; use "
-            "dera_peft.evaluate.score with lam by name."
-        )
-    lambdas = read_lambdas(lambdas) if lambdas else [record.lam]
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings(ModelSource):
+    """The settings of `dera score`."""
+
+    completions: str = setting(
+        help="A .jsonl file: rows with a 'prompt' (a text or chat messages) and a 'completion' (a text), as those of "
+        "dera generate --output.",
+        metavar="FILE",
+        panel="Prompts",
+    )
+    lambdas: tuple[float, ...] = setting(
+        (),
+        "Strengths, with commas or the option repeated. By default the one that dera.json names, else 1.",
+        metavar="λ[,λ…]",
+        panel="Prompts",
+        option="--lambda",
+        parse=read_lambdas,
+        check=check_lambdas,
+    )
+    chat: bool = setting(False, "Render prompts with the tokenizer's chat template.", panel="Prompts")
+    end: bool | None = setting(
+        None,
+        "Whether the tokenizer's end token is part of each completion. By default it is of those whose row has "
+        "'finish': 'eos'.",
+        panel="Prompts",
+    )
+    temperature: float = setting(1.0, "Divides the mixed logits; the KL is at 1.", metavar="T", panel="Sampling")
+    output: Path | None = setting(
+        None,
+        "A .jsonl file: a line per completion and λ, written as it finishes. Run again, it is continued.",
+        metavar="FILE",
+    )
+    tokens: bool = setting(False, "Also give the values of each token in those lines.")
+    json: bool = setting(False, "Print those lines instead of the table.")
+
+
+def score(settings: ScoreSettings) -> None:
+    """Say how probable given completions are at many λ, from one pass: total, per token, perplexity, KL; in nats.
+
+    A completion is split into tokens by itself and put behind its prompt's, which is how it was decoded.
+
+    **Examples**
+
+    `dera score --adapter ./dpo --completions out.jsonl --lambda 0,0.25,0.5,0.75,1`
+
+    `dera score --adapter ./dpo --completions chats.jsonl --chat --end --lambda 0,1 --output scores.jsonl`
+    """
+    from rich.console import Console
+
+    from dera_peft.checkpoint.fingerprint import settings_fingerprint
+    from dera_peft.cli.console import progress
+    from dera_peft.decoding.prompts import encode
+    from dera_peft.decoding.rows import Results
+    from dera_peft.decoding.scoring import score_each
+    from dera_peft.model import DeRaModel
+
+    given = read_completions(settings.completions)
+    source = part(settings, ModelSource).placed()
+    record = resolve_one_aligned(source, "dera score", "use dera_peft.evaluate.score with lam by name.")
+    lambdas = settings.lambdas or (record.lam,)
     run = settings_fingerprint(
         {
-            **model_fingerprint(record),
-            "quantization": quantization,
-            "dtype": dtype,
-            "chat": chat,
-            "end": end,
-            "temperature": temperature,
-            "per_token": per_token,
+            **source.fingerprint(),
+            "chat": settings.chat,
+            "end": settings.end,
+            "temperature": settings.temperature,
+            "per_token": settings.tokens,
         }
     )
+    output = settings.output
     results = None if output is None else Results(output, run, "--output")
     finished = {} if results is None else _finished(results, given)
     wanted = [(index, lam) for index in range(len(given)) for lam in lambdas]
@@ -169,33 +207,32 @@ def score(
     done = sum(key in finished for key in wanted)
     if done:
         print(f"{output}: {done} of {len(wanted)} scores are there already", file=sys.stderr)
-    if as_json:
+    if settings.json:
         _print_rows(finished[key] for key in wanted if key in finished)
 
     if missing:
-        config = load_config(record.base, revision=record.base_revision)
-        tokenizer = load_tokenizer(base, adapter)
-        prompts = encode([each.prompt for each in given], tokenizer, config, 1, chat)
-        completions = encode_completions(given, prompts, tokenizer, config, end)
-        _tell_of_other_splits(given, completions, end)
-        model = load(base, adapter, quantization=quantization, dtype=dtype, device_map=device_map)
+        tokenizer = source.tokenizer()
+        prompts = encode([each.prompt for each in given], tokenizer, source.config, 1, settings.chat)
+        completions = encode_completions(given, prompts, tokenizer, source.config, settings.end)
+        _tell_of_other_splits(given, completions, settings.end)
+        model = DeRaModel.from_source(source)
         with progress("scoring", len(wanted), done) as advance:
             for lacks, indices in missing.items():
                 of = [prompts[index] for index in indices], [completions[index] for index in indices]
-                for place, scored in score_each(model, *of, list(lacks), temperature):
+                for place, scored in score_each(model, *of, list(lacks), settings.temperature):
                     index = indices[place]
-                    ids = completions[index] if per_token else None
+                    ids = completions[index] if settings.tokens else None
                     rows = _rows(given[index], scored, lacks, ids, tokenizer)
                     rows = [{"run": run, **row} for row in rows] if results is None else results.append(rows)
                     finished.update({(index, row["lambda"]): row for row in rows})
-                    if as_json:
+                    if settings.json:
                         _print_rows(rows)
                     advance(len(rows))
-    if not as_json:
+    if not settings.json:
         Console().print(table(lambdas, {key: finished[key] for key in wanted}))
 
 
-def _finished(results: Results, given: Sequence[Given]) -> dict[Key, dict]:
+def _finished(results: "Results", given: Sequence[Given]) -> dict[Key, dict]:
     """
     The rows of an earlier run.
 
@@ -231,7 +268,7 @@ def _tell_of_other_splits(given: Sequence[Given], completions: Sequence[Sequence
 
 
 def _rows(
-    given: Given, scored: Scored, lambdas: Sequence[float], ids: Sequence[int] | None, tokenizer: Any
+    given: Given, scored: "Scored", lambdas: Sequence[float], ids: Sequence[int] | None, tokenizer: Any
 ) -> list[dict]:
     """A row for each λ; with the values of each token if its `ids` are given."""
     rows = []
@@ -264,8 +301,10 @@ def _number(value: Any) -> float | None:
     return round(value, DIGITS) if math.isfinite(value) else None
 
 
-def table(lambdas: Sequence[float], rows: Mapping[Key, dict]) -> Table:
+def table(lambdas: Sequence[float], rows: Mapping[Key, dict]) -> "Table":
     """For each λ the means over the completions, and over all of their tokens."""
+    from rich.table import Table
+
     result = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for name in ("λ", "completions", "tokens", "log p", "per token", "perplexity", "KL (nats)"):
         result.add_column(name, justify="right", no_wrap=True)

@@ -9,13 +9,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from dera_peft.checkpoint.record import WEIGHTS
+from dera_peft.decoding.noise import logits_processor, row_key
 from dera_peft.decoding.prompts import Prompt
-from dera_peft.decoding.sampling import PLAIN, Sampling, row_key
+from dera_peft.decoding.sampling import Sampling
+from dera_peft.engine.generation import PLAIN_GENERATION
+from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.padding import pad
+from dera_peft.engine.plan import WEIGHTS
 from dera_peft.engine.prefill import Prefill, can_be_shared
 from dera_peft.errors import DeRaError
-from dera_peft.model import DeRaModel
 
 BATCH_TOKENS = 32 * 1024  # 4 GiB of keys and values in one branch of a model of 8 billion parameters (GQA, bf16)
 GROUP_BATCHES = 8  # of a group: one of them may be short
@@ -63,7 +65,7 @@ class Completion:
 
 @torch.no_grad()
 def decode(
-    model: DeRaModel | PreTrainedModel,
+    model: MixtureModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]] | Mapping[int, Sequence[int]],
     requests: Sequence[Request],
@@ -84,7 +86,7 @@ def decode(
 
     Args:
         prompts: token ids by prompt index, from `prompts.encode`.
-        model: a `DeRaModel`, or any causal language model for requests without λ.
+        model: a `MixtureModel`, or any causal language model for requests without λ.
         requests: indices into `prompts`.
         batch_size: at most so many completions are decoded at once.
         streamer: of transformers, for a single request.
@@ -96,7 +98,7 @@ def decode(
             request.
     """
     for request in requests:
-        if (request.lam is None) == isinstance(model, DeRaModel):
+        if (request.lam is None) == isinstance(model, MixtureModel):
             raise DeRaError(f"{request}: a request has a λ where the model is a DeRaModel, and None where it is not.")
     _say_what_is_left_aside(model)
     queue = _Queue(model, prompts, requests, batch_size, batch_tokens, sampling.max_new_tokens)
@@ -132,8 +134,8 @@ def decode(
 
 def _say_what_is_left_aside(model: PreTrainedModel) -> None:
     config = model.generation_config
-    found = {name: getattr(config, name, None) for name in PLAIN}
-    if own := [f"{name}={value!r}" for name, value in found.items() if value is not None and value != PLAIN[name]]:
+    found = {name: (getattr(config, name, None), plain) for name, plain in PLAIN_GENERATION.items()}
+    if own := [f"{name}={value!r}" for name, (value, plain) in found.items() if value not in (None, plain)]:
         print(
             f"the base's generation config sets {', '.join(own)}: left aside, since tokens are drawn by the options of "
             "this command alone",
@@ -156,7 +158,7 @@ class _Queue:
     def __init__(self, model, prompts, requests, batch_size: int, batch_tokens: int, new_tokens: int):
         self.prompts, self.new_tokens = prompts, new_tokens
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
-        self.mixes_weights = isinstance(model, DeRaModel) and model.mixing == WEIGHTS
+        self.mixes_weights = isinstance(model, MixtureModel) and model.mixing == WEIGHTS
         self.counts = Counter(map(self.prefix, requests)) if can_be_shared(model) else Counter()
         self.group: list[Request] = []
         self.kept: dict[tuple, int] = {}
@@ -223,7 +225,7 @@ class _Queue:
 
 
 def _decode_batch(
-    model: DeRaModel | PreTrainedModel,
+    model: MixtureModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]] | Mapping[int, Sequence[int]],
     batch: Sequence[Request],
@@ -255,12 +257,13 @@ def _decode_batch(
         **inputs,
         do_sample=False,  # the noise in the logits makes the argmax a sample
         num_beams=1,
-        logits_processor=sampling.logits_processor(
+        logits_processor=logits_processor(
+            sampling,
             [row_key(sampling.seed, request.index, request.sample) for request in batch],
             length,
             padding,
         ),
-        **PLAIN,
+        **PLAIN_GENERATION,
         max_new_tokens=sampling.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id or 0,
         streamer=streamer,

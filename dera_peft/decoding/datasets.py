@@ -12,7 +12,7 @@ from datasets import (
 )
 from datasets.exceptions import DatasetNotFoundError
 
-from dera_peft.decoding.prompts import parse_row
+from dera_peft.decoding.jsonl import parse_row
 from dera_peft.errors import DeRaError
 from dera_peft.user_code import is_object_path, load_object
 

@@ -2,18 +2,18 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-import torch
-from jinja2 import TemplateError
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-
+from dera_peft.decoding.jsonl import parse_row
+from dera_peft.decoding.lambdas import is_lambda
 from dera_peft.errors import DeRaError
 from dera_peft.user_code import is_object_path, load_object
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 Chat = list[dict[str, str]]
 
@@ -26,8 +26,6 @@ RESULT_COLUMNS = frozenset(
 )  # fmt: skip
 
 FILES = (".txt", ".jsonl", ".csv")
-
-MAX_LAMBDA = torch.finfo(torch.float32).max  # logits are mixed in fp32
 
 
 @dataclass(frozen=True)
@@ -198,17 +196,6 @@ def from_rows(rows: Iterable[Any], source: str, column: str = "prompt") -> list[
     return _from_rows({f"{source}, prompt {number}": row for number, row in enumerate(rows, start=1)}, column)
 
 
-def parse_row(line: str | bytes, source: str) -> dict:
-    """A line of a .jsonl file. Raises `DeRaError`, with its `source`, where it is not a JSON object."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DeRaError(f"{source}: not valid JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise DeRaError(f"{source}: a row must be a JSON object; got {type(row).__name__}.")
-    return row
-
-
 def _read_csv(text: str, name: str) -> dict[str, dict]:
     """Rows under a head of names; a number is a text too, but for λ."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -249,11 +236,6 @@ def _from_rows(rows: Mapping[str, Mapping[str, Any]], column: str) -> list[Promp
     return prompts
 
 
-def is_lambda(value: Any) -> bool:
-    """Whether it is a number, and finite in fp32 too."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_LAMBDA
-
-
 def _read_lambdas(lam: Any, source: str) -> tuple[float, ...]:
     values = lam if isinstance(lam, list) else [lam]
     for value in values:
@@ -266,8 +248,8 @@ def _read_lambdas(lam: Any, source: str) -> tuple[float, ...]:
 
 def encode(
     prompts: Sequence[Prompt],
-    tokenizer: PreTrainedTokenizerBase,
-    config: PreTrainedConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    config: "PreTrainedConfig",
     max_new_tokens: int,
     chat: bool = False,
 ) -> list[list[int]]:
@@ -281,6 +263,8 @@ def encode(
         PromptTooLong: a prompt does not fit (with its length).
         DeRaError: there is no chat template, or it refuses a chat.
     """
+    from jinja2 import TemplateError
+
     if chat and not tokenizer.chat_template:
         raise DeRaError(
             "the tokenizer has no chat template: leave --chat away, or use a model that was trained for chat."

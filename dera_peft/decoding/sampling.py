@@ -1,173 +1,61 @@
-"""Sampling whose random numbers belong to a prompt and a sample, not to a run, a batch or λ."""
+"""How tokens are drawn: the settings of sampling."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-import torch
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from dera_peft.settings import AT_LEAST_1, Check, Settings, setting
 
-from dera_peft.errors import DeRaError
-
-GAMMA = 0x9E3779B97F4A7C15  # splitmix64's increment: 2^64 over the golden ratio, odd
-MASK = (1 << 64) - 1
-
-# Of a base's generation config, what would change the distribution that is drawn from behind `Sampling`'s back, with
-# the values at which it does not.
-PLAIN = {
-    "repetition_penalty": 1.0,  # ours is in the processor
-    "min_length": 0,
-    "min_new_tokens": None,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "encoder_repetition_penalty": 1.0,
-    "bad_words_ids": None,
-    "sequence_bias": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "exponential_decay_length_penalty": None,
-    "watermarking_config": None,
-    "remove_invalid_values": False,
-    "stop_strings": None,
-}
+PANEL = "Sampling"
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Settings):
     """
     How tokens are drawn, the same for all requests of a run.
 
-    Attributes:
-        max_new_tokens: at most so many tokens are generated.
-        temperature: divides the mixed logits; 0 is greedy decoding.
-        top_k, top_p, min_p: truncate the distribution as in transformers; 0, 1 and 0 leave it whole.
-        repetition_penalty: as in transformers; 1 is none.
-        seed: of all random numbers.
+    Raises:
+        DeRaError: a value is of another type or out of range.
     """
 
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            kinds, wanted = (int, "an integer") if field.type is int else (int | float, "a finite number")
-            if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
-                raise DeRaError(f"{field.name}={value!r} must be {wanted}.")
-            object.__setattr__(self, field.name, field.type(value))
-        checks = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
-            "top_k": (self.top_k >= 0, "0 (off) or more"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "min_p": (0 <= self.min_p < 1, "in [0, 1)"),
-            "repetition_penalty": (self.repetition_penalty > 0, "more than 0"),
-            "seed": (0 <= self.seed <= MASK, "from 0 to 2^64 - 1"),
-        }
-        for name, (holds, wanted) in checks.items():
-            if not holds:
-                raise DeRaError(f"{name}={getattr(self, name)!r} must be {wanted}.")
-
-    def logits_processor(self, keys: Sequence[int], prompt_length: int, padding: Sequence[int]) -> LogitsProcessorList:
-        """
-        For `generate(do_sample=False)`: transformers' warpers, then the noise that makes its argmax a sample.
-
-        Args:
-            keys: from `row_key`, one a row.
-            prompt_length: of the batch, padding included.
-            padding: how many tokens of padding stand left of each row.
-        """
-        warpers = LogitsProcessorList()
-        if self.repetition_penalty != 1:
-            # generate's own would count the padding as text, so that a row's penalty depended on its batch
-            warpers.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty, torch.tensor(padding)))
-        if self.temperature == 0:
-            return warpers
-        if self.temperature != 1:
-            warpers.append(TemperatureLogitsWarper(self.temperature))
-        if self.top_k > 0:
-            warpers.append(TopKLogitsWarper(self.top_k))
-        if self.top_p < 1:
-            warpers.append(TopPLogitsWarper(self.top_p))
-        if self.min_p > 0:
-            warpers.append(MinPLogitsWarper(self.min_p))
-        warpers.append(GumbelMax(keys, prompt_length))
-        return warpers
-
-
-def splitmix64(state: int) -> int:
-    """The output of splitmix64 at a 64-bit state (Steele, Lea and Flood, 2014)."""
-    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK
-    return state ^ (state >> 31)
-
-
-def row_key(seed: int, prompt: int, sample: int) -> int:
-    """The stream of one sample of one prompt. λ has no part in it: all λ draw the same numbers."""
-    key = splitmix64((seed + GAMMA) & MASK)
-    key = splitmix64((key + (prompt + 1) * GAMMA) & MASK)
-    return splitmix64((key + (sample + 1) * GAMMA) & MASK)
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value
-
-
-def _shift(bits: torch.Tensor, by: int) -> torch.Tensor:
-    """Logical right shift: torch's own keeps the sign."""
-    return (bits >> by) & ((1 << (64 - by)) - 1)
-
-
-def _splitmix64(state: torch.Tensor) -> torch.Tensor:
-    """`splitmix64` of int64 tensors, whose arithmetic wraps around at 2^64 on every device."""
-    state = (state ^ _shift(state, 30)) * _signed(0xBF58476D1CE4E5B9)
-    state = (state ^ _shift(state, 27)) * _signed(0x94D049BB133111EB)
-    return state ^ _shift(state, 31)
-
-
-def gumbel_noise(keys: torch.Tensor, step: int, vocabulary: int) -> torch.Tensor:
-    """
-    Standard Gumbel noise `[B, V]` (fp32) that depends only on each row's key (`[B]` int64), the step and the token.
-
-    Adding it to log-probabilities makes their argmax a sample (the Gumbel-max trick). It is -log(-log(u)) for u uniform
-    in (0, 1), computed from 1 - u: a float is precise near 0, and it is there that the largest noise comes from.
-    """
-    streams = _splitmix64(keys + _signed(((step + 1) * GAMMA) & MASK))  # [B]
-    tokens = torch.arange(1, vocabulary + 1, device=keys.device)  # [V]
-    bits = _splitmix64(streams[:, None] + tokens * _signed(GAMMA))  # [B, V]
-    complement = (_shift(~bits, 1).float() + 0.5) * 2.0**-63  # 1 - u, from 2^-64
-    exponential = -torch.log1p(-complement.clamp(max=1 - 2.0**-24))
-    return -exponential.log()
-
-
-class GumbelMax(LogitsProcessor):
-    """
-    Adds each row's own Gumbel noise, so that greedy decoding draws from softmax(scores).
-
-    The same request draws the same numbers in any batch, after any interruption, on a CPU and on a GPU; and different
-    λ of one sample draw the same numbers, so that their difference is sharper than their level (common random numbers).
-    """
-
-    def __init__(self, keys: Sequence[int], prompt_length: int):
-        self.keys = torch.tensor([_signed(key) for key in keys], dtype=torch.long)
-        self.prompt_length = prompt_length
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        self.keys = self.keys.to(scores.device)
-        noise = gumbel_noise(self.keys, input_ids.shape[1] - self.prompt_length, scores.shape[-1])
-        return scores + noise.to(scores.dtype)
+    max_new_tokens: int = setting(128, "At most so many new tokens.", check=AT_LEAST_1, metavar="N", panel=PANEL)
+    temperature: float = setting(
+        1.0,
+        "Divides the mixed logits. 0 is greedy decoding.",
+        check=Check(lambda value: value >= 0, "0 (greedy) or more"),
+        metavar="T",
+        panel=PANEL,
+    )
+    top_k: int = setting(
+        0,
+        "Sample from the k most probable tokens; 0 from all.",
+        check=Check(lambda value: value >= 0, "0 (off) or more"),
+        metavar="K",
+        panel=PANEL,
+    )
+    top_p: float = setting(
+        1.0,
+        "Sample from the fewest tokens that hold this probability; 1 from all.",
+        check=Check(lambda value: 0 < value <= 1, "in (0, 1]"),
+        metavar="P",
+        panel=PANEL,
+    )
+    min_p: float = setting(
+        0.0,
+        "Drop tokens less probable than this share of the most probable one.",
+        check=Check(lambda value: 0 <= value < 1, "in [0, 1)"),
+        metavar="P",
+        panel=PANEL,
+    )
+    repetition_penalty: float = setting(
+        1.0,
+        "Above 1 it discourages repetition, as in transformers.",
+        check=Check(lambda value: value > 0, "more than 0"),
+        metavar="X",
+        panel=PANEL,
+    )
+    seed: int = setting(
+        0,
+        "Of all random numbers. They depend neither on the batch nor on λ.",
+        check=Check(lambda value: 0 <= value < 1 << 64, "from 0 to 2^64 - 1"),
+        metavar="N",
+        panel=PANEL,
+    )

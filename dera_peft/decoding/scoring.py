@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from dera_peft.checkpoint.record import WEIGHTS
+from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.padding import pad
-from dera_peft.engine.plan import BatchPlan, read_lam
+from dera_peft.engine.plan import WEIGHTS, BatchPlan, read_lam
 from dera_peft.engine.prefill import Prefill, can_be_shared
 from dera_peft.errors import DeRaError
-from dera_peft.model import DeRaModel
 
 # Of one pass over a slice of the sequences, in all branches. The first bounds what the layers hold; the second the
 # logits, which fill the memory at a vocabulary of 150,000.
@@ -59,7 +58,7 @@ class Scored:
 
 
 def score(
-    model: DeRaModel,
+    model: MixtureModel,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     lam,
@@ -92,7 +91,7 @@ def score(
 
 @torch.no_grad()
 def score_each(
-    model: DeRaModel,
+    model: MixtureModel,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     lam,
@@ -154,7 +153,7 @@ def _check(model, prompts, completions, temperature, top) -> None:
         raise DeRaError(f"top={top!r} must be from 0 to the vocabulary's {vocabulary} tokens.")
 
 
-def _slice_size(model: DeRaModel, lengths: Sequence[tuple[int, int]], halvings: int, shares: bool) -> int:
+def _slice_size(model: MixtureModel, lengths: Sequence[tuple[int, int]], halvings: int, shares: bool) -> int:
     """How many of the first sequences, of (prompt, completion) lengths, to take at once; at least one."""
     vocabulary = model.config.get_text_config().vocab_size
     passes = 2 if model.mixing == WEIGHTS else len(model.branches)  # whose logits are held at once
@@ -170,7 +169,7 @@ def _slice_size(model: DeRaModel, lengths: Sequence[tuple[int, int]], halvings: 
 
 
 def _score_slice(
-    model: DeRaModel,
+    model: MixtureModel,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     lam: torch.Tensor,
@@ -234,7 +233,7 @@ def _disagreement(log_probs: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _log_probs(
-    model: DeRaModel,
+    model: MixtureModel,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     shares: bool,

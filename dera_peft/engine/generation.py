@@ -9,13 +9,34 @@ from transformers.cache_utils import Cache
 from dera_peft.engine.plan import BatchPlan
 from dera_peft.errors import DeRaError
 
+# What a base's generation config may hold that changes the distribution, with the values at which it does not: a caller
+# who passes these draws by its own settings alone.
+PLAIN_GENERATION = {
+    "repetition_penalty": 1.0,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "watermarking_config": None,
+    "remove_invalid_values": False,
+    "stop_strings": None,
+}
 
-class DeRaGenerationMixin(GenerationMixin):
-    """What a `DeRaModel` does otherwise than other models when it generates."""
+
+class MixtureGenerationMixin(GenerationMixin):
+    """What a `MixtureModel` does otherwise than other models when it generates."""
 
     def generate(self, inputs: torch.Tensor | None = None, *args, lam: Any = None, **kwargs):
         """
-        transformers' `generate`, at strength `lam` (see `DeRaModel`); every other argument as ever.
+        transformers' `generate`, at strength `lam` (see `MixtureModel`); every other argument as ever.
 
         λ's count is checked against the prompts before beams and return sequences expand them.
 
@@ -60,9 +81,9 @@ class DeRaGenerationMixin(GenerationMixin):
         plan = own.get("lam")
         if not isinstance(plan, BatchPlan):
             plan = self.plan(plan, inputs_tensor.shape[0], bool(own.get("output_branches")))
-        self._routing.start(plan, inputs_tensor.shape[1])
+        self._wiring.routing.start(plan, inputs_tensor.shape[1])
         forked = super()._prepare_text_encoder_decoder_kwargs_for_generation(
-            plan.fork(inputs_tensor), self._fork(model_kwargs), model_input_name, generation_config
+            plan.fork(inputs_tensor), self._wiring.fork(model_kwargs), model_input_name, generation_config
         )
         return {**model_kwargs, **own, "lam": plan, "encoder_outputs": forked["encoder_outputs"]}
 
@@ -70,7 +91,7 @@ class DeRaGenerationMixin(GenerationMixin):
         return self.base.prepare_inputs_for_generation(input_ids, **kwargs)
 
     def _reorder_cache(self, past_key_values: Cache, beam_idx: torch.LongTensor) -> Cache:
-        rows = self._routing.plan.reorder(beam_idx)
+        rows = self._wiring.routing.plan.reorder(beam_idx)
         if self.fork_layer == 0:  # an encoder-decoder's cache is two
             past_key_values.reorder_cache(rows)
             return past_key_values

@@ -10,6 +10,7 @@ from dera_peft.errors import DeRaError
 
 REFERENCE = "reference"
 ALIGNED = "aligned"
+LOGITS, WEIGHTS = "logits", "weights"  # what λ mixes
 ROUNDING = 1e-6  # of a sum of λ that were given as float32
 
 

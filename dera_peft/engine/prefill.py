@@ -6,10 +6,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from dera_peft.decoding.sampling import PLAIN
+from dera_peft.engine.generation import PLAIN_GENERATION
+from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.padding import pad
 from dera_peft.engine.plan import BatchPlan
-from dera_peft.model import DeRaModel
 
 
 def can_be_shared(model: PreTrainedModel) -> bool:
@@ -50,7 +50,7 @@ class Prefill:
             input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
             **({} if plan is None else {"lam": plan}),
-            **PLAIN,
+            **PLAIN_GENERATION,
             max_new_tokens=1,
             do_sample=False,
             num_beams=1,
@@ -69,7 +69,7 @@ class Prefill:
         """
         by_sequence = torch.tensor(sequences)
         by_row = by_sequence if plan is None else plan.rows_in(self.plan, by_sequence.to(plan.device))
-        first_forked = self.model.fork_layer if isinstance(self.model, DeRaModel) else 0
+        first_forked = self.model.fork_layer if isinstance(self.model, MixtureModel) else 0
         cache = _new_cache(self.model)
         for index, layer in enumerate(self.cache.layers):
             if layer.is_initialized:  # layers that share another's keys and values have none

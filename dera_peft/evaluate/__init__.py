@@ -1,6 +1,5 @@
 """Choosing λ: sweep over it, measure, recommend one, and show what was found."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,17 +10,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Scored", "SweepConfig", "SweepResult", "score", "sweep"]
 
-MODULES = {
-    "Scored": "dera_peft.decoding.scoring",
-    "SweepConfig": "dera_peft.evaluate.config",
-    "SweepResult": "dera_peft.evaluate.result",
-    "score": "dera_peft.decoding.scoring",
-    "sweep": "dera_peft.evaluate.run",
-}
-
 
 def __getattr__(name: str):
-    # a reward for the training programs needs neither matplotlib nor what else a sweep draws with
-    if name in MODULES:
-        return getattr(import_module(MODULES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # the settings of a sweep are read without torch and matplotlib, which take seconds to import
+    match name:
+        case "Scored" | "score":
+            from dera_peft.decoding import scoring as module
+        case "SweepConfig":
+            from dera_peft.evaluate import config as module
+        case "SweepResult":
+            from dera_peft.evaluate import result as module
+        case "sweep":
+            from dera_peft.evaluate import run as module
+        case _:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(module, name)

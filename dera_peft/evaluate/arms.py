@@ -4,16 +4,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 from dera_peft.checkpoint.fingerprint import (
     base_fingerprint,
-    model_fingerprint,
     settings_fingerprint,
     weights_fingerprint,
 )
-from dera_peft.checkpoint.loading import load, resolve
-from dera_peft.checkpoint.record import LOGITS, Record
-from dera_peft.engine.plan import REFERENCE
+from dera_peft.checkpoint.record import Record
+from dera_peft.checkpoint.source import ModelSource
+from dera_peft.engine.plan import LOGITS, REFERENCE
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate.config import SweepConfig
 from dera_peft.model import DeRaModel
@@ -29,9 +29,8 @@ class Line:
 
     Attributes:
         name: "logits", "weights", or the user's own for a further model.
-        base, adapter: as in `DeRaModel.from_pretrained`.
+        source: its base and adapter.
         mixing: "logits" or "weights".
-        record: of the adapter.
         lambdas: the λ to decode at.
         is_own: whether it is the sweep's adapter, and not a further model's.
         place: the λ that a further model stands for, β of the sweep's adapter over its own; None where one of them is
@@ -40,28 +39,28 @@ class Line:
     """
 
     name: str
-    base: str | None
-    adapter: str | None
+    source: ModelSource
     mixing: str
-    record: Record
     lambdas: tuple[float, ...]
     is_own: bool
     place: float | None
     run: str
 
     @property
+    def record(self) -> Record:
+        return self.source.resolve()
+
+    @property
+    def adapter(self) -> str:
+        """What the user named."""
+        return str(self.source.adapter or self.source.base)
+
+    @property
     def beta(self) -> float | None:
         return beta_of(self.record)
 
-    def load(self, config: SweepConfig, device_map) -> DeRaModel:
-        return load(
-            self.base,
-            self.adapter,
-            quantization=config.quantization,
-            dtype=config.dtype,
-            device_map=device_map,
-            mixing=self.mixing,
-        )
+    def load(self, device_map: Any) -> DeRaModel:
+        return DeRaModel.from_source(replace(self.source, device_map=device_map), mixing=self.mixing)
 
 
 def beta_of(record: Record) -> float | None:
@@ -78,55 +77,40 @@ def make_lines(config: SweepConfig) -> list[Line]:
     Raises:
         DeRaError: there is no such model, or it stands over another reference, or it is several aligned models.
     """
-    record = _resolve(config.base, config.adapter)
-    mixings = sorted(config.mixing)  # logits, weights
+    source = config.source
+    record = _resolve(source)
     lines = [
-        Line(
-            mixing,
-            config.base,
-            config.adapter,
-            mixing,
-            record,
-            config.lambdas,
-            True,
-            None,
-            _run(config, record, mixing),
-        )
-        for mixing in mixings
+        Line(mixing, source, mixing, config.lambdas, True, None, _run(config, source, mixing))
+        for mixing in sorted(config.mixing)  # logits, weights
     ]
     for name, adapter in config.models.items():
-        other = _resolve(None if Record.is_in(adapter) else record.base, adapter)
-        if reference_of(other) != reference_of(record):
+        base = None if Record.is_in(adapter) else record.base
+        other = replace(source, base=base, adapter=adapter, adapters=None)
+        found = _resolve(other)
+        if reference_of(found) != reference_of(record):
             raise DeRaError(
                 f"models: {name!r} ({adapter!r}) stands over another reference than the sweep's adapter, so that its "
                 "KL would be from something else: it needs the same base, and the same adapters under it."
             )
-        known = beta_of(record), beta_of(other)
+        known = beta_of(record), beta_of(found)
         place = None if None in known else known[0] / known[1]
-        base = None if Record.is_in(adapter) else record.base
-        lines.append(Line(name, base, adapter, LOGITS, other, (1.0,), False, place, _run(config, other, LOGITS)))
+        lines.append(Line(name, other, LOGITS, (1.0,), False, place, _run(config, other, LOGITS)))
     return lines
 
 
-def _resolve(base: str | None, adapter: str | None) -> Record:
-    record = resolve(base, adapter)
+def _resolve(source: ModelSource) -> Record:
+    record = source.resolve()
     if len(record.branches) > 2:
         raise DeRaError(
-            f"dera sweep takes one aligned model, and adapter={adapter or base!r} is a record of "
+            f"dera sweep takes one aligned model, and adapter={source.adapter or source.base!r} is a record of "
             f"{list(record.branches)[1:]}: sweep one of their adapters, or a mixture of them (dera export)."
         )
     return record
 
 
-def _run(config: SweepConfig, record: Record, mixing: str) -> str:
+def _run(config: SweepConfig, source: ModelSource, mixing: str) -> str:
     return settings_fingerprint(
-        {
-            **model_fingerprint(replace(record, mixing=mixing)),
-            "quantization": config.quantization,
-            "dtype": config.dtype,
-            "chat": config.chat,
-            "sampling": asdict(config.sampling),
-        }
+        {**source.fingerprint(), "mixing": mixing, "chat": config.chat, "sampling": asdict(config.sampling)}
     )
 
 

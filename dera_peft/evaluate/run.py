@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dera_peft.checkpoint.devices import device_map_of, join_processes
-from dera_peft.checkpoint.loading import load_config, load_tokenizer
-from dera_peft.checkpoint.record import LOGITS
 from dera_peft.decoding.prompts import Prompt, encode, read_prompts
 from dera_peft.decoding.rows import write_rows
+from dera_peft.engine.plan import LOGITS
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate.analysis.curve import Curve, estimate_curve, reason_off
 from dera_peft.evaluate.analysis.recommend import recommend
@@ -119,9 +118,8 @@ def _tell(config: SweepConfig, reused: int, count: int) -> None:
 
 def encoded(config: SweepConfig, line: Line, prompts: Sequence[Prompt]) -> tuple[Any, list[list[int]]]:
     """The tokenizer, and each prompt's token ids."""
-    tokenizer = load_tokenizer(config.base, config.adapter)
-    base = load_config(line.record.base, revision=line.record.base_revision)
-    return tokenizer, encode(prompts, tokenizer, base, config.max_new_tokens, config.chat)
+    tokenizer = line.source.tokenizer()
+    return tokenizer, encode(prompts, tokenizer, line.source.config, config.max_new_tokens, config.chat)
 
 
 def _check_rewards(rewards: Sequence[NamedReward]) -> None:

@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from dera_peft.checkpoint.devices import free_memory
 from dera_peft.checkpoint.fingerprint import settings_fingerprint
-from dera_peft.checkpoint.record import LOGITS
 from dera_peft.decoding.batching import Request, decode
 from dera_peft.decoding.prompts import Prompt, column_names
 from dera_peft.decoding.scoring import score_each
+from dera_peft.engine.plan import LOGITS
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate.analysis.curve import reason_off
 from dera_peft.evaluate.analysis.summary import AGAINST
@@ -118,7 +118,7 @@ class Making:
         todo = [key for key in self.keys(line, self.mine) if key not in self.completions]
         if not todo and not self._unscored(line):
             return
-        model = line.load(self.config, self.device_map)
+        model = line.load(self.device_map)
         self._decode(line, model, todo)
         self._score(line, model, self._unscored(line))
         del model

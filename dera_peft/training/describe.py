@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel, Trainer
 
 from dera_peft.checkpoint.fingerprint import base_fingerprint
-from dera_peft.checkpoint.loading import quantization_name
+from dera_peft.checkpoint.quantization import quantization_name
 from dera_peft.checkpoint.record import Record
 from dera_peft.engine.plan import ALIGNED, REFERENCE
 from dera_peft.training.models import Source

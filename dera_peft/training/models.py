@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.hub import cached_file
 from trl import ModelConfig, get_quantization_config
 
-from dera_peft.checkpoint.adapters import check_adapter_config, check_keeps_biases
 from dera_peft.checkpoint.fingerprint import cached_revision, file_fingerprint, weights_fingerprint
 from dera_peft.checkpoint.record import Record
+from dera_peft.engine.adapter_kinds import check_adapter_kind, check_keeps_biases
 from dera_peft.engine.lora import find_adapted
 from dera_peft.errors import DeRaError, first_line
 from dera_peft.training.program import OutputFolder
@@ -261,7 +261,7 @@ def check_adapter(adapter: str) -> PeftConfig:
 
 
 def _check_config(adapter: str, config: PeftConfig) -> None:
-    check_adapter_config(adapter, config)
+    check_adapter_kind(adapter, config)
     check_keeps_biases(adapter, config)
     # a second copy of these would have to follow the reference through continued training, which TRL's does not
     for option in ("modules_to_save", "trainable_token_indices"):

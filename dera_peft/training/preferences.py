@@ -252,7 +252,7 @@ def sample(
         there: how many completions an earlier run has made, for the progress bar.
         results, reward: a `Results` and a `Reward`.
     """
-    from dera_peft.checkpoint.loading import load_config, load_tokenizer_of
+    from dera_peft.checkpoint.loading import load_config, load_tokenizer
     from dera_peft.cli.console import progress
     from dera_peft.decoding.batching import decode
     from dera_peft.decoding.prompts import PromptTooLong, column_names, encode
@@ -261,9 +261,11 @@ def sample(
     from dera_peft.training.sampler import load_sft_model
 
     sampling = Sampling(args.max_new_tokens, args.temperature, top_p=args.top_p, seed=args.seed)
-    config = load_config(source.base, revision=source.revision)
+    config = load_config(source.base, {"revision": source.revision})
     adapters = [source.adapter] if source.adapter else []
-    tokenizer = load_tokenizer_of(*adapters, source.base, revision=source.revision)
+    tokenizer = load_tokenizer(*adapters, source.base, revision=source.revision)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     tokens: dict[int, list[int]] = {}
     for index in sorted({request.index for request in todo}):
         try:

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from dera_peft import DeRaError, DeRaModel
 from dera_peft.checkpoint.fingerprint import base_fingerprint
-from dera_peft.checkpoint.loading import load_tokenizer
 from dera_peft.checkpoint.record import Record
+from dera_peft.checkpoint.source import ModelSource
 
 IDS = torch.arange(3, 15).view(2, 6)
 
@@ -102,7 +102,7 @@ def test_the_adapter_is_cast_once_to_the_bases_dtype_on_a_gpu(tiny_base, tiny_ad
 
 
 def test_the_tokenizer_pads_on_the_left(tiny_base, tiny_adapter):
-    tokenizer = load_tokenizer(tiny_base, tiny_adapter)
+    tokenizer = ModelSource(base=tiny_base, adapter=tiny_adapter).tokenizer()
     assert tokenizer.padding_side == "left"
     assert tokenizer.pad_token_id is not None
 
@@ -326,9 +326,9 @@ def test_a_hub_base_is_known_by_its_commit_and_its_cached_weights(tiny_base, tin
         DeRaModel.from_pretrained(adapter=tmp_path / "saved", revision="b" * 40)
     for file in second.glob("tokenizer*"):
         file.unlink()
-    assert len(load_tokenizer(None, tmp_path / "saved")) == 320, "the tokenizer of the record's commit"
+    assert len(ModelSource(adapter=tmp_path / "saved").tokenizer()) == 320, "the tokenizer of the record's commit"
     with pytest.raises(DeRaError, match="no tokenizer can be loaded"):
-        load_tokenizer("org/tiny", tiny_adapter)
+        ModelSource(base="org/tiny", adapter=tiny_adapter).tokenizer()
 
 
 def test_a_record_whose_values_do_not_fit(tiny_base, tiny_adapter, tmp_path):

@@ -441,7 +441,7 @@ def test_control_characters_do_not_reach_the_terminal(dera, model):
 
 
 def test_an_output_that_cannot_be_written_is_told_before_the_model_loads(dera, model, tmp_path, monkeypatch):
-    monkeypatch.setattr("dera_peft.cli.generate.load", None)
+    monkeypatch.setattr("dera_peft.model.DeRaModel.from_source", None)
     code, _, err = dera("generate", *model, "--prompt", "x", "--output", tmp_path)
     assert code == 2
     assert f"--output: '{tmp_path}' can't be written: Is a directory." in err

@@ -6,10 +6,10 @@ import pytest
 from rich.console import Console
 
 from dera_peft.cli import sweep as command
-from dera_peft.cli.sweep import further_columns, main_columns, tables
+from dera_peft.cli.sweep_tables import further_columns, main_columns, tables
+from dera_peft.evaluate import run
 from dera_peft.evaluate.analysis.curve import Curve
 from dera_peft.evaluate.analysis.summary import summarise
-from dera_peft.evaluate.config import SweepConfig
 from dera_peft.evaluate.result import SweepResult
 
 NAMES = (
@@ -105,8 +105,8 @@ def test_why_there_is_no_curve_and_no_recommendation(summaries, monkeypatch, cap
         failed=0,
         files=["report.html"],
     )
-    monkeypatch.setattr(command, "run_sweep", lambda config, progress: result)
-    command.sweep(SweepConfig(prompts=["p"], output_dir="[/out]"))
+    monkeypatch.setattr(run, "sweep", lambda config, progress: result)
+    command.sweep(command.SweepSettings(prompts=["p"], output_dir="[/out]"))
     *_, curve, reason, _, files = capsys.readouterr().out.splitlines()
     assert curve == "Between the decoded λ nothing is estimated: greedy decoding draws no samples."
     assert reason == "No λ is recommended: the reward '[/x]' has no value at any λ."

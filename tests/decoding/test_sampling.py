@@ -5,17 +5,18 @@ import torch
 from scipy import stats
 
 from dera_peft import DeRaError
-from dera_peft.decoding.sampling import (
+from dera_peft.decoding.noise import (
     GAMMA,
     MASK,
     GumbelMax,
-    Sampling,
     _signed,
     _splitmix64,
     gumbel_noise,
+    logits_processor,
     row_key,
     splitmix64,
 )
+from dera_peft.decoding.sampling import Sampling
 
 # the published first outputs of splitmix64 from seed 0 (Vigna's reference implementation)
 SEED_0 = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC]
@@ -83,9 +84,9 @@ def test_settings_out_of_range_are_named(settings, message):
 
 
 def test_greedy_adds_nothing_and_every_setting_its_warper():
-    assert len(Sampling(temperature=0.0).logits_processor([1], 3, [0])) == 0
-    warpers = Sampling(temperature=0.5, top_k=3, top_p=0.9, min_p=0.1, repetition_penalty=1.2).logits_processor(
-        [1], 3, [0]
+    assert len(logits_processor(Sampling(temperature=0.0), [1], 3, [0])) == 0
+    warpers = logits_processor(
+        Sampling(temperature=0.5, top_k=3, top_p=0.9, min_p=0.1, repetition_penalty=1.2), [1], 3, [0]
     )
     assert [type(warper).__name__ for warper in warpers] == [
         "RepetitionPenaltyLogitsProcessor",
@@ -101,6 +102,6 @@ def test_padding_is_no_text_to_the_repetition_penalty():
     """A row is penalised for its own tokens: with two tokens of padding as it is without."""
     scores = torch.tensor([[1.0, -1.0, 2.0, 0.5]])
     sampling = Sampling(temperature=0.0, repetition_penalty=2.0)
-    alone = sampling.logits_processor([1], 2, [0])(torch.tensor([[2, 1]]), scores.clone())
-    padded = sampling.logits_processor([1], 4, [2])(torch.tensor([[0, 0, 2, 1]]), scores.clone())
+    alone = logits_processor(sampling, [1], 2, [0])(torch.tensor([[2, 1]]), scores.clone())
+    padded = logits_processor(sampling, [1], 4, [2])(torch.tensor([[0, 0, 2, 1]]), scores.clone())
     assert alone.tolist() == padded.tolist() == [[1.0, -2.0, 1.0, 0.5]]

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from two_models import TwoModels, position_ids
 
 from dera_peft import DeRaError, DeRaModel
-from dera_peft.cli.info import describe
+from dera_peft.cli.info import describe_model
 from dera_peft.decoding.batching import Request, decode
 from dera_peft.decoding.sampling import Sampling
 from dera_peft.engine.lora import Routing
@@ -139,7 +139,7 @@ def test_an_encoder_decoder_behind_the_commands(batch):
         alone = model.generate(ids, lam=request.lam, max_new_tokens=5, do_sample=False, num_beams=1)[0, 1:].tolist()
         assert found[request] == alone
     assert len(set(map(str, found.values()))) > 3
-    facts = describe(model, "base", {})
+    facts = describe_model(model)
     assert facts["layers"] == 2
     assert facts["cache_bytes_per_token"] == {"below_fork_per_sequence": 0, "above_fork_per_row": 2 * 2 * 32 * 4}
 
@@ -149,7 +149,7 @@ def test_info_of_a_base_with_a_recurrent_state():
     base = next(base for base in BASES if base.model_type == "lfm2")
     model = DeRaModel.from_peft(adapt(make_base(base), target_modules=base.targets))
     # two of the four layers are attention: keys and values of 2 heads by 8 numbers of 4 bytes
-    assert describe(model, "base", {})["cache_bytes_per_token"]["above_fork_per_row"] == 2 * 2 * 16 * 4
+    assert describe_model(model)["cache_bytes_per_token"]["above_fork_per_row"] == 2 * 2 * 16 * 4
 
 
 def test_rows_that_a_model_reorders_are_refused():

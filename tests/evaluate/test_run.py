@@ -104,7 +104,7 @@ REQUIRED = {"prompts": "p.txt", "rewards": ["r.py:reward"], "output_dir": "out"}
         ({"mixing": ["weights"]}, r"mixing=\['weights'\] must contain 'logits'"),
         ({"mixing": ["logits", "tokens"]}, "mixing: 'tokens' is not one of"),
         ({"models": ["a"]}, r"models=\['a'\] must map names to adapters"),
-        ({"models": {"weights": "a"}}, "models: 'weights' is the name of another line"),
+        ({"models": {"weights": "a"}}, "models: 'weights' is the name of another arm"),
         ({"rule": "best"}, "rule='best' is not known; choose one of reward, lower_bound"),
         ({"rule": "kl_budget"}, "a budget goes with the rule kl_budget alone"),
         ({"kl_budget": 3}, "a budget goes with the rule kl_budget alone"),
@@ -373,7 +373,7 @@ def test_a_torn_line_is_made_again_and_a_damaged_file_is_told(tmp_path):
 def test_bad_input_is_told_before_a_model_is_loaded(
     model, tiny_base, tiny_adapter, top_adapter, sft_adapter, tmp_path, monkeypatch, changes, message
 ):
-    monkeypatch.setattr("dera_peft.evaluate.arms.load", None)
+    monkeypatch.setattr("dera_peft.model.DeRaModel.from_source", None)
     branches = {"reference": ["sft"], "aligned": ["sft", "default"]}
     adapters = {"sft": str(sft_adapter), "default": str(top_adapter)}
     Record(str(tiny_base), adapters, branches).save(tmp_path / "other")

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from dera_peft.checkpoint.record import LOGITS, WEIGHTS
+from dera_peft.engine.plan import LOGITS, WEIGHTS
 from dera_peft.evaluate.analysis.curve import Curve, through_points
 from dera_peft.evaluate.analysis.recommend import Recommendation
 from dera_peft.evaluate.analysis.summary import Estimate, LambdaSummary

@@ -1,0 +1,153 @@
+"""Which base and which adapters a user's words name, and which branches they make."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from dera_peft.checkpoint.adapters import check_exists
+from dera_peft.checkpoint.fingerprint import weights_fingerprint
+from dera_peft.checkpoint.record import Record
+from dera_peft.engine.plan import ALIGNED, LOGITS, REFERENCE, make_branches
+from dera_peft.errors import DeRaError
+
+
+def resolve(
+    base: str | None,
+    adapter: str | None = None,
+    adapters: Mapping[str, str] | None = None,
+    reference: Sequence[str] = (),
+    stacked: bool | None = None,
+) -> Record:
+    """
+    What the fields of a `ModelSource` name, as a record with the folders (or hub ids) to load.
+
+    Raises:
+        DeRaError: they don't say which base or which adapter, or say it twice.
+    """
+    if base is not None:
+        check_exists("base", base)
+    if adapters is not None and adapter is not None:
+        raise DeRaError("give adapter or adapters, not both.")
+    if adapters is not None:
+        return _resolve_several(base, adapters, reference, stacked)
+    if reference:
+        if adapter is None:
+            raise DeRaError("reference= needs the aligned adapter too: adapter=.")
+        return _resolve_several(base, {ALIGNED: adapter}, reference, stacked)
+    return _resolve_one(base, adapter)
+
+
+def _resolve_one(base: str | None, adapter: str | None) -> Record:
+    if adapter is None:
+        if base is None:
+            raise DeRaError("no model is named: give a base and an adapter, or a folder with a dera.json.")
+        if Record.is_in(base):
+            return Record.load(base)
+        raise DeRaError(f"base={base!r} has no dera.json, so the adapter must be named too: adapter=.")
+    check_exists("adapter", adapter)
+    if Record.is_in(adapter):
+        record = Record.load(adapter)
+        return record if base is None else record.with_base(base)
+    if base is None:
+        raise DeRaError(f"adapter={adapter!r} has no dera.json that names its base: give the base too.")
+    return Record(base, {"default": adapter}, {REFERENCE: [], ALIGNED: ["default"]})
+
+
+def _resolve_several(
+    base: str | None, adapters: Mapping[str, str], reference: Sequence[str], stacked: bool | None
+) -> Record:
+    """Several aligned adapters over one reference, which their records, where they have one, must agree on."""
+    references = {f"{REFERENCE}_{index}": folder for index, folder in enumerate(reference, 1)}
+    for folder in references.values():
+        check_exists("reference", folder)
+    folders: dict[str, str] = {}
+    on_top: dict[str, bool] = {}
+    records: dict[str, Record] = {}
+    for name, adapter in adapters.items():
+        if not name.isidentifier():
+            raise DeRaError(f"adapters: {name!r} can't be a name; use letters, digits and underscores.")
+        check_exists("adapter", adapter)
+        folders[name], on_top[name], record = own_adapter(adapter, list(references.values()), stacked)
+        if record is not None:
+            records[name] = record
+    if len(set(on_top.values())) > 1:
+        raise DeRaError(
+            f"adapters: {[name for name in on_top if on_top[name]]} come on top of the reference's adapters and the "
+            "others replace them; load one kind, and bring the other with add_adapter()."
+        )
+    known_bases = records | {name: Record.load(folder) for name, folder in references.items() if Record.is_in(folder)}
+    first = next(iter(known_bases.values()), None)
+    if base is None and first is None:
+        raise DeRaError(f"adapters={list(adapters)} have no dera.json that names their base: give the base too.")
+    for name, record in known_bases.items():
+        known = None not in (record.base_fingerprint, first.base_fingerprint)
+        same = record.base_fingerprint == first.base_fingerprint if known else record.base == first.base
+        if not same and (known or base is None):
+            raise DeRaError(f"adapter {name!r} is of another base ({record.base!r}) than the others ({first.base!r}).")
+    if taken := set(references) & set(folders):
+        raise DeRaError(f"{taken.pop()!r} is a name for the reference's adapters; give the aligned one another.")
+    branches = make_branches(list(references), {name: name for name in folders}, all(on_top.values()))
+    # one number says enough only for one aligned model, whose own record may name it
+    own = [record.lam for record in records.values() if isinstance(record.lam, (int, float))] or [1.0]
+    lam = own[0] if len(folders) == 1 else dict.fromkeys(folders, 1.0 / len(folders))
+    found = first or Record(base, {}, {})
+    return replace(
+        found if base is None else found.with_base(base),
+        adapters={**references, **folders},
+        branches={branch.name: list(branch.adapters) for branch in branches},
+        lam=lam,
+        mixing=LOGITS,
+        training=next(iter(records.values())).training if len(folders) == len(records) == 1 else {},
+    )
+
+
+def own_adapter(
+    adapter: str, references: Sequence[str | None], stacked: bool | None
+) -> tuple[str, bool, Record | None]:
+    """
+    The folder of an aligned adapter, whether it comes on top of the reference's adapters, and its record, if any.
+
+    Args:
+        references: the folders (or hub ids) of the reference's adapters; None for one that is not known.
+        stacked: what the caller says; None to take it from the record, and True without one.
+
+    Raises:
+        DeRaError: the record tells of another reference, or of another place on it.
+    """
+    if not Record.is_in(adapter):
+        return adapter, stacked is not False, None
+    record = Record.load(adapter)
+    if len(record.branches) != 2:
+        raise DeRaError(f"adapter={adapter!r} is a record of {len(record.branches) - 1} aligned models; name one.")
+    under = record.branches[REFERENCE]
+    names = next(names for branch, names in record.branches.items() if branch != REFERENCE)
+    own = names[-1]
+    if names not in ([own], [*under, own]):
+        raise DeRaError(
+            f"adapter={adapter!r}: its record's aligned model is {names}, more than one adapter of its own."
+        )
+    recorded = [record.adapters[name] for name in under]
+    if under and not references:
+        raise DeRaError(
+            f"adapter={adapter!r} was trained against the reference adapters {recorded}: name them with reference=."
+        )
+    if not _have_same_weights(references, recorded):
+        trained = f"the reference adapters {recorded}" if recorded else "the base alone"
+        raise DeRaError(
+            f"adapter={adapter!r} was trained against {trained}, and the reference's adapters here are "
+            f"{list(references)}, with other weights: name those that it was trained against."
+        )
+    if under and stacked not in (None, len(names) > 1):
+        place = "on top of" if len(names) > 1 else "from a copy of"
+        raise DeRaError(
+            f"stacked={stacked}: by its record adapter={adapter!r} was trained {place} the reference's adapters; leave "
+            "stacked out."
+        )
+    return record.adapters[own], len(names) > 1 if under else stacked is not False, record
+
+
+def _have_same_weights(references: Sequence[str | None], recorded: Sequence[str]) -> bool:
+    """Whether two lists of adapters are the same, as far as it can be told: of hub ids only their number is known."""
+    if len(references) != len(recorded):
+        return False
+    found = [None if folder is None else weights_fingerprint(folder) for folder in (*references, *recorded)]
+    return None in found or sorted(found[: len(references)]) == sorted(found[len(references) :])

@@ -1,0 +1,155 @@
+"""`ModelSource`: the model that a user points at, resolved and checked once for whatever is done with it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from dera_peft.settings import Setting, Settings, setting
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from dera_peft.checkpoint.loading import Loaded
+    from dera_peft.checkpoint.record import Record
+
+PANEL = "Model"
+
+
+@dataclass(frozen=True)
+class ModelSource(Settings):
+    """
+    A base and its adapters, by name. Nothing is read before it is asked for.
+
+    Raises:
+        DeRaError: a value has another type; or, when it is resolved or loaded, what it names does not exist, can't be
+            read or does not fit.
+    """
+
+    base: str | None = setting(
+        None,
+        "Base model: hub id or folder. Not needed where the adapter's dera.json names it.",
+        metavar="MODEL",
+        panel=PANEL,
+    )
+    adapter: str | None = setting(
+        None, "LoRA adapter of the aligned model: hub id or folder, in PEFT's format.", metavar="LORA", panel=PANEL
+    )
+    adapters: Mapping[str, str] | None = setting(
+        None, "Several aligned models in place of --adapter: a name and an adapter each.", metavar="NAME=LORA",
+        panel=PANEL,
+    )  # fmt: skip
+    reference: tuple[str, ...] = setting(
+        (),
+        "Adapters that make the reference (the SFT model) of the base. The adapter's dera.json names its own.",
+        metavar="LORA",
+        panel=PANEL,
+    )
+    stacked: bool | None = setting(
+        None,
+        "Whether the aligned adapters were trained on top of the reference's (yes unless their dera.json says no), or "
+        "continue a copy of them.",
+        panel=PANEL,
+    )
+    revision: str | None = setting(
+        None, "Commit, branch or tag of a base on the hub; the one that dera.json names, or the newest.",
+        metavar="REVISION", panel=PANEL,
+    )  # fmt: skip
+    quantization: Literal["nf4", "fp4", "int8"] | None = setting(
+        None, "Load the base in 4 bits (nf4, fp4) or 8 bits (int8) with bitsandbytes.", metavar="KIND", panel=PANEL
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] | None = setting(
+        None, "float32, bfloat16 or float16; the base's own by default.", metavar="DTYPE", panel=PANEL
+    )
+    device_map: Any = setting(
+        None,
+        "As in transformers: auto, cpu, cuda:0. By default the accelerator, if there is one.",
+        metavar="DEVICE",
+        panel=PANEL,
+    )
+    trust_remote_code: bool | None = setting(
+        None, "Run the Python code that a base on the hub brings with it.", panel=PANEL
+    )
+    base_arguments: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "setting": Setting("Further arguments of transformers' from_pretrained.", on_command_line=False)
+        },
+    )  # fmt: skip
+
+    def __post_init__(self):
+        if self.dtype is not None and not isinstance(self.dtype, str):  # a torch.dtype
+            object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        super().__post_init__()
+
+    def resolve(self) -> "Record":
+        """
+        Which base, adapters and branches are meant, from the names and the records beside them; read once.
+
+        Raises:
+            DeRaError: they don't say which base or which adapter, or say it twice.
+        """
+        return self._record
+
+    @cached_property
+    def _record(self) -> "Record":
+        from dera_peft.checkpoint.resolve import resolve
+
+        return resolve(self.base, self.adapter, self.adapters, self.reference, self.stacked)
+
+    @cached_property
+    def config(self) -> "PreTrainedConfig":
+        """The base's config."""
+        from dera_peft.checkpoint.loading import load_config
+
+        return load_config(self.resolve().base, self._base_arguments())
+
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """
+        The adapter's tokenizer, which may have a chat template of its own, or else the base's. It pads on the left,
+        with the end token if it has no padding token.
+
+        Raises:
+            DeRaError: neither has one.
+        """
+        from dera_peft.checkpoint.loading import load_tokenizer
+
+        record = self.resolve()
+        tokenizer = load_tokenizer(*record.adapters.values(), record.base, revision=self._revision)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def load(self) -> "Loaded":
+        """
+        The base with its adapters, checked against each other before anything large is loaded.
+
+        Raises:
+            DeRaError: one of them does not exist, can't be read, or does not fit the other.
+        """
+        from dera_peft.checkpoint.loading import load
+
+        return load(self.resolve(), self.quantization, self.dtype, self.device_map, **self._base_arguments())
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Which weights are meant, and how they are loaded, as a JSON-like value."""
+        return {**self.resolve().weights(), "quantization": self.quantization, "dtype": self.dtype}
+
+    def placed(self) -> "ModelSource":
+        """
+        The source on a device that is here: the accelerator, if there is one and no device is named.
+
+        Raises:
+            DeRaError: `device_map` names neither a strategy nor a device that is here.
+        """
+        from dera_peft.checkpoint.devices import read_device_map
+
+        return replace(self, device_map=read_device_map(self.device_map))
+
+    @property
+    def _revision(self) -> str | None:
+        return self.revision or self.resolve().base_revision
+
+    def _base_arguments(self) -> dict[str, Any]:
+        named = {"revision": self._revision, "trust_remote_code": self.trust_remote_code}
+        return {**{name: value for name, value in named.items() if value is not None}, **self.base_arguments}

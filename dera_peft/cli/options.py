@@ -1,0 +1,119 @@
+"""The options of a command, made of the fields of its settings (`dera_peft.settings`)."""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+
+from dera_peft.settings import option_name, setting_of, type_hints
+
+PANELS = ("Model", "Prompts", "Sampling", "What is measured", "Measuring", "Output")  # in this order on a help page
+
+Config = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A YAML file with the settings below; the command line comes before it."),
+]
+
+
+def command(app: typer.Typer, settings: type, name: str | None = None) -> Callable:
+    """
+    Makes a function of one argument, a `settings`, a command of `app`, with an option for each field and `--config`.
+
+    The function's docstring is the command's help page.
+    """
+
+    def register(function: Callable[[Any], None]) -> Callable[[Any], None]:
+        @functools.wraps(function)
+        def run(config: Path | None = None, **options: Any) -> None:
+            given = {name: value for name, value in options.items() if value not in (None, [])}
+            function(settings.read(config, **{name: _parsed(by_name[name], value) for name, value in given.items()}))
+
+        shown = shown_fields(settings)
+        by_name = {each.name: each for each in shown}
+        hints = type_hints(settings)
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters = [inspect.Parameter("config", keyword, default=None, annotation=Config)]
+        parameters += [
+            inspect.Parameter(each.name, keyword, default=None, annotation=_annotation(each, hints[each.name]))
+            for each in shown
+        ]
+        run.__signature__ = inspect.Signature(parameters)
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        app.command(name)(run)
+        return function
+
+    return register
+
+
+def shown_fields(settings: type) -> list[Field]:
+    """The fields that are options, by panel."""
+    shown = [each for each in fields(settings) if setting_of(each).on_command_line]
+    return sorted(shown, key=lambda each: PANELS.index(setting_of(each).panel or PANELS[-1]))
+
+
+def _annotation(each: Field, hint: Any) -> Any:
+    about = setting_of(each)
+    kind, is_list = _kind(hint)
+    names = [option_name(each)]
+    if kind is bool:
+        names = [f"{names[0]}/--no-{names[0][2:]}"]
+    elif (own := "--" + each.name.replace("_", "-")) not in names:
+        names.append(own)
+    option = typer.Option(
+        *names,
+        metavar="" if kind is bool else about.metavar,
+        help=help_text(each),
+        rich_help_panel=about.panel or PANELS[-1],
+        show_default=False,
+    )
+    if about.parse is not None or get_origin(hint) is Mapping:
+        kind, is_list = str, True
+    return Annotated[(list[kind] if is_list else kind) | None, option]
+
+
+def help_text(each: Field) -> str:
+    """What a setting is for, with its default."""
+    text, default = setting_of(each).help, default_text(each)
+    if default is None:
+        return text
+    return f"{text} Required." if each.default is MISSING else f"{text} Default: {default}."
+
+
+def default_text(each: Field) -> str | None:
+    """A default as the help page and the reference show it; None where it says nothing."""
+    default = each.default
+    if default is MISSING:
+        return "required" if each.default_factory is MISSING else None
+    if default is None or default == () or isinstance(default, bool):
+        return None
+    values = default if isinstance(default, tuple) else (default,)
+    return ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+
+
+def _kind(hint: Any) -> tuple[Any, bool]:
+    """What one value on the command line is converted to, and whether the option may be repeated."""
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)] if _is_union(hint) else [hint]
+    if any(get_origin(kind) is tuple for kind in kinds):
+        items = next(get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple)
+        kind = _kind(items)[0]
+        return (str if get_origin(kind) is Literal else kind), True  # Typer knows no list of literals
+    for kind in kinds:
+        if kind in (bool, int, float, str, Path) or get_origin(kind) is Literal:
+            return kind, False
+    return str, False
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) in (Union, types.UnionType)
+
+
+def _parsed(each: Field, value: Any) -> Any:
+    about = setting_of(each)
+    if about.parse is not None:
+        return about.parse(value)
+    return tuple(value) if isinstance(value, list) else value

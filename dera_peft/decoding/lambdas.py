@@ -1,0 +1,54 @@
+"""λ as numbers of a request, and as texts of a command line."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from dera_peft.errors import DeRaError
+from dera_peft.settings import Check
+
+MAX_LAMBDA = (2 - 2**-23) * 2.0**127  # the largest float32: logits are mixed in fp32
+
+
+def is_lambda(value: Any) -> bool:
+    """Whether it is a number, and finite in fp32 too."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_LAMBDA
+
+
+check_lambdas = Check(lambda values: all(map(is_lambda, values)), "finite numbers")
+
+
+def read_lambdas(texts: Sequence[str]) -> list[float]:
+    """`["0,0.5", "1"]` -> [0.0, 0.5, 1.0]; each once, in the order given."""
+    values: list[float] = []
+    for part in ",".join(texts).split(","):
+        try:
+            value = float(part)
+        except ValueError:
+            raise DeRaError(
+                f"--lambda: {part.strip()!r} is not a number; write numbers with commas, as 0,0.5,1."
+            ) from None
+        if not is_lambda(value):
+            raise DeRaError(f"--lambda: {part.strip()!r} is not finite in fp32, in which logits are mixed.")
+        value += 0.0  # -0.0 is 0.0
+        if value not in values:
+            values.append(value)
+    return values
+
+
+def read_lambda_by_name(texts: Sequence[str]) -> float | dict[str, float]:
+    """`["0.6"]` -> 0.6; `["helpful=0.7,harmless=0.2"]` -> a dict by adapter."""
+    text = ",".join(texts)
+    named: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, value = part.rpartition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not is_lambda(number) or (not equals and "," in text):
+            raise DeRaError(f"--lambda: {text!r} is not a number, nor name=number for each adapter with commas.")
+        if not equals:
+            return number
+        named[name.strip()] = number
+    return named

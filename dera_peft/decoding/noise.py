@@ -1,0 +1,111 @@
+"""Random numbers that belong to a prompt and a sample, not to a run, a batch or λ; and sampling by them."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from dera_peft.decoding.sampling import Sampling
+
+GAMMA = 0x9E3779B97F4A7C15  # splitmix64's increment: 2^64 over the golden ratio, odd
+MASK = (1 << 64) - 1
+
+
+def logits_processor(
+    sampling: Sampling, keys: Sequence[int], prompt_length: int, padding: Sequence[int]
+) -> LogitsProcessorList:
+    """
+    For `generate(do_sample=False)`: transformers' warpers, then the noise that makes its argmax a sample.
+
+    Args:
+        keys: from `row_key`, one a row.
+        prompt_length: of the batch, padding included.
+        padding: how many tokens of padding stand left of each row.
+    """
+    warpers = LogitsProcessorList()
+    if sampling.repetition_penalty != 1:
+        # generate's own would count the padding as text, so that a row's penalty depended on its batch
+        warpers.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty, torch.tensor(padding)))
+    if sampling.temperature == 0:
+        return warpers
+    if sampling.temperature != 1:
+        warpers.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k > 0:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p > 0:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
+    warpers.append(GumbelMax(keys, prompt_length))
+    return warpers
+
+
+def splitmix64(state: int) -> int:
+    """The output of splitmix64 at a 64-bit state (Steele, Lea and Flood, 2014)."""
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK
+    return state ^ (state >> 31)
+
+
+def row_key(seed: int, prompt: int, sample: int) -> int:
+    """The stream of one sample of one prompt. λ has no part in it: all λ draw the same numbers."""
+    key = splitmix64((seed + GAMMA) & MASK)
+    key = splitmix64((key + (prompt + 1) * GAMMA) & MASK)
+    return splitmix64((key + (sample + 1) * GAMMA) & MASK)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift(bits: torch.Tensor, by: int) -> torch.Tensor:
+    """Logical right shift: torch's own keeps the sign."""
+    return (bits >> by) & ((1 << (64 - by)) - 1)
+
+
+def _splitmix64(state: torch.Tensor) -> torch.Tensor:
+    """`splitmix64` of int64 tensors, whose arithmetic wraps around at 2^64 on every device."""
+    state = (state ^ _shift(state, 30)) * _signed(0xBF58476D1CE4E5B9)
+    state = (state ^ _shift(state, 27)) * _signed(0x94D049BB133111EB)
+    return state ^ _shift(state, 31)
+
+
+def gumbel_noise(keys: torch.Tensor, step: int, vocabulary: int) -> torch.Tensor:
+    """
+    Standard Gumbel noise `[B, V]` (fp32) that depends only on each row's key (`[B]` int64), the step and the token.
+
+    Adding it to log-probabilities makes their argmax a sample (the Gumbel-max trick). It is -log(-log(u)) for u uniform
+    in (0, 1), computed from 1 - u: a float is precise near 0, and it is there that the largest noise comes from.
+    """
+    streams = _splitmix64(keys + _signed(((step + 1) * GAMMA) & MASK))  # [B]
+    tokens = torch.arange(1, vocabulary + 1, device=keys.device)  # [V]
+    bits = _splitmix64(streams[:, None] + tokens * _signed(GAMMA))  # [B, V]
+    complement = (_shift(~bits, 1).float() + 0.5) * 2.0**-63  # 1 - u, from 2^-64
+    exponential = -torch.log1p(-complement.clamp(max=1 - 2.0**-24))
+    return -exponential.log()
+
+
+class GumbelMax(LogitsProcessor):
+    """
+    Adds each row's own Gumbel noise, so that greedy decoding draws from softmax(scores).
+
+    The same request draws the same numbers in any batch, after any interruption, on a CPU and on a GPU; and different
+    λ of one sample draw the same numbers, so that their difference is sharper than their level (common random numbers).
+    """
+
+    def __init__(self, keys: Sequence[int], prompt_length: int):
+        self.keys = torch.tensor([_signed(key) for key in keys], dtype=torch.long)
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self.keys = self.keys.to(scores.device)
+        noise = gumbel_noise(self.keys, input_ids.shape[1] - self.prompt_length, scores.shape[-1])
+        return scores + noise.to(scores.dtype)

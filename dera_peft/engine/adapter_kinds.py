@@ -1,0 +1,77 @@
+"""Which PEFT adapters can be switched off row by row: LoRA, with a base that stays as it is."""
+
+from collections.abc import Sequence
+
+from peft import LoraConfig, PeftConfig, PeftType
+
+from dera_peft.errors import DeRaError
+
+# Initialisations that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, ...) change the base's own
+# weights when the adapter is created, so that "adapter off" would not be the reference.
+INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
+ADVICE = {
+    PeftType.XLORA: "its gate mixes adapters by input; load them as several LoRA adapters and weight them by λ",
+    PeftType.IA3: "IA3 rescales activations; train a LoRA adapter",
+    PeftType.VERA: "train a LoRA adapter, or convert it (peft.convert_to_lora)",
+    PeftType.LOHA: "convert it to LoRA (peft.convert_to_lora)",
+    PeftType.LOKR: "convert it to LoRA (peft.convert_to_lora)",
+    PeftType.ADALORA: "train with plain LoRA and a rank_pattern",
+    PeftType.PROMPT_TUNING: "it changes the prompt, not the model; train a LoRA adapter",
+    PeftType.PREFIX_TUNING: "it changes the cache, not the model; train a LoRA adapter",
+    PeftType.P_TUNING: "it changes the prompt, not the model; train a LoRA adapter",
+}
+
+
+def check_adapter_kind(adapter: str, config: PeftConfig) -> None:
+    """
+    Refuses adapters for which "adapter off" is not the base, or that are not LoRA.
+
+    Raises:
+        DeRaError: names the adapter, the setting and what would work.
+    """
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        advice = ADVICE.get(config.peft_type, "train a LoRA adapter")
+        raise DeRaError(f"adapter={adapter!r} is of type {kind}; only LoRA is supported: {advice}.")
+    check_one_has_biases(adapter, [config])
+    if config.init_lora_weights not in INITS_THAT_KEEP_THE_BASE:
+        raise DeRaError(
+            f"adapter={adapter!r} was initialised with {config.init_lora_weights!r}, which changes the base's weights, "
+            "so the base alone is not its reference; convert it to plain LoRA when saving (save_pretrained's "
+            "path_initial_model_for_weight_conversion)."
+        )
+    if config.target_parameters:
+        raise DeRaError(
+            f"adapter={adapter!r} uses target_parameters={config.target_parameters!r}, as for a mixture's experts, in "
+            "whose batches the rows of all branches are mixed; adapt modules (target_modules), as those of attention."
+        )
+    if config.alora_invocation_tokens:
+        raise DeRaError(
+            f"adapter={adapter!r} is an activated LoRA (alora_invocation_tokens={config.alora_invocation_tokens!r}), "
+            "which is only on behind its invocation; train a LoRA that is always on."
+        )
+
+
+def check_keeps_biases(adapter: str, config: LoraConfig) -> None:
+    """
+    Refuses adapters that, in a PeftModel, have replaced the base's own biases.
+
+    Raises:
+        DeRaError: names the adapter, the setting and what would work.
+    """
+    if config.bias != "none":
+        raise DeRaError(
+            f"adapter={adapter!r} has bias={config.bias!r}: PEFT writes its biases over the base's own, so switching "
+            "it off does not give the reference back. Load it from its folder (DeRaModel.from_pretrained), which keeps "
+            "both, or train with bias='none' (lora_bias=True is supported)."
+        )
+
+
+def check_one_has_biases(adapter: str, configs: Sequence[LoraConfig]) -> None:
+    """PEFT keeps one bias a module, and its copies of modules_to_save have biases of their own."""
+    biased = [config.bias for config in configs if config.bias != "none"]
+    if len(biased) > 1 or (biased and any(config.modules_to_save for config in configs)):
+        raise DeRaError(
+            f"adapter={adapter!r}: bias={biased[0]!r} goes together with no second such adapter in a model, and with "
+            "no modules_to_save; train with bias='none'."
+        )

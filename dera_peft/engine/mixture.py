@@ -1,0 +1,359 @@
+"""`MixtureModel`: fork and join around a base model, so that one base decodes at any λ."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+
+from dera_peft.engine.adapter_kinds import check_adapter_kind, check_keeps_biases
+from dera_peft.engine.biases import hand_over_biases
+from dera_peft.engine.generation import MixtureGenerationMixin
+from dera_peft.engine.lora import Adapted
+from dera_peft.engine.plan import (
+    ALIGNED,
+    LOGITS,
+    REFERENCE,
+    WEIGHTS,
+    BatchPlan,
+    Branch,
+    WeightPlan,
+    check_default_lam,
+    make_branches,
+    read_lam,
+)
+from dera_peft.engine.wiring import Wiring
+from dera_peft.errors import DeRaError
+
+# what a batch's rows and tokens are counted by, the decoder's where there are two
+TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+
+
+@dataclass
+class MixtureOutput(CausalLMOutputWithPast):
+    """
+    `CausalLMOutputWithPast` of the mixture, with the branches' own logits where they were asked for.
+
+    Attributes:
+        logits: `[B, S, V]`, z_λ = (1-λ)·z_ref + λ·z_aligned.
+        branch_logits: branch name -> `[B, S, V]`, with `output_branches=True`.
+        encoder_last_hidden_state: `[R, S, D]`, a row for each branch of each sequence (encoder-decoder models only).
+    """
+
+    branch_logits: dict[str, torch.Tensor] | None = None
+    encoder_last_hidden_state: torch.Tensor | None = None
+
+
+class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
+    """
+    A base and LoRA adapters that decode as any mixture of "adapter off" and "adapter on" (DeRa, arXiv 2402.02992).
+
+    To a caller it is an ordinary causal language model with one more argument, `lam` (λ): `forward` takes B sequences
+    and returns logits for B sequences. Inside,
+
+    - **fork**: at the first decoder layer that the branches see differently, the B rows become the rows of the
+      reference branch and of the aligned branch; below it they are computed, and cached, once;
+    - **branch**: each LoRA layer adds its delta to its branch's slice of rows, after one base product over all rows;
+    - **join**: before the LM head the branches' rows become B rows again by the weighted sum. The head is linear, so
+      this gives the mixed logits at one head's cost; where it is not, the join is behind it.
+
+    A row whose weight is zero is never computed: λ=0 costs what the base costs, λ=1 what the adapted model costs.
+
+    `lam` is a float, one per sequence (list or 1-D tensor, per prompt, before beams and return sequences expand it), a
+    dict by branch, or a `[B, K]` tensor for K aligned adapters, which mix as z = (1-Σλ_k)·z_ref + Σ λ_k·z_k. Without it
+    the model's own `lam` holds, 1.0 unless set: the model as trained; `generation_config.lam`, where set, comes before
+    that.
+
+    With `mixing="weights"` λ scales the adapters' weights instead (one row a sequence, no second branch): what people
+    do without DeRa, here to be compared with.
+
+    One instance computes one batch at a time: it is not safe to call from several threads at once.
+
+    It knows nothing of files; `dera_peft.DeRaModel` adds loading and saving.
+
+    Attributes:
+        branches: the reference's first, then one for each aligned adapter.
+        mixing: "logits" or "weights".
+        lam: the default λ, a number or a dict by aligned branch.
+    """
+
+    base_model_prefix = "base"
+    # What the base supports it has checked for itself, before it is wrapped.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(
+        self,
+        peft_model: PeftModel,
+        branches: Sequence[Branch],
+        lam: float | Mapping[str, float] = 1.0,
+        mixing: str = LOGITS,
+    ):
+        if mixing not in (LOGITS, WEIGHTS):
+            raise DeRaError(f"mixing={mixing!r} is not known; choose {LOGITS!r} (DeRa) or {WEIGHTS!r}.")
+        base = peft_model.get_base_model()
+        super().__init__(base.config)
+        self.base = base
+        self.generation_config = base.generation_config
+        self._is_stateful = base._is_stateful
+        for name in ("hf_device_map", "hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+            if name in vars(base):
+                setattr(self, name, vars(base)[name])
+        self._peft_model = (peft_model,)  # in a tuple: the base's parameters are registered once
+        self._base_slices_logits = base._supports_logits_to_keep()  # slow to answer, beside a step of a small model
+        self.training = base.training
+        self.lam = check_default_lam(lam, [branch.name for branch in branches if branch.name != REFERENCE])
+        self.mixing = mixing
+        self._wire(branches)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        lam: Any = None,
+        output_branches: bool = False,
+        return_dict: bool = True,
+        **kwargs,
+    ) -> MixtureOutput | tuple:
+        """
+        The mixture's logits, and its loss with `labels`.
+
+        Args:
+            input_ids: `[B, S]`.
+            lam: λ (see the class), or a `BatchPlan` from `plan`.
+            output_branches: also return each branch's logits, all of them at any λ.
+            Others: as in the base model.
+
+        Raises:
+            DeRaError: λ does not fit the batch, the cache holds other rows, or an output is asked for that only the
+                branches have (hidden states, attentions).
+        """
+        self._check_wrapped()
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name):
+                raise DeRaError(f"{name}=True: the branches have their own, which DeRaModel does not return.")
+        if self.config.is_encoder_decoder and labels is not None and kwargs.get("decoder_input_ids") is None:
+            kwargs["decoder_input_ids"] = self.base.prepare_decoder_input_ids_from_labels(labels)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            **kwargs,
+        }
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        tokens = next(inputs[name] for name in TOKENS if name in inputs)
+        plan = lam if isinstance(lam, BatchPlan) else self.plan(lam, tokens.shape[0], every_branch=output_branches)
+        self._check_inputs(inputs, plan, tokens.shape[0], output_branches)
+        if not torch.compiler.is_compiling():  # a compiled step only follows one that was not, with the same plan
+            self._check_cache(past_key_values, plan)
+
+        self._wiring.routing.start(plan, tokens.shape[1], output_branches)
+        try:
+            if self.fork_layer == 0:
+                inputs = self._wiring.fork(inputs)
+            if self._base_slices_logits:
+                inputs["logits_to_keep"] = logits_to_keep
+            outputs = self.base(past_key_values=past_key_values, use_cache=use_cache, return_dict=True, **inputs)
+        finally:
+            self._wiring.routing.forked = []
+
+        if past_key_values is None and outputs.past_key_values is not None:
+            outputs.past_key_values.dera_pattern = plan.pattern
+        logits, branch_logits = outputs.logits, None
+        if output_branches:
+            branch_logits = plan.split(logits)
+        if output_branches or not self.joins_before_head:
+            logits = plan.join(logits)
+        if not self._base_slices_logits:
+            logits = slice_logits_to_keep(logits, logits_to_keep)
+        output = MixtureOutput(
+            loss=None if labels is None else self._loss(logits, labels, kwargs),
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            branch_logits=branch_logits,
+            encoder_last_hidden_state=outputs.get("encoder_last_hidden_state"),
+        )
+        return output if return_dict else output.to_tuple()
+
+    def plan(self, lam, batch_size: int, every_branch: bool = False) -> BatchPlan:
+        """The rows for `batch_size` sequences at `lam`; can be given to `forward` as its `lam` any number of times."""
+        lam = read_lam(self.lam if lam is None else lam, batch_size, self.aligned)
+        kind = WeightPlan if self.mixing == WEIGHTS else BatchPlan
+        return kind(self.branches, lam, self.device, every_branch)
+
+    def _loss(self, logits: torch.Tensor, labels: torch.LongTensor, kwargs: dict) -> torch.Tensor:
+        if self.config.is_encoder_decoder:  # labels are the decoder's outputs, not its inputs
+            return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        vocab_size = self.config.get_text_config().vocab_size
+        return self.base.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+
+    def _check_inputs(self, inputs: dict, plan: BatchPlan, batch_size: int, output_branches: bool) -> None:
+        if plan.batch_size != batch_size:
+            raise DeRaError(f"lam is planned for {plan.batch_size} sequences, and the batch has {batch_size}.")
+        if output_branches and not plan.every_branch:
+            raise DeRaError("output_branches=True needs a plan made with every_branch=True.")
+        if "encoder_outputs" in inputs and inputs["encoder_outputs"][0].shape[0] != plan.num_rows:
+            raise DeRaError(
+                f"encoder_outputs has {inputs['encoder_outputs'][0].shape[0]} rows, and the branches have "
+                f"{plan.num_rows}: each has its own encoder outputs; pass input_ids instead."
+            )
+
+    def _check_cache(self, past_key_values: Cache | None, plan: BatchPlan) -> None:
+        """A cache holds the rows of the plan that filled it; under another plan it would be read as other branches'."""
+        if past_key_values is None:
+            return
+        filled = getattr(past_key_values, "dera_pattern", plan.pattern)
+        # a static cache's length is on the device, and is only asked for where it matters
+        if filled != plan.pattern and past_key_values.get_seq_length() > 0:
+            raise DeRaError(
+                "past_key_values was filled at a λ for which other branches were computed; go on with a λ that needs "
+                "the same branches for each sequence, or start with plan(lam, batch_size, every_branch=True)."
+            )
+        past_key_values.dera_pattern = plan.pattern
+
+    def _check_wrapped(self) -> None:
+        if self.base is None:
+            raise DeRaError("this DeRaModel was taken apart by unwrap(); wrap the PeftModel again with from_peft.")
+
+    # -- making one, and taking it apart ---------------------------------------------------------------------------
+
+    @classmethod
+    def from_peft(
+        cls,
+        peft_model: PeftModel,
+        adapter: str | Sequence[str] | None = None,
+        lam: float | Mapping[str, float] = 1.0,
+        *,
+        reference: str | Sequence[str] = (),
+        stacked: bool = True,
+        mixing: str = LOGITS,
+    ) -> Self:
+        """
+        Wraps what a trainer holds, with no second copy. Until `unwrap` the PeftModel itself must not be called.
+
+        Args:
+            peft_model: a causal language model, or an encoder-decoder one, with LoRA adapters.
+            adapter: the adapter that is the aligned model's, or a list of them, each an aligned branch of its own;
+                needed only where there are several.
+            lam: the default λ.
+            reference: the adapters (one, or a list) that make the reference of the base.
+            stacked: whether the aligned adapters come on top of the reference's, or replace them.
+            mixing: "logits" (DeRa), or "weights" to scale the adapters' weights by λ instead.
+
+        Raises:
+            DeRaError: an adapter is not there, or is of a kind that can't be switched off row by row.
+        """
+        reference = [reference] if isinstance(reference, str) else list(reference)
+        names = list(peft_model.peft_config)
+        others = [name for name in names if name not in reference]
+        if adapter is None and len(others) != 1:
+            raise DeRaError(f"the PeftModel has the adapters {names}: say which is the aligned one with adapter=.")
+        adapter = others[0] if adapter is None else adapter
+        aligned = {ALIGNED: adapter} if isinstance(adapter, str) else {name: name for name in adapter}
+        for name in (*reference, *aligned.values()):
+            if name not in names:
+                raise DeRaError(f"adapter={name!r} is not in the PeftModel; it has {names}.")
+            check_adapter_kind(name, peft_model.peft_config[name])
+        for name, config in peft_model.peft_config.items():  # also of those that are not used: they share the biases
+            check_keeps_biases(name, config)
+        return cls(peft_model, make_branches(reference, aligned, stacked), lam, mixing)
+
+    def unwrap(self) -> PeftModel:
+        """
+        The PeftModel, as it was before. This instance can't be used any more.
+
+        With an adapter that was trained with `bias="lora_only"` or `"all"` it is as PEFT's own loading leaves it: the
+        adapter's biases have replaced the base's.
+        """
+        self._check_wrapped()
+        (peft_model,) = self._peft_model
+        self._wiring.remove()
+        hand_over_biases(self.base)
+        self.base = None
+        return peft_model
+
+    def __deepcopy__(self, memo: dict) -> None:
+        raise DeRaError(
+            "a DeRaModel can't be copied: the copy's modules would go on to follow this one's plan; unwrap() it, copy "
+            "the PeftModel, and wrap both."
+        )
+
+    def _wire(self, branches: Sequence[Branch]) -> None:
+        self._wiring = Wiring(self.base, branches, self.mixing)
+        self.branches = tuple(branches)
+
+    def _rewire(self, branches: Sequence[Branch]) -> None:
+        """Other branches of the same base. Where they don't fit (`DeRaError`) the model stays as it was."""
+        self._wiring.remove()
+        try:
+            self._wire(branches)
+        except DeRaError:
+            self._wire(self.branches)
+            raise
+
+    # -- what it consists of -------------------------------------------------------------------------------------------
+
+    @property
+    def peft_model(self) -> PeftModel:
+        return self._peft_model[0]
+
+    @property
+    def aligned(self) -> list[str]:
+        """The names of the branches that λ weights, in the order of a `[B, K]` λ's columns."""
+        return [branch.name for branch in self.branches if branch.name != REFERENCE]
+
+    @property
+    def adapters(self) -> dict[str, tuple[str, ...]]:
+        """Branch name -> the adapters that its rows see on top of the base."""
+        return {branch.name: branch.adapters for branch in self.branches}
+
+    @property
+    def fork_layer(self) -> int:
+        """The decoder layer before which the rows fork; 0 if they fork at the input."""
+        return self._wiring.fork_layer
+
+    @property
+    def joins_before_head(self) -> bool:
+        """Whether the rows are joined before the LM head, and not their logits behind it."""
+        return self._wiring.joins_before_head
+
+    @joins_before_head.setter
+    def joins_before_head(self, joins: bool) -> None:
+        self._wiring.joins_before_head = joins
+
+    @property
+    def adapted(self) -> list[Adapted]:
+        """The base's modules that the branches' adapters change."""
+        return self._wiring.adapted
+
+    # -- what transformers asks of a model: the base's answers ---------------------------------------------------------
+
+    def _check_and_adjust_experts_implementation(self, experts_implementation: str | None) -> str | None:
+        return experts_implementation  # the base's choice: they share one config
+
+    def set_experts_implementation(self, experts_implementation: str | dict) -> None:
+        self.base.set_experts_implementation(experts_implementation)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.base.get_output_embeddings()
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        return self.base.get_encoder(modality)
+
+    def get_decoder(self) -> nn.Module:
+        return self.base.get_decoder()

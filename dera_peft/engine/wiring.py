@@ -1,0 +1,84 @@
+"""The surgery on a base's modules: adapted modules that follow a plan, and the hooks of the fork and the join."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dera_peft.engine.fork import find_fork_layer, find_layers, fork_inputs, is_head_linear
+from dera_peft.engine.lora import Routing, branch_forward, check_one_replaces, check_scales, find_adapted
+from dera_peft.engine.plan import WEIGHTS, Branch
+from dera_peft.errors import DeRaError
+
+
+class Wiring:
+    """
+    What makes a base compute branches, from its making until `remove`.
+
+    Attributes:
+        routing: what fork, adapted modules and join share while a batch is computed.
+        adapted: the modules that adapters of the branches change.
+        fork_layer: the decoder layer before which the rows fork; 0 if they fork at the input.
+        joins_before_head: whether the rows are joined before the LM head. False joins the logits behind it.
+
+    Raises:
+        DeRaError: an adapter can't be kept to its branch, or the base is wired already.
+    """
+
+    def __init__(self, base: PreTrainedModel, branches: Sequence[Branch], mixing: str):
+        self.base = base
+        self.routing = Routing()
+        names = sorted({name for branch in branches for name in branch.adapters})
+        self.adapted = find_adapted(base, names)
+        if mixing == WEIGHTS:
+            check_scales(branches, self.adapted)
+        check_one_replaces(branches, self.adapted)
+        if "is_in_dera" in vars(base):
+            raise DeRaError("the PeftModel is wrapped by a DeRaModel already; unwrap() that one first.")
+        self.fork_layer = 0 if mixing == WEIGHTS else find_fork_layer(base, branches, self.adapted)
+        self.joins_before_head = is_head_linear(base, self.adapted)
+        self._num_heads = getattr(base.config.get_text_config(decoder=True), "num_attention_heads", 1)
+        self._replaced = {}
+        for module in self.adapted:
+            if "forward" in vars(module.module):  # another library's hook
+                self._replaced[module.name] = module.module.forward
+            module.module.forward = branch_forward(module, self.routing)
+        self._handles = []
+        if self.fork_layer > 0:
+            _, layers = find_layers(base)
+            for index, layer in enumerate(layers[self.fork_layer :]):
+                hook = self._fork_hidden_states if index == 0 else self._fork_side_inputs
+                self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        head = base.get_output_embeddings()
+        self._handles.append(head.register_forward_pre_hook(self._join_hidden_states))
+        base.is_in_dera = True
+
+    def remove(self) -> None:
+        """Leaves the base's modules as they were."""
+        del self.base.is_in_dera
+        for handle in self._handles:
+            handle.remove()
+        for module in self.adapted:
+            del module.module.forward
+            if module.name in self._replaced:
+                module.module.forward = self._replaced[module.name]
+
+    def fork(self, inputs: Any) -> Any:
+        """`inputs` (a nest of tuples, lists and dicts) with every `[B, ...]` tensor as `[R, ...]`."""
+        return fork_inputs(inputs, self.routing.plan, self._num_heads, self.routing.forked)
+
+    def _fork_hidden_states(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return self.fork((args, kwargs))
+
+    def _fork_side_inputs(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        hidden_states, *args = args  # already forked
+        args, kwargs = self.fork((tuple(args), kwargs))
+        return (hidden_states, *args), kwargs
+
+    def _join_hidden_states(self, head: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple:
+        if self.routing.keep_branches or not self.joins_before_head:
+            return args
+        hidden_states, *rest = args
+        return (self.routing.plan.join(hidden_states), *rest)

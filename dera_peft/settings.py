@@ -1,0 +1,265 @@
+"""
+Settings, each declared once: a field of a dataclass with its type, default, help and check.
+
+From the field come the option of the command line (`cli.options`), the key of a YAML file, the check of the Python
+argument and a line of the reference page. One precedence holds everywhere: command line, then YAML, then default.
+"""
+
+import math
+import os
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from dera_peft.errors import DeRaError
+
+T = TypeVar("T")
+KEY = "setting"  # in a field's metadata
+WRONG = object()  # what `_convert` makes of a value of another type
+
+
+@dataclass(frozen=True)
+class Check:
+    """
+    What a value must fulfil beside its type.
+
+    Attributes:
+        holds: of a value that has the type.
+        wanted: completes "must be …".
+        names_type: whether `wanted` names the type too, and so also serves for a value of another type.
+    """
+
+    holds: Callable[[Any], bool]
+    wanted: str
+    names_type: bool = False
+
+
+AT_LEAST_1 = Check(lambda value: value >= 1, "at least 1")
+COUNT = Check(lambda value: value >= 1, "an integer of at least 1", names_type=True)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """
+    What a field says of itself beside its name, type and default.
+
+    Attributes:
+        help: one or two sentences.
+        check: what its value must fulfil.
+        metavar: stands for the value on a help page.
+        panel: heading under which a help page lists it.
+        option: its name on the command line and an alias of its key, where that is not the field's name.
+        parse: makes the value of the texts that a command line gave (of a setting of several values).
+        on_command_line: False for a value that has no form as text.
+    """
+
+    help: str
+    check: Check | None = None
+    metavar: str | None = None
+    panel: str | None = None
+    option: str | None = None
+    parse: Callable[[Sequence[str]], Any] | None = None
+    on_command_line: bool = True
+
+
+def setting(default: Any = MISSING, help: str = "", **values: Any) -> Any:
+    """A field of a settings dataclass, required without a default. `values` are further attributes of `Setting`."""
+    factory = {"default_factory": dict} if default == {} else {"default": default}
+    return field(**factory, metadata={KEY: Setting(help, **values)})
+
+
+class Settings:
+    """Base of the settings' dataclasses: every field is checked, and converted to its type."""
+
+    called: ClassVar[str] = "this command"  # whose settings they are, for messages
+
+    def __post_init__(self):
+        hints = type_hints(type(self))
+        for each in fields(self):
+            value = read_value(each.name, getattr(self, each.name), hints[each.name], setting_of(each).check)
+            object.__setattr__(self, each.name, value)
+
+    @classmethod
+    def read(cls, file: str | os.PathLike | None = None, **given: Any) -> Self:
+        """
+        Settings from a YAML file, with those of `given` that are not None before it. A key may have hyphens.
+
+        Raises:
+            DeRaError: no such file, not a mapping, a key that is not one (with the nearest name), or a missing one.
+        """
+        values = {} if file is None else read_yaml(file)
+        names = [each.name for each in fields(cls)]
+        settings: dict[str, Any] = {}
+        for key, value in values.items():
+            name = str(key).replace("-", "_")
+            if name not in names:
+                raise DeRaError(
+                    f"config={os.fspath(file)!r}: {key!r} is not a key of {cls.called}; {nearest(name, names)}"
+                )
+            if name in settings:
+                raise DeRaError(f"config={os.fspath(file)!r}: {name!r} is there twice.")
+            settings[name] = value
+        settings = cls.merge(settings, {name: value for name, value in given.items() if value is not None})
+        for each in fields(cls):
+            if each.default is MISSING and each.default_factory is MISSING and each.name not in settings:
+                raise DeRaError(f"{each.name} is missing: set it in the config or with {option_name(each)}.")
+        return cls(**settings)
+
+    @classmethod
+    def merge(cls, values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """The settings of a file, `values`, with those of the command line before them."""
+        return {**values, **given}
+
+
+def setting_of(each: Field) -> Setting:
+    return each.metadata[KEY]
+
+
+@cache
+def type_hints(kind: type) -> dict[str, Any]:
+    """The fields' types, those of base classes too."""
+    return get_type_hints(kind)
+
+
+def part(settings: Any, kind: type[T]) -> T:
+    """The settings of one of the dataclasses that `settings` inherits from, as an instance of that."""
+    return kind(**{each.name: getattr(settings, each.name) for each in fields(kind)})
+
+
+# -- the check of a value ----------------------------------------------------------------------------------------------
+
+
+def read_value(name: str, value: Any, hint: Any, check: Check | None = None) -> Any:
+    """
+    A value as its type has it: numbers as int or float, a path as text, a list as tuple.
+
+    Raises:
+        DeRaError: it has another type, or the check does not hold; names the setting, the value and what is wanted.
+    """
+    kinds = [kind for kind in _alternatives(hint) if kind is not type(None)]
+    optional = len(kinds) < len(_alternatives(hint))
+    if kinds == [Any] or (value is None and optional):
+        return value
+    if len(kinds) == 1 and get_origin(kinds[0]) is tuple:
+        return _read_items(name, value, get_args(kinds[0])[0], check)
+    if len(kinds) == 1 and get_origin(kinds[0]) is Literal:
+        if _convert(value, kinds[0]) is WRONG:
+            choices = ", ".join(map(str, get_args(kinds[0])))
+            raise DeRaError(f"{name}={value!r} is not known; choose one of {choices}.")
+        return value
+    converted = _convert_to_any(value, kinds)
+    if converted is not WRONG and (check is None or check.holds(converted)):
+        return converted
+    if check is not None and (converted is not WRONG or check.names_type):
+        wanted = check.wanted
+    else:
+        wanted = " or ".join(dict.fromkeys(map(describe_type, kinds)))
+    raise DeRaError(f"{name}={value!r} must be {wanted}{', or left out' if optional else ''}.")
+
+
+def _read_items(name: str, value: Any, hint: Any, check: Check | None) -> tuple:
+    """One value, or a list of them."""
+    kinds = _alternatives(hint)
+    items = []
+    for each in value if isinstance(value, (list, tuple)) else (value,):
+        item = _convert_to_any(each, kinds)
+        if item is WRONG:
+            wanted = " or ".join(map(describe_type, kinds))
+            raise DeRaError(f"{name}: {each!r} is not one of what it may hold: {wanted}.")
+        items.append(item)
+    if check is not None and not check.holds(tuple(items)):
+        raise DeRaError(f"{name}={value!r} must be {check.wanted}.")
+    return tuple(items)
+
+
+def _alternatives(hint: Any) -> tuple:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _convert_to_any(value: Any, kinds: Sequence[Any]) -> Any:
+    return next((found for kind in kinds if (found := _convert(value, kind)) is not WRONG), WRONG)
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """The value as `kind`, or WRONG where it is of another type."""
+    origin = get_origin(kind)
+    if kind is Any:
+        return value
+    if kind is int:
+        return value if isinstance(value, int) and not isinstance(value, bool) else WRONG
+    if kind is float:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return float(value) if is_number else WRONG
+    if kind is str:
+        text = os.fspath(value) if isinstance(value, os.PathLike) else value
+        return text if isinstance(text, str) else WRONG
+    if kind is Path:
+        return Path(value) if isinstance(value, (str, os.PathLike)) else WRONG
+    if origin is Literal:
+        return value if value in get_args(kind) and not isinstance(value, bool) else WRONG
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            return WRONG
+        names, values = get_args(kind)
+        items = {_convert(name, names): _convert(item, values) for name, item in value.items()}
+        return WRONG if any(part is WRONG for pair in items.items() for part in pair) else items
+    return value if isinstance(value, kind) else WRONG
+
+
+def describe_type(kind: Any) -> str:
+    """A type in words: "an integer", "a list of texts"."""
+    words = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text", Path: "a path"}
+    if kind in words:
+        return words[kind]
+    origin = get_origin(kind)
+    if origin is Literal:
+        return " or ".join(map(str, get_args(kind)))
+    if origin is not None and issubclass(origin, Mapping):
+        return "names with values"
+    if kind is Callable:
+        return "a function"
+    return f"a {kind.__name__}"
+
+
+# -- YAML, and names ---------------------------------------------------------------------------------------------------
+
+
+def read_yaml(file: str | os.PathLike) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    try:
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise DeRaError(f"config={os.fspath(file)!r}: there is no such file.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DeRaError(f"config={os.fspath(file)!r} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise DeRaError(f"config={os.fspath(file)!r} must hold keys with values.")
+    return values
+
+
+def option_name(each: Field) -> str:
+    """`max_new_tokens` -> `--max-new-tokens`, unless the setting names its option."""
+    return setting_of(each).option or "--" + each.name.replace("_", "-")
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A hint at the known name that was meant, or all of them."""
+    close = get_close_matches(name, known, n=1)
+    return f"do you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(known))}."
+
+
+def read_pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
+    """`["retrained=runs/dpo-2"]` -> {"retrained": "runs/dpo-2"}."""
+    pairs = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name or not value:
+            raise DeRaError(f"{option}: {text!r} is not of the form name=value.")
+        pairs[name] = value
+    return pairs
