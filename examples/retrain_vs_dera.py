@@ -140,12 +140,12 @@ def train(args: argparse.Namespace) -> tuple[Path, dict[float, Path]]:
 
 
 def decode(args: argparse.Namespace, first: Path, retrained: dict[float, Path]) -> SweepResult:
-    """The recipe's sweep with the first adapter at every λ, and a line for each of those that were retrained."""
+    """The recipe's sweep with the first adapter at every λ, and an arm for each of those that were retrained."""
     config = SweepConfig.read(
         str(args.recipe / "sweep.yaml"),
         adapter=str(first),
         lambdas=[0.0, *args.lambdas],
-        models={line_name(args.beta, lam): str(folder) for lam, folder in retrained.items()},
+        models={arm_name(args.beta, lam): str(folder) for lam, folder in retrained.items()},
         samples=args.samples,
         output_dir=str(args.output_dir / "decoded"),
         device_map=read_device_map(None),
@@ -160,13 +160,13 @@ def decode(args: argparse.Namespace, first: Path, retrained: dict[float, Path]) 
     return result
 
 
-def line_name(beta: float, lam: float) -> str:
+def arm_name(beta: float, lam: float) -> str:
     return f"retrained at β={beta / lam:.4g}"
 
 
 def decoded_with_dera(result: SweepResult) -> list[LambdaSummary]:
     """By ascending λ."""
-    return [summary for summary in result.summaries if summary.line == LOGITS]
+    return [summary for summary in result.summaries if summary.arm == LOGITS]
 
 
 def reward(summary: LambdaSummary) -> Estimate:
@@ -174,24 +174,24 @@ def reward(summary: LambdaSummary) -> Estimate:
     return next(iter(summary.rewards.values())).level
 
 
-def by_prompt(rows: Sequence[dict], line: str, lam: float) -> dict[int, float]:
-    """Prompt -> its mean reward in one line at one λ."""
+def by_prompt(rows: Sequence[dict], arm: str, lam: float) -> dict[int, float]:
+    """Prompt -> its mean reward in one arm at one λ."""
     rewards = defaultdict(list)
     for row in rows:
-        if (row["line"], row["lambda"]) == (line, lam):
+        if (row["arm"], row["lambda"]) == (arm, lam):
             rewards[row["index"]].append(next(iter(row["rewards"].values())))
     return {index: sum(values) / len(values) for index, values in rewards.items()}
 
 
 def compare(beta: float, lambdas: Sequence[float], result: SweepResult) -> list[Comparison]:
-    at = {(summary.line, summary.lam): summary for summary in result.summaries}
+    at = {(summary.arm, summary.lam): summary for summary in result.summaries}
     comparisons = []
     for lam in lambdas:
-        line = line_name(beta, lam)
-        ours, theirs = by_prompt(result.rows, LOGITS, lam), by_prompt(result.rows, line, 1.0)
+        arm = arm_name(beta, lam)
+        ours, theirs = by_prompt(result.rows, LOGITS, lam), by_prompt(result.rows, arm, 1.0)
         differences = numpy.array([ours[index] - theirs[index] for index in ours])
         difference = Resamples(len(ours)).means({lam: differences})[lam]
-        comparisons.append(Comparison(lam, beta / lam, at[line, 1.0], at[LOGITS, lam], difference))
+        comparisons.append(Comparison(lam, beta / lam, at[arm, 1.0], at[LOGITS, lam], difference))
     return comparisons
 
 

@@ -16,9 +16,9 @@ PROMPTS = ["Say </textarea><script>alert(1)</script>.", CHAT, "plain"]
 LAMBDAS = (-0.5, 0.0, 0.5, 1.0)
 
 
-def row(line: str, index: int, lam: float, sample: int, reward: float | None) -> dict:
+def row(arm: str, index: int, lam: float, sample: int, reward: float | None) -> dict:
     made = {
-        "line": line, "index": index, "prompt": PROMPTS[index], "lambda": lam, "sample": sample, "group": "<i>g</i>",
+        "arm": arm, "index": index, "prompt": PROMPTS[index], "lambda": lam, "sample": sample, "group": "<i>g</i>",
         "completion": f"λ={lam:g} of {index}, {sample}", "tokens": 3, "finish": "eos", "kl": lam**2,
         "rewards": {"$fun$": reward, "length": 3.0},
     }  # fmt: skip
@@ -27,22 +27,22 @@ def row(line: str, index: int, lam: float, sample: int, reward: float | None) ->
     return made
 
 
-def rows(views: bool = True, lines: tuple[str, ...] = ("logits",)) -> list[dict]:
+def rows(views: bool = True, arms: tuple[str, ...] = ("logits",)) -> list[dict]:
     """Three prompts of two samples at four λ; one row failed, and one completion is `HOSTILE`."""
     made = [
-        row(line, index, lam, sample, index / 4 + lam)
-        for line in lines
+        row(arm, index, lam, sample, index / 4 + lam)
+        for arm in arms
         for index in range(3)
-        for lam in (LAMBDAS if line in ("logits", "weights") else (1.0,))
+        for lam in (LAMBDAS if arm in ("logits", "weights") else (1.0,))
         for sample in range(2)
     ]
-    failed = next(r for r in made if (r["line"], r["index"], r["lambda"], r["sample"]) == ("logits", 2, 1.0, 1))
+    failed = next(r for r in made if (r["arm"], r["index"], r["lambda"], r["sample"]) == ("logits", 2, 1.0, 1))
     failed["rewards"]["$fun$"], failed["errors"] = None, {"$fun$": "ValueError: <b>no</b>"}
     hostile = next(r for r in made if (r["index"], r["lambda"], r["sample"]) == (0, 1.0, 0))
     hostile["completion"] = HOSTILE + "🎉\n"
     if views:
         for r in made:
-            if r["line"] == "logits":
+            if r["arm"] == "logits":
                 texts = TOKENS if r is hostile else [" one", f" λ={r['lambda']:g}", "</s>"]
                 r["views"] = [
                     {
@@ -71,9 +71,9 @@ def curve() -> Curve:
     return Curve(points, samples=24, needed=4.5, gaps=[Gap(0.5, 1.0, 0.75)])
 
 
-def swept(views: bool = True, lines: tuple[str, ...] = ("logits",)) -> dict:
+def swept(views: bool = True, arms: tuple[str, ...] = ("logits",)) -> dict:
     """The arguments of `write_report` and the pictures, by name."""
-    made = rows(views, lines)
+    made = rows(views, arms)
     summaries = summarise(made, "group")
     return {
         "rows": made,

@@ -58,17 +58,17 @@ def sweep(settings: SweepSettings) -> None:
     if result is None:  # of several processes the first one tells
         return
     console = Console()
-    lines: dict[str, list] = defaultdict(list)
+    arms: dict[str, list] = defaultdict(list)
     for summary in result.summaries:
-        lines[summary.line].append(summary)
-    for line, summaries in lines.items():
-        if len(lines) > 1:
-            console.print(printable(line), style="bold cyan")
+        arms[summary.arm].append(summary)
+    for arm, summaries in arms.items():
+        if len(arms) > 1:
+            console.print(printable(arm), style="bold cyan")
         for columns in (main_columns(summaries), further_columns(summaries)):
             for table in tables([f"{s.lam:g}" for s in summaries], columns, console.width):
                 console.print(table)
                 console.print()
-    show_samples(console, [row for row in result.rows if row["line"] == LOGITS])
+    show_samples(console, [row for row in result.rows if row["arm"] == LOGITS])
     if result.curve.reason is not None:
         tell(console, f"Between the decoded λ nothing is estimated: {result.curve.reason}.")
     if result.recommendation is not None:

@@ -20,7 +20,7 @@ Chat = list[dict[str, str]]
 # What the rows of results say themselves; a prompt's own columns stand beside it and may not be called so.
 RESULT_COLUMNS = frozenset(
     (
-        "run", "line", "index", "sample", "completion", "tokens", "finish", "reward", "rewards", "errors", "judged",
+        "run", "arm", "index", "sample", "completion", "tokens", "finish", "reward", "rewards", "errors", "judged",
         "kl", "log_p", "kl_grid", "views",
     )
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The lines of a sweep: what is decoded, over one reference, and drawn as a curve or a point of its own."""
+"""The arms of a sweep: what is decoded, over one reference, and drawn as a curve or a point of its own."""
 
 import math
 from collections.abc import Sequence
@@ -23,9 +23,9 @@ MAX_GRID = 81  # points in all
 
 
 @dataclass(frozen=True)
-class Line:
+class Arm:
     """
-    One line.
+    One way to decode that a sweep compares.
 
     Attributes:
         name: "logits", "weights", or the user's own for a further model.
@@ -70,17 +70,17 @@ def beta_of(record: Record) -> float | None:
     return float(beta) if is_number and 0 < beta < math.inf else None
 
 
-def make_lines(config: SweepConfig) -> list[Line]:
+def make_arms(config: SweepConfig) -> list[Arm]:
     """
-    The lines that a config names: those of the sweep's adapter, "logits" first, and then the further models.
+    The arms that a config names: those of the sweep's adapter, "logits" first, and then the further models.
 
     Raises:
         DeRaError: there is no such model, or it stands over another reference, or it is several aligned models.
     """
     source = config.source
     record = _resolve(source)
-    lines = [
-        Line(mixing, source, mixing, config.lambdas, True, None, _run(config, source, mixing))
+    arms = [
+        Arm(mixing, source, mixing, config.lambdas, True, None, _run(config, source, mixing))
         for mixing in sorted(config.mixing)  # logits, weights
     ]
     for name, adapter in config.models.items():
@@ -94,8 +94,8 @@ def make_lines(config: SweepConfig) -> list[Line]:
             )
         known = beta_of(record), beta_of(found)
         place = None if None in known else known[0] / known[1]
-        lines.append(Line(name, other, LOGITS, (1.0,), False, place, _run(config, other, LOGITS)))
-    return lines
+        arms.append(Arm(name, other, LOGITS, (1.0,), False, place, _run(config, other, LOGITS)))
+    return arms
 
 
 def _resolve(source: ModelSource) -> Record:

@@ -9,7 +9,7 @@ from dera_peft.checkpoint.devices import device_map_of, join_processes
 from dera_peft.decoding.batching import Completion, Request, decode
 from dera_peft.decoding.prompts import read_prompts
 from dera_peft.decoding.scoring import score_each
-from dera_peft.evaluate.arms import make_lines
+from dera_peft.evaluate.arms import make_arms
 from dera_peft.evaluate.config import SweepConfig
 from dera_peft.evaluate.run import encoded
 from dera_peft.evaluate.worker import Progress, silent
@@ -110,10 +110,10 @@ def check(config: SweepConfig, progress: Progress = silent) -> Check | None:
         return None
     limit = min(PROMPTS, config.max_prompts or PROMPTS)
     config = replace(config, models={}, mixing=("logits",), max_new_tokens=min(TOKENS, config.max_new_tokens))
-    (line,) = make_lines(config)
+    (arm,) = make_arms(config)
     prompts = read_prompts(config.prompts, config.prompt_column, config.split, config.subset, limit)
-    tokenizer, tokens = encoded(config, line, prompts)
-    model = line.load(device_map_of(config.device_map, processes))
+    tokenizer, tokens = encoded(config, arm, prompts)
+    model = arm.load(device_map_of(config.device_map, processes))
     lambdas = sorted({*config.lambdas, *LAMBDAS})
     requests = [Request(prompt.index, lam) for lam in lambdas for prompt in prompts]
     made: dict[float, list[Completion]] = defaultdict(list)

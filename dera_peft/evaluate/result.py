@@ -15,12 +15,12 @@ class SweepResult:
     What a sweep found.
 
     Attributes:
-        summaries: by line, then by ascending λ.
+        summaries: by arm, then by ascending λ.
         curve: reward and KL between the sweep's λ.
         recommendation: None where there is none to make.
         no_recommendation: why there is none.
         command: retrains at the recommended strength; None where that can't be told.
-        rows: as in samples.jsonl, by line, prompt, λ and sample.
+        rows: as in samples.jsonl, by arm, prompt, λ and sample.
         reused: how many of the completions were there already.
         failed: how many rows a reward or the judge failed on.
         files: what was written into the output folder.

@@ -17,7 +17,7 @@ from dera_peft.errors import DeRaError
 from dera_peft.evaluate.analysis.curve import Curve, estimate_curve, reason_off
 from dera_peft.evaluate.analysis.recommend import recommend
 from dera_peft.evaluate.analysis.summary import AGAINST, check_names, summarise, write_csv
-from dera_peft.evaluate.arms import Line, make_lines
+from dera_peft.evaluate.arms import Arm, make_arms
 from dera_peft.evaluate.config import SweepConfig
 from dera_peft.evaluate.report.page import write_report
 from dera_peft.evaluate.report.plots import plot_pareto, plot_sweep
@@ -41,7 +41,7 @@ def sweep(config: SweepConfig | None = None, *, progress: Progress = silent, **k
 
     All that is made on the way is kept in `output_dir/parts` as it is finished: run again with the same model and
     sampling, after a kill too, a sweep goes on where it was and draws the same random numbers. More λ, samples,
-    prompts, lines or rewards add to what is there; a changed reward is asked again, and nothing is decoded again.
+    prompts, arms or rewards add to what is there; a changed reward is asked again, and nothing is decoded again.
 
     Of the processes that `torchrun` or `accelerate launch` started each makes the part of some prompts; they need one
     file system. The result does not depend on their number, but for rounding.
@@ -61,20 +61,20 @@ def sweep(config: SweepConfig | None = None, *, progress: Progress = silent, **k
     device_map = device_map_of(config.device_map, processes)
     if config.output_dir is None:
         raise DeRaError("output_dir is missing: set it in the config or with --output-dir.")
-    lines = make_lines(config)
-    rewards = load_rewards(config.rewards, lines[0].beta, device_map)
+    arms = make_arms(config)
+    rewards = load_rewards(config.rewards, arms[0].beta, device_map)
     _check_rewards(rewards)
     judge = None if config.judge is None else load_judge(config.judge, device_map)
     if judge is not None and not set(AGAINST) & set(config.lambdas):
         raise DeRaError(f"judge={judge.name!r} compares with λ=0 and λ=1, and lambdas has neither: add one of them.")
     prompts = _prompts(config, rewards, say=processes.is_main_process)
-    tokenizer, tokens = encoded(config, lines[0], prompts)
+    tokenizer, tokens = encoded(config, arms[0], prompts)
     folder = Path(config.output_dir)
     with hold(folder) if processes.is_main_process else nullcontext():
         processes.wait_for_everyone()  # none touches a file before the folder is held
         making = Making(
             config,
-            lines,
+            arms,
             prompts,
             tokens,
             tokenizer,
@@ -89,8 +89,8 @@ def sweep(config: SweepConfig | None = None, *, progress: Progress = silent, **k
         reused = sum(key in making.completions for key in wanted)
         if processes.is_main_process:
             _tell(config, reused, len(wanted))
-        for line in lines:
-            making.make(line)
+        for arm in arms:
+            making.make(arm)
         for reward in rewards:
             if reward.function is not None:
                 making.reward(reward)
@@ -116,10 +116,10 @@ def _tell(config: SweepConfig, reused: int, count: int) -> None:
         print(f"{config.output_dir}: {some} {count} completions are there already", file=sys.stderr)
 
 
-def encoded(config: SweepConfig, line: Line, prompts: Sequence[Prompt]) -> tuple[Any, list[list[int]]]:
+def encoded(config: SweepConfig, arm: Arm, prompts: Sequence[Prompt]) -> tuple[Any, list[list[int]]]:
     """The tokenizer, and each prompt's token ids."""
-    tokenizer = line.source.tokenizer()
-    return tokenizer, encode(prompts, tokenizer, line.source.config, config.max_new_tokens, config.chat)
+    tokenizer = arm.source.tokenizer()
+    return tokenizer, encode(prompts, tokenizer, arm.source.config, config.max_new_tokens, config.chat)
 
 
 def _check_rewards(rewards: Sequence[NamedReward]) -> None:
@@ -168,7 +168,7 @@ def _part(tokens: Sequence[Sequence[int]], rank: int, count: int) -> list[int]:
 
 
 def _finish(making: Making, rewards: Sequence[NamedReward], judge: NamedJudge | None, reused: int) -> SweepResult:
-    config, folder, first = making.config, making.folder, making.lines[0]
+    config, folder, first = making.config, making.folder, making.arms[0]
     rows = _join(making, rewards, judge)
     names = [reward.name for reward in rewards]
     summaries = summarise(rows, config.group, config.seed)
@@ -177,7 +177,7 @@ def _finish(making: Making, rewards: Sequence[NamedReward], judge: NamedJudge | 
     else:
         curve = Curve(reason=reason_off(config.sampling))
     recommendation, reason = None, f"the reward {names[0]!r} has no value at any λ."
-    if any(row["rewards"][names[0]] is not None for row in rows if row["line"] == LOGITS):
+    if any(row["rewards"][names[0]] is not None for row in rows if row["arm"] == LOGITS):
         try:
             recommendation = recommend(summaries, curve, config.rule, names[0], config.kl_budget, first.beta)
             reason = None
@@ -187,7 +187,7 @@ def _finish(making: Making, rewards: Sequence[NamedReward], judge: NamedJudge | 
     if recommendation is not None and recommendation.beta is not None and recommendation.lam != 1:
         command = retrain_command(config.adapter or config.base, first.record, recommendation.beta, folder)
 
-    models = {line.name: line.place for line in making.lines if not line.is_own}
+    models = {arm.name: arm.place for arm in making.arms if not arm.is_own}
     title = f"{len(making.prompts)} prompts, {config.samples} samples each; bars: 95 % over prompts"
     for ending in ("png", "svg"):
         found = summaries, curve, recommendation, names[0]
@@ -208,7 +208,7 @@ def _finish(making: Making, rewards: Sequence[NamedReward], judge: NamedJudge | 
 
 
 def _join(making: Making, rewards: Sequence[NamedReward], judge: NamedJudge | None) -> list[dict]:
-    """Completions with all that was found of them, by line, prompt, λ and sample."""
+    """Completions with all that was found of them, by arm, prompt, λ and sample."""
     scores, valued = making.scores(), making.rewards()
     keys = making.all_keys(range(len(making.prompts)))
     verdicts: dict[Key, dict[str, dict]] = {}
@@ -241,7 +241,7 @@ def _join(making: Making, rewards: Sequence[NamedReward], judge: NamedJudge | No
         errors |= {f"judge {lam}": found["error"] for lam, found in verdicts.get(key, {}).items() if "error" in found}
         row = {
             "run": completion["run"],
-            "line": key.line,
+            "arm": key.arm,
             "index": key.index,
             **prompt.columns,
             "prompt": prompt.content,  # also where another column is called so
@@ -263,7 +263,7 @@ def _join(making: Making, rewards: Sequence[NamedReward], judge: NamedJudge | No
 
 def _facts(making: Making, rewards: Sequence[NamedReward], judge: NamedJudge | None) -> dict[str, str]:
     """What was swept, for the page."""
-    config, first = making.config, making.lines[0]
+    config, first = making.config, making.arms[0]
     sampling = config.sampling
     ways = {
         "temperature": (sampling.temperature, 1.0), "top_k": (sampling.top_k, 0), "top_p": (sampling.top_p, 1.0),
@@ -284,10 +284,10 @@ def _facts(making: Making, rewards: Sequence[NamedReward], judge: NamedJudge | N
     }
     if judge is not None:
         facts["judge"] = judge.name
-    for line in making.lines:
-        if not line.is_own:
-            beta = "" if line.beta is None else f" (β = {line.beta:g})"
-            facts[line.name] = f"{line.adapter}{beta}"
+    for arm in making.arms:
+        if not arm.is_own:
+            beta = "" if arm.beta is None else f" (β = {arm.beta:g})"
+            facts[arm.name] = f"{arm.adapter}{beta}"
     if sampling.temperature not in (0, 1):
         facts["KL and perplexity"] = "at temperature 1, along samples that were drawn at the temperature above"
     return facts | {

@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 from dera_peft.decoding.rows import append_rows, cut_torn, is_writable, read_rows
 from dera_peft.errors import DeRaError
 
-KEY = ("line", "index", "lambda", "sample")
+KEY = ("arm", "index", "lambda", "sample")
 FIELDS = {
     "completions": ("prompt", "completion", "ids", "finish"),
     "scores": ("kl", "log_ref"),
@@ -44,17 +44,17 @@ def hold(folder: Path) -> Iterator[None]:
 class Key(NamedTuple):
     """Which completion a row is of. `lam` is the λ that it was decoded at."""
 
-    line: str
+    arm: str
     index: int
     lam: float
     sample: int
 
     @classmethod
     def of(cls, row: dict) -> "Key":
-        return cls(row["line"], row["index"], row["lambda"], row["sample"])
+        return cls(row["arm"], row["index"], row["lambda"], row["sample"])
 
     def row(self) -> dict:
-        return {"line": self.line, "index": self.index, "lambda": self.lam, "sample": self.sample}
+        return {"arm": self.arm, "index": self.index, "lambda": self.lam, "sample": self.sample}
 
 
 class Store:

@@ -17,7 +17,7 @@ from dera_peft.engine.plan import LOGITS
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate.analysis.curve import reason_off
 from dera_peft.evaluate.analysis.summary import AGAINST
-from dera_peft.evaluate.arms import Line, fine_grid
+from dera_peft.evaluate.arms import Arm, fine_grid
 from dera_peft.evaluate.config import SweepConfig
 from dera_peft.evaluate.report.samples import shown_rows
 from dera_peft.evaluate.report.token_views import views
@@ -44,13 +44,13 @@ class Making:
     One process's part of a sweep, and the rows of all that were there when it began.
 
     Attributes:
-        lines, prompts: all of the sweep's.
+        arms, prompts: all of the sweep's.
         tokens: of each prompt, by its index.
         mine: the prompts of this process, by their index.
     """
 
     config: SweepConfig
-    lines: Sequence[Line]
+    arms: Sequence[Arm]
     prompts: Sequence[Prompt]
     tokens: Sequence[Sequence[int]]
     tokenizer: PreTrainedTokenizerBase
@@ -76,31 +76,31 @@ class Making:
 
     # -- which rows there are ---------------------------------------------------------------------------------------
 
-    def keys(self, line: Line, indices: Iterable[int]) -> list[Key]:
+    def keys(self, arm: Arm, indices: Iterable[int]) -> list[Key]:
         return [
-            Key(line.name, index, lam, sample)
+            Key(arm.name, index, lam, sample)
             for index in indices
-            for lam in line.lambdas
+            for lam in arm.lambdas
             for sample in range(self.config.samples)
         ]
 
     def all_keys(self, indices: Iterable[int]) -> list[Key]:
         indices = list(indices)
-        return [key for line in self.lines for key in self.keys(line, indices)]
+        return [key for arm in self.arms for key in self.keys(arm, indices)]
 
     def _completions(self, rows: Iterable[dict]) -> dict[Key, dict]:
-        """The rows of this sweep's lines. Raises `DeRaError` where they are of other settings or prompts."""
-        runs = {line.name: line.run for line in self.lines}
+        """The rows of this sweep's arms. Raises `DeRaError` where they are of other settings or prompts."""
+        runs = {arm.name: arm.run for arm in self.arms}
         found = {}
         for row in rows:
             key = Key.of(row)
-            if key.line not in runs or key.index >= len(self.prompts):
+            if key.arm not in runs or key.index >= len(self.prompts):
                 continue
             way_out = "move the folder away or name another output_dir."
-            if row["run"] != runs[key.line]:
+            if row["run"] != runs[key.arm]:
                 raise DeRaError(
-                    f"{str(self.folder)!r} holds the completions of other settings (line {key.line!r}: run "
-                    f"{row['run']}, this one is {runs[key.line]}): {way_out}"
+                    f"{str(self.folder)!r} holds the completions of other settings (arm {key.arm!r}: run "
+                    f"{row['run']}, this one is {runs[key.arm]}): {way_out}"
                 )
             prompt = self.prompts[key.index]
             if row["prompt"] != prompt.content:
@@ -113,28 +113,28 @@ class Making:
 
     # -- completions and scores ---------------------------------------------------------------------------------------
 
-    def make(self, line: Line) -> None:
-        """Decodes and scores what a line lacks; its model is loaded if there is anything, and freed."""
-        todo = [key for key in self.keys(line, self.mine) if key not in self.completions]
-        if not todo and not self._unscored(line):
+    def make(self, arm: Arm) -> None:
+        """Decodes and scores what an arm lacks; its model is loaded if there is anything, and freed."""
+        todo = [key for key in self.keys(arm, self.mine) if key not in self.completions]
+        if not todo and not self._unscored(arm):
             return
-        model = line.load(self.device_map)
-        self._decode(line, model, todo)
-        self._score(line, model, self._unscored(line))
+        model = arm.load(self.device_map)
+        self._decode(arm, model, todo)
+        self._score(arm, model, self._unscored(arm))
         del model
         free_memory()
 
-    def _decode(self, line: Line, model: DeRaModel, todo: Sequence[Key]) -> None:
+    def _decode(self, arm: Arm, model: DeRaModel, todo: Sequence[Key]) -> None:
         requests = [Request(key.index, key.lam, key.sample) for key in todo]
-        total = len(self.keys(line, self.mine))
-        with self.progress(f"decoding, {line.name}", total, total - len(todo)) as advance:
+        total = len(self.keys(arm, self.mine))
+        with self.progress(f"decoding, {arm.name}", total, total - len(todo)) as advance:
             for made in decode(
                 model, self.tokenizer, self.tokens, requests, self.config.sampling, self.config.batch_size
             ):
                 rows = [
                     {
-                        "run": line.run,
-                        **Key(line.name, each.request.index, each.request.lam, each.request.sample).row(),
+                        "run": arm.run,
+                        **Key(arm.name, each.request.index, each.request.lam, each.request.sample).row(),
                         "prompt": self.prompts[each.request.index].content,
                         "completion": each.text,
                         "ids": each.tokens,
@@ -148,44 +148,44 @@ class Making:
     def score_run(self, key: Key) -> str:
         """Fingerprint of all that a row's score depends on."""
         row = self.completions[key]
-        grid = self.grid if key.line == LOGITS and self.reads_grid else None
+        grid = self.grid if key.arm == LOGITS and self.reads_grid else None
         return settings_fingerprint([row["run"], row["ids"], grid])
 
     def scores(self) -> dict[Key, dict]:
         rows = ((Key.of(row), row) for row in self.score_store.rows)
         return {key: row for key, row in rows if key in self.completions and row["run"] == self.score_run(key)}
 
-    def _unscored(self, line: Line) -> dict[Key, bool]:
+    def _unscored(self, arm: Arm) -> dict[Key, bool]:
         """The completions without a score, and whether the report shows them."""
-        there = [key for key in self.keys(line, self.mine) if key in self.completions]
+        there = [key for key in self.keys(arm, self.mine) if key in self.completions]
         rows = [{**self.completions[key], "tokens": len(self.completions[key]["ids"])} for key in there]
         # of what this process has; it is no less than what is shown of all
-        shown = {Key.of(row) for row in shown_rows(rows)} if rows and line.mixing == LOGITS else set()
+        shown = {Key.of(row) for row in shown_rows(rows)} if rows and arm.mixing == LOGITS else set()
         scores = self.scores()
         return {
             key: key in shown for key in there if key not in scores or (key in shown and "views" not in scores[key])
         }
 
-    def _score(self, line: Line, model: DeRaModel, todo: Mapping[Key, bool]) -> None:
+    def _score(self, arm: Arm, model: DeRaModel, todo: Mapping[Key, bool]) -> None:
         """KL and log-probabilities, of all λ at once where they are read on the grid, else λ by λ."""
-        if line.name == LOGITS and self.reads_grid:
+        if arm.name == LOGITS and self.reads_grid:
             strengths = {key: tuple(sorted({*self.grid, 0.0, 1.0})) for key in todo}
         else:
             strengths = {key: tuple(sorted({0.0, key.lam, 1.0})) for key in todo}
         jobs: dict[tuple, list[Key]] = {}
         for key, shown in todo.items():
             jobs.setdefault((strengths[key], shown), []).append(key)
-        with self.progress(f"scoring, {line.name}", len(todo), 0) as advance:
+        with self.progress(f"scoring, {arm.name}", len(todo), 0) as advance:
             for (lam, shown), keys in jobs.items():
-                for key, values in self._score_each(line, model, keys, lam, shown):
+                for key, values in self._score_each(arm, model, keys, lam, shown):
                     self.score_store.append([{"run": self.score_run(key), **key.row(), **values}])
                     advance(1)
 
     def _score_each(
-        self, line: Line, model: DeRaModel, keys: list[Key], lam: tuple[float, ...], shown: bool
+        self, arm: Arm, model: DeRaModel, keys: list[Key], lam: tuple[float, ...], shown: bool
     ) -> Iterator[tuple[Key, dict]]:
         inputs = [self.tokens[key.index] for key in keys], [self.completions[key]["ids"] for key in keys]
-        on_grid = line.name == LOGITS and self.reads_grid
+        on_grid = arm.name == LOGITS and self.reads_grid
         temperature = self.config.temperature if on_grid else 1.0
         plainly = {}
         if temperature != 1:
@@ -194,7 +194,7 @@ class Making:
             key, total, kl = keys[index], scored.total, scored.kl.sum(-1)
             ends = plainly[index] if plainly else total[[lam.index(0.0), lam.index(1.0)]]
             values = {"kl": round(kl[lam.index(key.lam)].item(), DIGITS), "log_ref": round(ends[0].item(), DIGITS)}
-            if line.is_own:  # of a further model it would be another reward
+            if arm.is_own:  # of a further model it would be another reward
                 values["log_aligned"] = round(ends[1].item(), DIGITS)
             if on_grid:
                 places = [lam.index(strength) for strength in self.grid]

@@ -171,7 +171,7 @@ def exact(two, prompt: list[int], completion: list[int], lam: float) -> dict[str
 
 
 def test_everything_at_once(model, file, tmp_path, tiny_base, tiny_adapter):
-    """Several rewards and lines, a judge and groups; against two whole models, and again without decoding."""
+    """Several rewards and arms, a judge and groups; against two whole models, and again without decoding."""
     other = make_adapter(tiny_base, tmp_path / "other", seed=5)
     for folder, beta in ((tiny_adapter, 0.2), (other, 0.4)):
         copy = shutil.copytree(folder, tmp_path / f"beta-{beta}")
@@ -186,7 +186,7 @@ def test_everything_at_once(model, file, tmp_path, tiny_base, tiny_adapter):
     )  # fmt: skip
     result = sweep(config)
     assert asked(file) == len(result.rows) == 6 * 2 * (3 + 3 + 1)
-    assert list(dict.fromkeys(s.line for s in result.summaries)) == ["logits", "weights", "at 0.4"]
+    assert list(dict.fromkeys(s.arm for s in result.summaries)) == ["logits", "weights", "at 0.4"]
 
     rows, two = by_key(result.rows), load_two(tiny_base, tiny_adapter)
     tokens = {key: row["ids"] for key, row in by_key(read(tmp_path / "out/parts/completions.0.jsonl")).items()}
@@ -195,7 +195,7 @@ def test_everything_at_once(model, file, tmp_path, tiny_base, tiny_adapter):
         assert row["rewards"]["count"] == row["completion"].count("e")
         assert row["rewards"]["exact_match:answer"] == float(row["completion"].strip() == "x")
         assert row["kind"] == ROWS[row["index"]]["kind"]
-        if key.index < 3 and key.line == "logits":
+        if key.index < 3 and key.arm == "logits":
             found = exact(two, prompts[key.index], tokens[key], key.lam)
             assert row["kl"] == pytest.approx(found["kl"], abs=2e-3)
             implicit = 0.2 * (found["log_aligned"] - found["log_ref"])
@@ -208,17 +208,17 @@ def test_everything_at_once(model, file, tmp_path, tiny_base, tiny_adapter):
         if key[0] != "logits" or key.lam != 0:
             assert row["judged"]["0"] == sign
     assert any(row["completion"] != rows[Key("weights", *key[1:])]["completion"] for key, row in rows.items()
-               if key.line == "logits" and key.lam == 0.5), "the two ways of mixing differ"  # fmt: skip
+               if key.arm == "logits" and key.lam == 0.5), "the two ways of mixing differ"  # fmt: skip
     for key, row in rows.items():
-        if key.line == "weights" and key.lam in (0, 1):
+        if key.arm == "weights" and key.lam in (0, 1):
             assert row["completion"] == rows[Key("logits", *key[1:])]["completion"], "at the ends they are the same"
     assert rows[Key("at 0.4", 0, 1.0, 0)]["rewards"]["implicit"] is None
 
-    half = next(s for s in result.summaries if (s.line, s.lam) == ("logits", 0.5))
+    half = next(s for s in result.summaries if (s.arm, s.lam) == ("logits", 0.5))
     assert set(half.rewards["count"].groups) == {"a", "b"}
     assert set(half.judged) == {0.0, 1.0}
     assert result.recommendation.reward == "count"
-    own = [row for row in result.rows if row["line"] == "logits"]
+    own = [row for row in result.rows if row["arm"] == "logits"]
     assert all(len(row["log_p"]) == len(fine_grid(config.lambdas)) for row in own)
     assert result.curve.reason is None
     assert all(len(row["views"]) == row["tokens"] for row in own)

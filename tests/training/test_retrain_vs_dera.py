@@ -74,16 +74,16 @@ def test_it_trains_decodes_compares_and_reuses(example, recipe, tmp_path, capsys
     comparisons = example.main(arguments)
     assert [(c.lam, c.beta) for c in comparisons] == [(0.5, 0.4), (1.0, 0.2), (2.0, 0.1)]
     rows = {
-        (row["line"], row["lambda"], row["index"], row["sample"]): row["rewards"]["reward"]
+        (row["arm"], row["lambda"], row["index"], row["sample"]): row["rewards"]["reward"]
         for row in read(output / "decoded" / "samples.jsonl")
     }
     assert len(rows) == (4 + 3) * 12
     for c, beta in zip(comparisons, ("0.4", "0.2", "0.1"), strict=True):
         record = json.loads((output / f"retrained-beta-{beta}" / "dera.json").read_text())
         assert record["training"]["beta"] == pytest.approx(c.beta)
-        line = f"retrained at β={beta}"
+        arm = f"retrained at β={beta}"
         difference = sum(
-            rows["logits", c.lam, index, sample] - rows[line, 1.0, index, sample]
+            rows["logits", c.lam, index, sample] - rows[arm, 1.0, index, sample]
             for index in range(6)
             for sample in range(2)
         )
@@ -105,10 +105,10 @@ def test_it_trains_decodes_compares_and_reuses(example, recipe, tmp_path, capsys
     assert (output / "retrain_vs_dera.png").exists()
 
 
-def rows_of(line: str, lam: float, rewards: tuple[float, ...], kl: float) -> list[dict]:
+def rows_of(arm: str, lam: float, rewards: tuple[float, ...], kl: float) -> list[dict]:
     return [
         {
-            "line": line, "lambda": lam, "index": index, "sample": 0, "rewards": {"r": value}, "kl": kl, "tokens": 10,
+            "arm": arm, "lambda": lam, "index": index, "sample": 0, "rewards": {"r": value}, "kl": kl, "tokens": 10,
             "finish": "eos",
         }
         for index, value in enumerate(rewards)

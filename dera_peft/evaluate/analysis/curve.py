@@ -99,10 +99,10 @@ def reason_off(sampling: Sampling) -> str | None:
 
 def estimate_curve(rows: Sequence[dict], grid: Sequence[float], rewards: Sequence[str], seed: int = 0) -> Curve:
     """
-    Reward and KL at every λ of `grid`, from the rows of the line "logits".
+    Reward and KL at every λ of `grid`, from the rows of the arm "logits".
 
     Args:
-        rows: of the sweep, all lines'. Those of "logits" carry `log_p` (log p_λ(y|x) as it was sampled, in nats) and
+        rows: of the sweep, all arms'. Those of "logits" carry `log_p` (log p_λ(y|x) as it was sampled, in nats) and
             `kl_grid` (KL along y at λ, in nats), one number per λ of the grid.
         grid: λ, ascending; those that were decoded are among them.
         rewards: names.
@@ -111,7 +111,7 @@ def estimate_curve(rows: Sequence[dict], grid: Sequence[float], rewards: Sequenc
     Raises:
         DeRaError: a decoded λ is not on the grid.
     """
-    own = [row for row in rows if row["line"] == LOGITS]
+    own = [row for row in rows if row["arm"] == LOGITS]
     measured = sorted({row["lambda"] for row in own})
     if len(measured) < 2:
         return Curve(reason="it takes two λ to say something of those between")

@@ -172,7 +172,7 @@ def recommend(
     beta: float | None = None,
 ) -> Recommendation:
     """
-    λ* among the measured λ of the line "logits" and those that the curve knows between them; never beyond.
+    λ* among the measured λ of the arm "logits" and those that the curve knows between them; never beyond.
 
     Where several are best, the one of the least KL is taken. The interval of the difference to λ=1 is that of two λ
     named beforehand: it does not know that one of them was chosen for its value.
@@ -189,7 +189,7 @@ def recommend(
     Raises:
         DeRaError: no such rule or reward; a rule without what it needs; no λ that fits.
     """
-    own = [summary for summary in summaries if summary.line == LOGITS]
+    own = [summary for summary in summaries if summary.arm == LOGITS]
     _check(own, rule, reward, kl_budget)
     measured = tuple(summary.lam for summary in own)
     candidates = [_measured(summary, summary.rewards[reward], rule) for summary in own]
@@ -249,7 +249,7 @@ def _check(own: Sequence[LambdaSummary], rule: str, reward: str, kl_budget: floa
     if rule not in RULES:
         raise DeRaError(f"rule={rule!r} is not a rule; there are {list(RULES)}.")
     if not own:
-        raise DeRaError(f"there is nothing to recommend from: no samples of the line {LOGITS!r}.")
+        raise DeRaError(f"there is nothing to recommend from: no samples of the arm {LOGITS!r}.")
     if reward not in own[0].rewards:
         raise DeRaError(f"reward={reward!r} is not a reward of this sweep; there are {list(own[0].rewards)}.")
     if rule == "kl_budget" and (kl_budget is None or not 0 <= kl_budget < math.inf):

@@ -13,9 +13,9 @@ import numpy
 
 from dera_peft.errors import DeRaError
 
-LOGITS = "logits"  # the line that mixes logits: DeRa itself, which all lines are compared with
-AGAINST = (0.0, 1.0)  # the λ of that line that each λ is compared with: the reference, and the adapter as trained
-COLUMNS = ("line", "lambda", "prompts", "samples", "kl", "kl_per_token", "tokens", "ended")  # of summary.csv
+LOGITS = "logits"  # the arm that mixes logits: DeRa itself, which all arms are compared with
+AGAINST = (0.0, 1.0)  # the λ of that arm that each λ is compared with: the reference, and the adapter as trained
+COLUMNS = ("arm", "lambda", "prompts", "samples", "kl", "kl_per_token", "tokens", "ended")  # of summary.csv
 # what stands behind a name in the further columns of its estimates and comparisons
 OWN = "_(se|low|high|failed|group_.*|(minus|win|tie|loss)_lambda_.*)"
 RESAMPLES = 1000
@@ -93,7 +93,7 @@ class RewardSummary:
 
     Attributes:
         level: its mean.
-        versus: by λ (0.0 and 1.0, where the line "logits" has them), the comparison with that line at that λ.
+        versus: by λ (0.0 and 1.0, where the arm "logits" has them), the comparison with that arm at that λ.
         groups: by the value of the column that names groups, the mean over that group's prompts.
         failed: samples without a value; they are left out of all the numbers here, and of a pair both.
     """
@@ -113,10 +113,10 @@ class RewardSummary:
 @dataclass(frozen=True)
 class LambdaSummary:
     """
-    One λ of one line.
+    One λ of one arm.
 
     Attributes:
-        line: "logits" (DeRa), "weights", or the name that the user gave to a further model.
+        arm: "logits" (DeRa), "weights", or the name that the user gave to a further model.
         lam: λ.
         prompts, samples: how many.
         kl: KL(π_λ ‖ π_ref) per sequence, in nats.
@@ -127,7 +127,7 @@ class LambdaSummary:
         judged: by λ (0.0 and 1.0), where there is a judge.
     """
 
-    line: str
+    arm: str
     lam: float
     prompts: int
     samples: int
@@ -188,7 +188,7 @@ class Resamples:
 
 def summarise(rows: Sequence[dict], group: str | None = None, seed: int = 0) -> list[LambdaSummary]:
     """
-    One summary per line and λ: lines as they appear, each by ascending λ.
+    One summary per arm and λ: arms as they appear, each by ascending λ.
 
     Args:
         rows: with the keys of `samples.jsonl`.
@@ -204,13 +204,13 @@ def summarise(rows: Sequence[dict], group: str | None = None, seed: int = 0) -> 
     shape = (len(positions), 1 + max(row["sample"] for row in rows))
     by_cell: dict[tuple[str, float], list[dict]] = defaultdict(list)
     for row in rows:
-        by_cell[row["line"], row["lambda"]].append(row)
+        by_cell[row["arm"], row["lambda"]].append(row)
     names = reward_names(rows)
     cells = {key: _Cell(own, names, positions, shape) for key, own in by_cell.items()}
     groups = _groups(rows, group, positions)
     resamples = Resamples(len(positions), seed)
-    lines = list(dict.fromkeys(line for line, _ in cells))
-    order = sorted(cells, key=lambda key: (lines.index(key[0]), key[1]))
+    arms = list(dict.fromkeys(arm for arm, _ in cells))
+    order = sorted(cells, key=lambda key: (arms.index(key[0]), key[1]))
     against = {lam: cells[LOGITS, lam] for lam in AGAINST if (LOGITS, lam) in cells}
     return [_summary(key, cells[key], against, groups, resamples) for key in order]
 
@@ -240,7 +240,7 @@ def _groups(rows: Sequence[dict], group: str | None, positions: dict[int, int]) 
 
 
 class _Cell:
-    """The rows of one line and λ, and their rewards by prompt and sample, `[P, S]` each."""
+    """The rows of one arm and λ, and their rewards by prompt and sample, `[P, S]` each."""
 
     def __init__(self, rows: list[dict], rewards: list[str], positions: dict[int, int], shape: tuple[int, int]):
         self.rows, self.shape = rows, shape
@@ -298,7 +298,7 @@ def _summary(
 
     tokens = sum(row["tokens"] for row in rows)
     return LambdaSummary(
-        line=key[0],
+        arm=key[0],
         lam=key[1],
         prompts=len({row["index"] for row in rows}),
         samples=len(rows),
@@ -344,7 +344,7 @@ def check_names(rewards: Sequence[str]) -> None:
 
 def write_csv(summaries: Sequence[LambdaSummary], file: str | os.PathLike) -> None:
     """
-    One line per line of the sweep and λ. An estimate has the columns NAME, NAME_se, NAME_low and NAME_high; what is
+    One row per arm and λ. An estimate has the columns NAME, NAME_se, NAME_low and NAME_high; what is
     unknown is empty.
 
     A reward has those of its level under its own name, NAME_failed, NAME_group_GROUP for each group's mean, and for
@@ -363,7 +363,7 @@ def write_csv(summaries: Sequence[LambdaSummary], file: str | os.PathLike) -> No
 
 def _flat(summary: LambdaSummary) -> dict[str, str | int | float]:
     row: dict[str, str | int | float] = {
-        "line": summary.line,
+        "arm": summary.arm,
         "lambda": summary.lam,
         "prompts": summary.prompts,
         "samples": summary.samples,

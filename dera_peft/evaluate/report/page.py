@@ -33,7 +33,7 @@ class Table:
 
     Attributes:
         columns: their heads.
-        rows: one per line and λ; `rows[i][0]` heads its row.
+        rows: one per arm and λ; `rows[i][0]` heads its row.
         marked: the rows of the recommended λ.
     """
 
@@ -61,12 +61,12 @@ def write_report(
 
     Args:
         facts: what was swept (model, adapter, β, prompts, sampling, versions, date …), in the order to be shown.
-        summaries: one per line and λ.
+        summaries: one per arm and λ.
         curve: what was estimated between the measured λ; None where that was not tried.
         recommendation: None where there is none to make.
         rows: all rows; those of `shown_rows` with their `views`, where the tokens are to be coloured.
         command: retrains at the recommended strength.
-        models: further models among the lines, and the λ that each stands for, as in `plot.sweep_picture`.
+        models: further models among the arms, and the λ that each stands for, as in `plot.sweep_picture`.
         reason: why there is no recommendation.
     """
     environment = Environment(
@@ -238,7 +238,7 @@ def _failures(rows: Sequence[dict], rewards: Sequence[str]) -> dict[str, Any] | 
     for row in rows:
         errors = {name: "no value" for name in rewards if row["rewards"].get(name) is None} | row.get("errors", {})
         failed += [
-            [name, row["line"], f"{row['lambda']:g}", str(row["index"]), str(row["sample"]), message]
+            [name, row["arm"], f"{row['lambda']:g}", str(row["index"]), str(row["sample"]), message]
             for name, message in errors.items()
         ]
     if not failed:
@@ -249,24 +249,24 @@ def _failures(rows: Sequence[dict], rewards: Sequence[str]) -> dict[str, Any] | 
         note += f"; the first {LISTED_FAILURES} of {len(failed)} are listed"
     return {
         "note": note,
-        "columns": ["of", "line", "λ", "prompt", "sample", "what was said"],
+        "columns": ["of", "arm", "λ", "prompt", "sample", "what was said"],
         "rows": failed[:LISTED_FAILURES],
     }
 
 
 def _heads(summaries: Sequence[LambdaSummary]) -> list[str]:
-    return ["line", "λ"] if len({s.line for s in summaries}) > 1 else ["λ"]
+    return ["arm", "λ"] if len({s.arm for s in summaries}) > 1 else ["λ"]
 
 
 def _keys(summaries: Sequence[LambdaSummary], summary: LambdaSummary) -> list[str]:
-    keys = [NAMES.get(summary.line, summary.line), f"{summary.lam:g}".replace("-", MINUS)]
+    keys = [NAMES.get(summary.arm, summary.arm), f"{summary.lam:g}".replace("-", MINUS)]
     return keys[-len(_heads(summaries)) :]
 
 
 def _marked(summaries: Sequence[LambdaSummary], recommendation: Recommendation | None) -> set[int]:
     if recommendation is None:
         return set()
-    return {n for n, s in enumerate(summaries) if s.line == summaries[0].line and s.lam == recommendation.lam}
+    return {n for n, s in enumerate(summaries) if s.arm == summaries[0].arm and s.lam == recommendation.lam}
 
 
 def _estimates(estimates: Sequence[Estimate | None], signed: bool) -> list[str]:

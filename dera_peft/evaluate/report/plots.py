@@ -21,7 +21,7 @@ from dera_peft.evaluate.analysis.recommend import Recommendation
 from dera_peft.evaluate.analysis.summary import Estimate, LambdaSummary
 
 INK, MUTED, PAPER = "#1f2328", "#6e7681", "#ffffff"
-# Okabe and Ito's palette (jfly.uni-koeln.de/color), which the colour-blind can tell apart; each line has a marker too.
+# Okabe and Ito's palette (jfly.uni-koeln.de/color), which the colour-blind can tell apart; each arm has a marker too.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "s", "D", "^", "v", "P")
 STAR = {"marker": "*", "markersize": 15, "color": "#f0e442", "markeredgecolor": INK, "linestyle": "none"}
@@ -94,13 +94,13 @@ def sweep_picture(
     format: str = "svg",
 ) -> bytes:
     """
-    A reward and the KL against λ: each line's measured points with their intervals, and what is between them.
+    A reward and the KL against λ: each arm's measured points with their intervals, and what is between them.
 
     Args:
         curve: what was estimated between the measured λ of DeRa; None or an empty one where that is off.
         recommendation: is marked if it is of this reward.
         reward: its name; None draws the KL alone.
-        models: further models among the lines: the λ that each stands for, or None where that isn't known; those are
+        models: further models among the arms: the λ that each stands for, or None where that isn't known; those are
             left to the other picture.
     """
     models = models or {}
@@ -109,14 +109,14 @@ def sweep_picture(
         panels = figure.subplots(1, 2 if reward else 1, squeeze=False)[0]
         panels[0].set_ylabel(f"mean reward: {reward}")
         panels[-1].set_ylabel("KL to the reference (nats)")
-        lines = _by_line(summaries)
-        legend = _legend({line: models.get(line, 0.0) is not None for line in lines}, models)
-        for number, (line, points) in enumerate(lines.items()):
-            if models.get(line, 0.0) is None:
+        arms = _by_arm(summaries)
+        legend = _legend({arm: models.get(arm, 0.0) is not None for arm in arms}, models)
+        for number, (arm, points) in enumerate(arms.items()):
+            if models.get(arm, 0.0) is None:
                 continue
             quantities = [_reward(points, curve, reward), _kl(points, curve)] if reward else [_kl(points, curve)]
             for panel, quantity in zip(panels, quantities, strict=True):
-                _draw_over_lam(panel, quantity, number, legend, shift=models.get(line))
+                _draw_over_lam(panel, quantity, number, legend, shift=models.get(arm))
         if recommendation and recommendation.reward == reward:
             for panel, at_best in zip(panels, (recommendation.value, recommendation.kl), strict=True):
                 _draw_star(panel, recommendation.lam, at_best.mean, recommendation, legend)
@@ -145,21 +145,21 @@ def pareto_picture(
         figure = Figure(figsize=(5.4, 4), layout="constrained")
         panel = figure.subplots()
         panel.set_xscale("function", functions=(_root, _square))
-        lines = _by_line(summaries)
-        legend = _legend(dict.fromkeys(lines, True), models)
+        arms = _by_arm(summaries)
+        legend = _legend(dict.fromkeys(arms, True), models)
         star = recommendation if recommendation and recommendation.reward == reward else None
-        labels: list[tuple[int, float, tuple[float, float]]] = []  # line, λ, place
-        for number, (line, points) in enumerate(lines.items()):
+        labels: list[tuple[int, float, tuple[float, float]]] = []  # arm, λ, place
+        for number, (arm, points) in enumerate(arms.items()):
             y = _reward(points, curve, reward)
             x = _kl([point for point in points if point.lam in y.measured], curve)
             color = COLORS[number % len(COLORS)]
-            if line not in models:
+            if arm not in models:
                 estimated = np.isfinite(x.estimated) & np.isfinite(y.estimated)
                 _draw_pieces(panel, x.value, y.value, estimated, color, legend)
                 labels += [
                     (number, lam, (x.measured[lam].mean, y.measured[lam].mean))
                     for lam in y.measured
-                    if lam != 0 or number == 0  # all lines begin at the reference
+                    if lam != 0 or number == 0  # all arms begin at the reference
                 ]
             panel.errorbar(
                 [x.measured[lam].mean for lam in y.measured], [level.mean for level in y.measured.values()],
@@ -180,7 +180,7 @@ def pareto_picture(
 @dataclass(frozen=True)
 class Quantity:
     """
-    One line's reward or KL.
+    One arm's reward or KL.
 
     Attributes:
         measured: by λ, those that are known.
@@ -221,29 +221,29 @@ class Quantity:
 
 
 def _kl(points: Sequence[LambdaSummary], curve: Curve | None) -> Quantity:
-    between = curve.points if curve and points and points[0].line == LOGITS else []
+    between = curve.points if curve and points and points[0].arm == LOGITS else []
     return Quantity.of({p.lam: p.kl for p in points}, {p.lam: p.kl for p in between})
 
 
 def _reward(points: Sequence[LambdaSummary], curve: Curve | None, reward: str) -> Quantity:
-    between = curve.points if curve and points[0].line == LOGITS else []
+    between = curve.points if curve and points[0].arm == LOGITS else []
     return Quantity.of(
         {p.lam: p.rewards[reward].level for p in points if reward in p.rewards},
         {p.lam: p.rewards.get(reward) for p in between},
     )
 
 
-def _by_line(summaries: Sequence[LambdaSummary]) -> dict[str, list[LambdaSummary]]:
-    lines: dict[str, list[LambdaSummary]] = {}
+def _by_arm(summaries: Sequence[LambdaSummary]) -> dict[str, list[LambdaSummary]]:
+    arms: dict[str, list[LambdaSummary]] = {}
     for summary in summaries:
-        lines.setdefault(summary.line, []).append(summary)
-    return lines
+        arms.setdefault(summary.arm, []).append(summary)
+    return arms
 
 
 def _draw_over_lam(
     panel: Axes, quantity: Quantity, number: int, legend: dict[str, Artist], shift: float | None
 ) -> None:
-    """A line, or the one point of a further model, which stands at the λ `shift`."""
+    """An arm, or the one point of a further model, which stands at the λ `shift`."""
     color = COLORS[number % len(COLORS)]
     estimated = np.isfinite(quantity.estimated)
     if estimated.any():
@@ -279,7 +279,7 @@ def _draw_star(panel: Axes, x: float, y: float, recommendation: Recommendation, 
 def _label(
     panel: Axes, labels: Sequence[tuple[int, float, tuple[float, float]]], star: tuple[float, float] | None
 ) -> None:
-    """Names the λ of points. The lines' labels stand on either side, as their points may lie close together."""
+    """Names the λ of points. The arms' labels stand on either side, as their points may lie close together."""
     panel.get_xlim(), panel.get_ylim()  # brings the limits, and with them the transform, up to date
     to_panel = (panel.transScale + panel.transLimits).transform  # from 0 to 1 over the panel
     for number, lam, place in labels:
@@ -306,17 +306,17 @@ def _point_style(number: int) -> dict:
         "markersize": 5,
         "capsize": 2.5,
         "elinewidth": 1.2,
-        "zorder": 4 - 0.01 * number,  # the first line lies above the others
+        "zorder": 4 - 0.01 * number,  # the first arm lies above the others
     }
 
 
-def _legend(lines: Mapping[str, bool], models: Mapping[str, float | None]) -> dict[str, Artist]:
-    """The entries of the lines, if they are drawn; what else is there adds its own."""
+def _legend(arms: Mapping[str, bool], models: Mapping[str, float | None]) -> dict[str, Artist]:
+    """The entries of the arms, if they are drawn; what else is there adds its own."""
     legend: dict[str, Artist] = {}
-    for number, (line, drawn) in enumerate(lines.items()):
+    for number, (arm, drawn) in enumerate(arms.items()):
         if drawn:
             style = {name: _point_style(number)[name] for name in ("color", "marker", "markersize")}
-            legend[NAMES.get(line, line)] = Line2D([], [], linestyle="none" if line in models else "-", **style)
+            legend[NAMES.get(arm, arm)] = Line2D([], [], linestyle="none" if arm in models else "-", **style)
     return legend
 
 

@@ -12,7 +12,7 @@ OWN_KEYS = ("token", "js")  # of a view; the others are its branches
 
 def shown_rows(rows: Sequence[dict]) -> list[dict]:
     """
-    The rows that the page has room for: whole (prompt, sample) pairs, each at every line and λ.
+    The rows that the page has room for: whole (prompt, sample) pairs, each at every arm and λ.
 
     The first sample of each prompt comes first, then further samples; to at most SHOWN_PAIRS pairs and SHOWN_TOKENS
     tokens, but one pair at least.
@@ -35,11 +35,11 @@ def samples_data(rows: Sequence[dict], names: Mapping[str, str]) -> dict[str, An
 
     Args:
         rows: of `shown_rows`.
-        names: how lines are called on the page.
+        names: how arms are called on the page.
 
     Returns:
-        `lines` ([{line, name, lambdas}]); `branches` (names); `texts`; and `pairs`, each with `index`, `sample`,
-        `prompt` ([[role or null, text], …]) and `rows` (by line, one per λ). A row has `lambda`, `text`, `tokens`,
+        `arms` ([{arm, name, lambdas}]); `branches` (names); `texts`; and `pairs`, each with `index`, `sample`,
+        `prompt` ([[role or null, text], …]) and `rows` (by arm, one per λ). A row has `lambda`, `text`, `tokens`,
         `finish`, `kl`, `rewards`, `judged`, `errors`, and `views`: null, or per token [text, JS, then text and
         probability of each of a branch's best, branch by branch].
     """
@@ -48,12 +48,12 @@ def samples_data(rows: Sequence[dict], names: Mapping[str, str]) -> dict[str, An
     lambdas: dict[str, set[float]] = {}
     pairs: dict[tuple[int, int], dict[str, Any]] = {}
     for row in rows:
-        lambdas.setdefault(row["line"], set()).add(row["lambda"])
+        lambdas.setdefault(row["arm"], set()).add(row["lambda"])
         place = pairs.setdefault(
             (row["sample"], row["index"]),
             {"index": row["index"], "sample": row["sample"], "prompt": _turns(row["prompt"]), "rows": {}},
         )
-        place["rows"].setdefault(row["line"], []).append(
+        place["rows"].setdefault(row["arm"], []).append(
             {
                 "lambda": row["lambda"],
                 "text": row["completion"],
@@ -67,8 +67,8 @@ def samples_data(rows: Sequence[dict], names: Mapping[str, str]) -> dict[str, An
             }
         )
     return {
-        "lines": [
-            {"line": line, "name": names.get(line, line), "lambdas": sorted(values)} for line, values in lambdas.items()
+        "arms": [
+            {"arm": arm, "name": names.get(arm, arm), "lambdas": sorted(values)} for arm, values in lambdas.items()
         ],
         "branches": branches,
         "texts": list(texts),

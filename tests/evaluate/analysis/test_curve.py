@@ -51,7 +51,7 @@ class Table:
         log_p, kl = (numpy.stack([exact[lam][which] for lam in grid], -1) for which in (0, 1))  # [P, S, G]
         return [
             {
-                "line": "logits", "lambda": lam, "index": prompt, "sample": sample, "tokens": LENGTH, "finish": "eos",
+                "arm": "logits", "lambda": lam, "index": prompt, "sample": sample, "tokens": LENGTH, "finish": "eos",
                 "kl": exact[lam][1][prompt, text], "rewards": {"r": float(self.reward[prompt, text])},
                 "log_p": log_p[prompt, text].tolist(), "kl_grid": kl[prompt, text].tolist(),
             }
@@ -114,7 +114,7 @@ def test_an_estimate_is_the_weighted_mean_worked_out_by_hand():
     rewards = [1.0, 2.0, 3.0, None]
     rows = [
         {
-            "line": "logits", "lambda": float(row % 2), "index": row // 2, "sample": 0, "rewards": {"r": rewards[row]},
+            "arm": "logits", "lambda": float(row % 2), "index": row // 2, "sample": 0, "rewards": {"r": rewards[row]},
             "log_p": [math.log(value) for value in p[row]], "kl_grid": kl[row],
         }
         for row in range(4)
@@ -159,7 +159,7 @@ def test_an_even_set_of_samples_that_misses_what_matters_is_not_drawn():
     """Weights that are all alike have a large effective size, also where they are of texts that π_λ hardly writes."""
     rows = [
         {
-            "line": "logits", "lambda": lam, "index": index, "sample": 0, "rewards": {},
+            "arm": "logits", "lambda": lam, "index": index, "sample": 0, "rewards": {},
             "log_p": [-3.0, -9.0, -3.0], "kl_grid": [0.0, 1.0, 2.0],
         }
         for index in range(100)

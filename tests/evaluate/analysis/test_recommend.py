@@ -20,7 +20,7 @@ def summaries(rewards: dict[float, float], kl: dict[float, float] | None = None,
     return summarise(
         [
             {
-                "line": "logits", "lambda": lam, "index": index, "sample": 0, "tokens": 4, "finish": "eos",
+                "arm": "logits", "lambda": lam, "index": index, "sample": 0, "tokens": 4, "finish": "eos",
                 "kl": (kl or {}).get(lam, lam * lam),
                 "rewards": {"r": mean + (noise(lam, index) if noise else 0.0)},
                 **{name: value(index) for name, value in columns.items()},
@@ -190,7 +190,7 @@ def test_no_value_at_lambda_1():
         return summarise(
             [
                 {
-                    "line": "logits", "lambda": lam, "index": index, "sample": 0, "tokens": 4, "finish": "eos",
+                    "arm": "logits", "lambda": lam, "index": index, "sample": 0, "tokens": 4, "finish": "eos",
                     "kl": lam, "rewards": {"r": value},
                 }
                 for lam, own in values.items()
@@ -214,7 +214,7 @@ def test_little_to_go_by():
     single = summarise(
         [
             {
-                "line": "logits", "lambda": lam, "index": 0, "sample": 0, "tokens": 4, "finish": "eos", "kl": lam,
+                "arm": "logits", "lambda": lam, "index": 0, "sample": 0, "tokens": 4, "finish": "eos", "kl": lam,
                 "rewards": {"r": None if lam == 2.0 else reward},
             }
             for lam, reward in REWARDS.items()
@@ -248,5 +248,5 @@ def test_what_a_rule_needs(rule, reward, message):
 
 
 def test_nothing_to_recommend_from():
-    with pytest.raises(DeRaError, match="no samples of the line 'logits'"):
+    with pytest.raises(DeRaError, match="no samples of the arm 'logits'"):
         recommend([], None, "reward", "r")

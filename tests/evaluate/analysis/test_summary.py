@@ -10,10 +10,10 @@ from dera_peft import DeRaError
 from dera_peft.evaluate.analysis.summary import RESAMPLES, Resamples, check_names, number, summarise, write_csv
 
 
-def row(lam, index, reward, sample=0, line="logits", kl=0.0, tokens=4, finish="eos", **columns) -> dict:
+def row(lam, index, reward, sample=0, arm="logits", kl=0.0, tokens=4, finish="eos", **columns) -> dict:
     rewards = reward if isinstance(reward, dict) else {"r": reward}
     return {
-        "line": line, "lambda": lam, "index": index, "sample": sample, "rewards": rewards, "kl": kl, "tokens": tokens,
+        "arm": arm, "lambda": lam, "index": index, "sample": sample, "rewards": rewards, "kl": kl, "tokens": tokens,
         "finish": finish, **columns,
     }  # fmt: skip
 
@@ -30,7 +30,7 @@ ROWS = [
 
 def test_standard_errors_are_over_prompts():
     zero, half = summarise(ROWS)
-    assert (zero.line, zero.lam, zero.prompts, zero.samples) == ("logits", 0.0, 1, 1)
+    assert (zero.arm, zero.lam, zero.prompts, zero.samples) == ("logits", 0.0, 1, 1)
     assert (half.prompts, half.samples) == (2, 4)
     level = half.rewards["r"].level
     assert (level.mean, level.se) == (2.0, 1.0)
@@ -73,11 +73,11 @@ def test_differences_are_paired_by_prompt_and_sample():
 
 def test_other_lines_are_compared_with_the_logits():
     rows = [row(lam, i, lam + i) for lam in (0.0, 1.0) for i in range(3)]
-    rows += [row(1.0, i, 3.0 + i, line="retrained at β=0.2") for i in range(3)]
-    rows += [row(0.5, i, 0.5 + i, line="weights") for i in range(3)]
+    rows += [row(1.0, i, 3.0 + i, arm="retrained at β=0.2") for i in range(3)]
+    rows += [row(0.5, i, 0.5 + i, arm="weights") for i in range(3)]
     summaries = summarise(rows)
-    lines = [("logits", 0.0), ("logits", 1.0), ("retrained at β=0.2", 1.0), ("weights", 0.5)]
-    assert [(summary.line, summary.lam) for summary in summaries] == lines
+    arms = [("logits", 0.0), ("logits", 1.0), ("retrained at β=0.2", 1.0), ("weights", 0.5)]
+    assert [(summary.arm, summary.lam) for summary in summaries] == arms
     assert summaries[2].rewards["r"].versus[1.0].difference.mean == 2.0
     assert summaries[3].rewards["r"].versus[0.0].difference.mean == 0.5
     # without λ=0 and λ=1 there is nothing to compare with
@@ -162,11 +162,11 @@ def test_a_reward_has_columns_of_its_own(names):
 
 def test_csv(tmp_path):
     rows = [row(lam, i, lam * i, kind=f"k{i % 2}", judged={"0": 1}) for lam in (0.0, 0.5) for i in range(4)]
-    rows += [row(0.5, 0, 9.0, line="weights", kind="k0")]
+    rows += [row(0.5, 0, 9.0, arm="weights", kind="k0")]
     write_csv(summarise(rows, group="kind"), tmp_path / "summary.csv")
     with (tmp_path / "summary.csv").open(encoding="utf-8") as stream:
         table = list(csv.DictReader(stream))
-    assert [(line["line"], float(line["lambda"])) for line in table] == [
+    assert [(row["arm"], float(row["lambda"])) for row in table] == [
         ("logits", 0),
         ("logits", 0.5),
         ("weights", 0.5),

@@ -98,7 +98,7 @@ def test_only_the_script_of_the_page_may_run(page):
 
 def test_samples_reach_the_script_as_they_are(page):
     data = page.data
-    assert [line["lambdas"] for line in data["lines"]] == [[-0.5, 0.0, 0.5, 1.0]]
+    assert [arm["lambdas"] for arm in data["arms"]] == [[-0.5, 0.0, 0.5, 1.0]]
     assert data["recommended"] == 1.0
     pairs = {(pair["index"], pair["sample"]): pair for pair in data["pairs"]}
     assert len(pairs) == 6
@@ -160,10 +160,10 @@ def test_without_rewards(tmp_path):
     assert "Rows without a value" not in page.text
 
 
-def test_several_lines(tmp_path):
-    lines = ("logits", "weights", "retrained")
-    page = written(tmp_path, **swept(lines=lines), models={"retrained": 0.5})
-    assert [line["line"] for line in page.data["lines"]] == list(lines)
+def test_several_arms(tmp_path):
+    arms = ("logits", "weights", "retrained")
+    page = written(tmp_path, **swept(arms=arms), models={"retrained": 0.5})
+    assert [arm["arm"] for arm in page.data["arms"]] == list(arms)
     assert page.data["pairs"][0]["rows"]["retrained"][0]["lambda"] == 1.0
     assert page.text.count("adapter's weights scaled by λ") >= 4
 

@@ -131,14 +131,14 @@ def test_it_fits_a_phone_and_follows_the_colour_scheme(browser, report, dark):
 
 
 def test_a_page_without_views(browser, tmp_path):
-    bare = {**swept(views=False, lines=("logits", "retrained")), "recommendation": None, "curve": None}
+    bare = {**swept(views=False, arms=("logits", "retrained")), "recommendation": None, "curve": None}
     write_report(tmp_path / "report.html", "bare", {}, **bare)
     browser.errors.clear()
     browser.open(tmp_path / "report.html")
     assert browser.text("#strength") == "1"
     assert "U+202EabcU+202C" in browser.text("#moving-text")
-    browser.js("document.getElementById('line').selectedIndex = 1")
-    browser.js("document.getElementById('line').dispatchEvent(new Event('change'))")
+    browser.js("document.getElementById('arm').selectedIndex = 1")
+    browser.js("document.getElementById('arm').dispatchEvent(new Event('change'))")
     assert browser.text("#moving-name") == "λ = 1 · retrained"
     assert browser.text("#moving-text") == "λ=1 of 0, 0"
     assert browser.js("document.getElementById('lambda').disabled")

@@ -20,7 +20,7 @@ from dera_peft.evaluate.report.plots import (
     sweep_picture,
 )
 
-LINES = ("logits", "weights", "retrained at <β=1>", "of unknown β")
+ARMS = ("logits", "weights", "retrained at <β=1>", "of unknown β")
 MODELS = {"retrained at <β=1>": 0.5, "of unknown β": None}
 PNG = b"\x89PNG"
 
@@ -30,13 +30,13 @@ def texts(svg: bytes) -> list[str]:
 
 
 def points(svg: bytes, color: str) -> int:
-    """How many marks of a line's colour there are, the legend's included."""
+    """How many marks of a arm's colour there are, the legend's included."""
     return len(re.findall(rf'<use [^>]*style="fill: {color}', svg.decode()))
 
 
 @pytest.fixture(scope="module")
 def sweep() -> dict:
-    made = swept(lines=LINES)
+    made = swept(arms=ARMS)
     return {name: made[name] for name in ("summaries", "curve", "recommendation")}
 
 
@@ -56,7 +56,7 @@ def test_a_further_model_stands_at_its_own_lambda(sweep):
         svg = sweep_picture(**sweep, reward="$fun$", models=models).decode()
         return set(re.findall(r'<use [^>]*x="([\d.]+)"[^>]*style="fill: #009e73', svg))
 
-    at_half, at_one = places({**MODELS, LINES[2]: 0.5}), places({**MODELS, LINES[2]: 1.0})
+    at_half, at_one = places({**MODELS, ARMS[2]: 0.5}), places({**MODELS, ARMS[2]: 1.0})
     assert len(at_half - at_one) == len(at_one - at_half) == 2, "one mark in each panel has moved"
 
 

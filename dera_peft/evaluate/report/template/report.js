@@ -41,13 +41,13 @@
   // ---- what is shown
 
   let pair = data.pairs[0];
-  let line = data.lines[0];
-  let place = 0; // of the slider, among the line's λ
-  let fixed = [data.lines[0], 0]; // line and place of the pane beside
+  let arm = data.arms[0];
+  let place = 0; // of the slider, among the arm's λ
+  let fixed = [data.arms[0], 0]; // arm and place of the pane beside
   let held = null; // the token that was clicked
 
-  const rowAt = (of, at) => (pair.rows[of.line] || []).find((row) => row.lambda === of.lambdas[at]);
-  const nameOf = (of, at) => (data.lines.length > 1 ? `λ = ${lam(of.lambdas[at])} · ${of.name}` : `λ = ${lam(of.lambdas[at])}`);
+  const rowAt = (of, at) => (pair.rows[of.arm] || []).find((row) => row.lambda === of.lambdas[at]);
+  const nameOf = (of, at) => (data.arms.length > 1 ? `λ = ${lam(of.lambdas[at])} · ${of.name}` : `λ = ${lam(of.lambdas[at])}`);
 
   function showPair() {
     byId("pair").value = String(data.pairs.indexOf(pair));
@@ -66,16 +66,16 @@
   }
 
   function showTicks() {
-    const last = line.lambdas.length - 1;
-    const [first] = Object.keys(pair.rows[line.line] ? pair.rows[line.line][0].rewards : {});
+    const last = arm.lambdas.length - 1;
+    const [first] = Object.keys(pair.rows[arm.arm] ? pair.rows[arm.arm][0].rewards : {});
     byId("ticks-of").textContent = first && last < 16 ? `below: ${seen(first)}` : "";
-    const every = Math.ceil(line.lambdas.length / (window.innerWidth < 600 ? 8 : 16));
+    const every = Math.ceil(arm.lambdas.length / (window.innerWidth < 600 ? 8 : 16));
     byId("ticks").replaceChildren(
-      ...line.lambdas.flatMap((value, at) => {
+      ...arm.lambdas.flatMap((value, at) => {
         if (at % every && at !== place && value !== data.recommended) return [];
-        const row = rowAt(line, at);
+        const row = rowAt(arm, at);
         const reward = row && row.rewards[first];
-        const star = value === data.recommended && line === data.lines[0] ? "★" : "";
+        const star = value === data.recommended && arm === data.arms[0] ? "★" : "";
         const tick = element("span", at === place ? "now" : "", `${lam(value)}${star}`);
         if (typeof reward === "number" && last < 16) tick.append(`\n${short(reward)}`);
         tick.style.left = `${last ? (100 * at) / last : 50}%`;
@@ -86,10 +86,10 @@
   }
 
   function showMoving() {
-    byId("strength").textContent = lam(line.lambdas[place]);
-    byId("lambda").setAttribute("aria-valuetext", nameOf(line, place));
-    byId("moving-name").textContent = nameOf(line, place);
-    showPane("moving", line, place);
+    byId("strength").textContent = lam(arm.lambdas[place]);
+    byId("lambda").setAttribute("aria-valuetext", nameOf(arm, place));
+    byId("moving-name").textContent = nameOf(arm, place);
+    showPane("moving", arm, place);
   }
 
   function showPane(pane, of, at) {
@@ -209,12 +209,12 @@
     showMoving();
   }
 
-  function chooseLine(index) {
-    const before = line.lambdas[place];
-    line = data.lines[index];
-    byId("lambda").max = String(line.lambdas.length - 1);
-    byId("lambda").disabled = line.lambdas.length === 1;
-    moveTo(nearest(line, before));
+  function chooseArm(index) {
+    const before = arm.lambdas[place];
+    arm = data.arms[index];
+    byId("lambda").max = String(arm.lambdas.length - 1);
+    byId("lambda").disabled = arm.lambdas.length === 1;
+    moveTo(nearest(arm, before));
   }
 
   function nearest(of, value) {
@@ -251,18 +251,18 @@
     byId("previous").addEventListener("click", () => step(-1));
     byId("next").addEventListener("click", () => step(1));
 
-    byId("line").append(...data.lines.map((of, at) => option(of.name, at)));
-    byId("line-label").hidden = data.lines.length === 1;
-    byId("line").addEventListener("change", (event) => chooseLine(Number(event.target.value)));
+    byId("arm").append(...data.arms.map((of, at) => option(of.name, at)));
+    byId("arm-label").hidden = data.arms.length === 1;
+    byId("arm").addEventListener("change", (event) => chooseArm(Number(event.target.value)));
     byId("lambda").addEventListener("input", (event) => moveTo(Number(event.target.value)));
 
-    const stops = data.lines.flatMap((of) => of.lambdas.map((_, at) => [of, at]));
+    const stops = data.arms.flatMap((of) => of.lambdas.map((_, at) => [of, at]));
     byId("fixed").append(...stops.map((stop, at) => option(nameOf(...stop), at)));
     byId("fixed").addEventListener("change", (event) => {
       fixed = stops[Number(event.target.value)];
       showPane("fixed", ...fixed);
     });
-    fixed = [line, nearest(line, 0)];
+    fixed = [arm, nearest(arm, 0)];
     byId("fixed").value = String(fixed[1]);
 
     if (byId("scale")) {
@@ -281,8 +281,8 @@
     window.addEventListener("resize", showTicks);
     byId("viewer").hidden = false;
     showPair();
-    chooseLine(0);
-    moveTo(nearest(line, data.recommended === null ? 1 : data.recommended));
+    chooseArm(0);
+    moveTo(nearest(arm, data.recommended === null ? 1 : data.recommended));
   }
 
   function copyCommand() {
