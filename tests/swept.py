@@ -44,7 +44,7 @@ def rows(views: bool = True, arms: tuple[str, ...] = ("logits",)) -> list[dict]:
         for r in made:
             if r["arm"] == "logits":
                 texts = TOKENS if r is hostile else [" one", f" λ={r['lambda']:g}", "</s>"]
-                r["views"] = [
+                r["token_views"] = [
                     {
                         "token": text,
                         "js": LN2 * place / len(texts),

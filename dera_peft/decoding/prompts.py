@@ -21,7 +21,7 @@ Chat = list[dict[str, str]]
 RESULT_COLUMNS = frozenset(
     (
         "run", "arm", "index", "sample", "completion", "tokens", "finish", "reward", "rewards", "errors", "judged",
-        "kl", "log_p", "kl_grid", "views",
+        "kl", "log_p", "kl_grid", "token_views",
     )
 )  # fmt: skip
 

@@ -12,7 +12,7 @@ from dera_peft.decoding.scoring import score_each
 from dera_peft.evaluate.arms import make_arms
 from dera_peft.evaluate.config import SweepConfig
 from dera_peft.evaluate.run import encoded
-from dera_peft.evaluate.worker import Progress, silent
+from dera_peft.evaluate.worker import Progress, no_progress
 from dera_peft.rewards.metrics import repetition
 
 PROMPTS, TOKENS = 8, 64  # at most: of which, and of how long a completion
@@ -98,7 +98,7 @@ class Check:
         return "\n".join(lines)
 
 
-def check(config: SweepConfig, progress: Progress = silent) -> Check | None:
+def check(config: SweepConfig, progress: Progress = no_progress) -> Check | None:
     """
     Decodes a few prompts at the sweep's λ and some larger ones; needs neither rewards nor an output folder.
 

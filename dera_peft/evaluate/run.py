@@ -25,17 +25,17 @@ from dera_peft.evaluate.result import SweepResult
 from dera_peft.evaluate.retrain import FILE_NAME as RETRAIN
 from dera_peft.evaluate.retrain import retrain_command
 from dera_peft.evaluate.store import Key, hold
-from dera_peft.evaluate.worker import Making, Progress, silent
+from dera_peft.evaluate.worker import Progress, SweepWorker, no_progress
 from dera_peft.rewards.functions import NamedReward, load_rewards
 from dera_peft.rewards.judges import NamedJudge, load_judge
 from dera_peft.rewards.metrics import Measured, is_better_low
 
 FILES = ("report.html", "sweep.png", "sweep.svg", "pareto.png", "pareto.svg", "summary.csv", "samples.jsonl")
 PACKAGES = ("dera-peft", "torch", "transformers", "peft")
-IN_MEMORY = ("log_p", "kl_grid", "views")  # of a row, what samples.jsonl does without
+IN_MEMORY = ("log_p", "kl_grid", "token_views")  # of a row, what samples.jsonl does without
 
 
-def sweep(config: SweepConfig | None = None, *, progress: Progress = silent, **keys) -> SweepResult | None:
+def sweep(config: SweepConfig | None = None, *, progress: Progress = no_progress, **keys) -> SweepResult | None:
     """
     Decodes, measures, summarises, recommends; writes samples.jsonl, summary.csv, the plots and report.html.
 
@@ -48,7 +48,7 @@ def sweep(config: SweepConfig | None = None, *, progress: Progress = silent, **k
 
     Args:
         config: or its keys, as in `SweepConfig`; keys come before a config.
-        progress: shows how far it is; see `making.Progress`.
+        progress: shows how far it is; see `worker.Progress`.
 
     Returns:
         What was found; None in all processes but the first one.
@@ -72,35 +72,35 @@ def sweep(config: SweepConfig | None = None, *, progress: Progress = silent, **k
     folder = Path(config.output_dir)
     with hold(folder) if processes.is_main_process else nullcontext():
         processes.wait_for_everyone()  # none touches a file before the folder is held
-        making = Making(
+        worker = SweepWorker(
             config,
             arms,
             prompts,
             tokens,
             tokenizer,
-            mine=_part(tokens, processes.process_index, processes.num_processes),
+            own_indices=_part(tokens, processes.process_index, processes.num_processes),
             device_map=device_map,
             folder=folder,
             rank=processes.process_index,
-            progress=progress if processes.is_main_process else silent,
+            progress=progress if processes.is_main_process else no_progress,
         )
         processes.wait_for_everyone()  # all have seen the same files, before any writes
-        wanted = making.all_keys(range(len(prompts)))
-        reused = sum(key in making.completions for key in wanted)
+        wanted = worker.all_keys(range(len(prompts)))
+        reused = sum(key in worker.completions for key in wanted)
         if processes.is_main_process:
             _tell(config, reused, len(wanted))
         for arm in arms:
-            making.make(arm)
+            worker.decode_and_score(arm)
         for reward in rewards:
             if reward.function is not None:
-                making.reward(reward)
+                worker.call_reward(reward)
         if judge is not None:
-            making.judge(judge)
+            worker.call_judge(judge)
         processes.wait_for_everyone()
         if not processes.is_main_process:
             return None
-        making.read()
-        return _finish(making, rewards, judge, reused)
+        worker.read_files()
+        return _finish(worker, rewards, judge, reused)
 
 
 def _tell(config: SweepConfig, reused: int, count: int) -> None:
@@ -167,13 +167,13 @@ def _part(tokens: Sequence[Sequence[int]], rank: int, count: int) -> list[int]:
 # -- what was found ---------------------------------------------------------------------------------------------------
 
 
-def _finish(making: Making, rewards: Sequence[NamedReward], judge: NamedJudge | None, reused: int) -> SweepResult:
-    config, folder, first = making.config, making.folder, making.arms[0]
-    rows = _join(making, rewards, judge)
+def _finish(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJudge | None, reused: int) -> SweepResult:
+    config, folder, first = worker.config, worker.folder, worker.arms[0]
+    rows = _join(worker, rewards, judge)
     names = [reward.name for reward in rewards]
     summaries = summarise(rows, config.group, config.seed)
-    if making.reads_grid:
-        curve = estimate_curve(rows, making.grid, names, config.seed)
+    if worker.reads_grid:
+        curve = estimate_curve(rows, worker.grid, names, config.seed)
     else:
         curve = Curve(reason=reason_off(config.sampling))
     recommendation, reason = None, f"the reward {names[0]!r} has no value at any λ."
@@ -187,8 +187,8 @@ def _finish(making: Making, rewards: Sequence[NamedReward], judge: NamedJudge | 
     if recommendation is not None and recommendation.beta is not None and recommendation.lam != 1:
         command = retrain_command(config.adapter or config.base, first.record, recommendation.beta, folder)
 
-    models = {arm.name: arm.place for arm in making.arms if not arm.is_own}
-    title = f"{len(making.prompts)} prompts, {config.samples} samples each; bars: 95 % over prompts"
+    models = {arm.name: arm.place for arm in worker.arms if not arm.is_own}
+    title = f"{len(worker.prompts)} prompts, {config.samples} samples each; bars: 95 % over prompts"
     for ending in ("png", "svg"):
         found = summaries, curve, recommendation, names[0]
         plot_sweep(*found, folder / f"sweep.{ending}", title, models)
@@ -198,7 +198,7 @@ def _finish(making: Making, rewards: Sequence[NamedReward], judge: NamedJudge | 
         ({name: value for name, value in row.items() if name not in IN_MEMORY} for row in rows),
     )
     write_csv(summaries, folder / "summary.csv")
-    facts = _facts(making, rewards, judge)
+    facts = _facts(worker, rewards, judge)
     title = f"How strong should {facts['adapter']} be?"
     found = summaries, curve, recommendation, rows, command, models
     write_report(folder / "report.html", title, facts, *found, reason=reason)
@@ -207,18 +207,18 @@ def _finish(making: Making, rewards: Sequence[NamedReward], judge: NamedJudge | 
     return SweepResult(summaries, curve, recommendation, reason, command, rows, reused, failed, files)
 
 
-def _join(making: Making, rewards: Sequence[NamedReward], judge: NamedJudge | None) -> list[dict]:
+def _join(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJudge | None) -> list[dict]:
     """Completions with all that was found of them, by arm, prompt, λ and sample."""
-    scores, valued = making.scores(), making.rewards()
-    keys = making.all_keys(range(len(making.prompts)))
+    scores, valued = worker.scores(), worker.rewards()
+    keys = worker.all_keys(range(len(worker.prompts)))
     verdicts: dict[Key, dict[str, dict]] = {}
     if judge is not None:
-        for name, key, other in making.comparisons(keys):
-            verdict = valued[name, key, making.judge_run(judge, key, other)]
+        for name, key, other in worker.comparisons(keys):
+            verdict = valued[name, key, worker.judge_run(judge, key, other)]
             verdicts.setdefault(key, {})[f"{other.lam:g}"] = verdict
     rows = []
     for key in keys:
-        completion, score, prompt = making.completions[key], scores[key], making.prompts[key.index]
+        completion, score, prompt = worker.completions[key], scores[key], worker.prompts[key.index]
         ids, has_end = completion["ids"], completion["finish"] == "eos"
         measured = Measured(
             completion["completion"],
@@ -234,7 +234,7 @@ def _join(making: Making, rewards: Sequence[NamedReward], judge: NamedJudge | No
             if reward.metric is not None:
                 values[reward.name] = reward.metric(measured)
                 continue
-            found = valued[reward.name, key, making.reward_run(reward, key)]
+            found = valued[reward.name, key, worker.reward_run(reward, key)]
             values[reward.name] = found["value"]
             if "error" in found:
                 errors[reward.name] = found["error"]
@@ -261,9 +261,9 @@ def _join(making: Making, rewards: Sequence[NamedReward], judge: NamedJudge | No
     return rows
 
 
-def _facts(making: Making, rewards: Sequence[NamedReward], judge: NamedJudge | None) -> dict[str, str]:
+def _facts(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJudge | None) -> dict[str, str]:
     """What was swept, for the page."""
-    config, first = making.config, making.arms[0]
+    config, first = worker.config, worker.arms[0]
     sampling = config.sampling
     ways = {
         "temperature": (sampling.temperature, 1.0), "top_k": (sampling.top_k, 0), "top_p": (sampling.top_p, 1.0),
@@ -277,14 +277,14 @@ def _facts(making: Making, rewards: Sequence[NamedReward], judge: NamedJudge | N
         "adapter": str(config.adapter or config.base),
         "β of its training": "not known" if first.beta is None else f"{first.beta:g}",
         "quantization": config.quantization or "none",
-        "prompts": f"{len(making.prompts)} of {config.prompts if isinstance(config.prompts, str) else 'a list'}",
+        "prompts": f"{len(worker.prompts)} of {config.prompts if isinstance(config.prompts, str) else 'a list'}",
         "samples": f"{config.samples} per prompt and λ",
         "sampling": f"{drawn or 'temperature 1'}, at most {sampling.max_new_tokens} tokens, seed {sampling.seed}",
         "rewards": ", ".join(reward.name for reward in rewards),
     }
     if judge is not None:
         facts["judge"] = judge.name
-    for arm in making.arms:
+    for arm in worker.arms:
         if not arm.is_own:
             beta = "" if arm.beta is None else f" (β = {arm.beta:g})"
             facts[arm.name] = f"{arm.adapter}{beta}"

@@ -1,4 +1,4 @@
-"""What a sweep makes and keeps: completions, their scores, rewards and verdicts; all that is missing, and no more."""
+"""One process of a sweep: decodes, scores and rewards its prompts, and keeps every row in the sweep's folder."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -19,8 +19,8 @@ from dera_peft.evaluate.analysis.curve import reason_off
 from dera_peft.evaluate.analysis.summary import AGAINST
 from dera_peft.evaluate.arms import Arm, fine_grid
 from dera_peft.evaluate.config import SweepConfig
-from dera_peft.evaluate.report.samples import shown_rows
-from dera_peft.evaluate.report.token_views import views
+from dera_peft.evaluate.report.samples import sample_rows
+from dera_peft.evaluate.report.token_views import token_views
 from dera_peft.evaluate.store import Key, Store
 from dera_peft.model import DeRaModel
 from dera_peft.rewards.functions import NamedReward, RewardModel, columns_of, score_or_mark
@@ -29,24 +29,25 @@ from dera_peft.rewards.judges import NamedJudge, judge_or_mark
 TOP = 3  # tokens of each branch that the report names
 DIGITS = 6  # of what is kept: nats
 
-# (what is done, how much of it there is, how much is done already) -> tells how much more is
+# (description, total, done before) -> a context whose function is called with each number of finished items
 Progress = Callable[[str, int, int], AbstractContextManager[Callable[[int], None]]]
 
 
 @contextmanager
-def silent(description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+def no_progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
     yield lambda steps: None
 
 
 @dataclass
-class Making:
+class SweepWorker:
     """
-    One process's part of a sweep, and the rows of all that were there when it began.
+    One process of a sweep. It computes the rows that its prompts lack; it has read the rows of all processes.
 
     Attributes:
         arms, prompts: all of the sweep's.
-        tokens: of each prompt, by its index.
-        mine: the prompts of this process, by their index.
+        tokens: token ids of each prompt, by its index.
+        own_indices: of the prompts that this process works on.
+        rank: of this process, which has files of its own.
     """
 
     config: SweepConfig
@@ -54,7 +55,7 @@ class Making:
     prompts: Sequence[Prompt]
     tokens: Sequence[Sequence[int]]
     tokenizer: PreTrainedTokenizerBase
-    mine: Sequence[int]
+    own_indices: Sequence[int]
     device_map: Any
     folder: Path
     rank: int
@@ -63,16 +64,16 @@ class Making:
     def __post_init__(self):
         self.grid = fine_grid(self.config.lambdas)
         self.reads_grid = reason_off(self.config.sampling) is None
-        self.names = column_names(self.prompts)
-        self.known: dict[tuple[int | None, int], str] = {}  # texts of tokens, for the views
-        self.read()
+        self.columns = column_names(self.prompts)
+        self.token_texts: dict[tuple[int | None, int], str] = {}  # a cache for `token_views`
+        self.read_files()
 
-    def read(self) -> None:
-        """What all processes have made until now."""
+    def read_files(self) -> None:
+        """Reads the rows that all processes have written so far."""
         self.completion_store, self.score_store, self.reward_store = (
             Store(self.folder, kind, self.rank) for kind in ("completions", "scores", "rewards")
         )
-        self.completions = self._completions(self.completion_store.rows)
+        self.completions = self._check_completions(self.completion_store.rows)
 
     # -- which rows there are ---------------------------------------------------------------------------------------
 
@@ -88,10 +89,10 @@ class Making:
         indices = list(indices)
         return [key for arm in self.arms for key in self.keys(arm, indices)]
 
-    def _completions(self, rows: Iterable[dict]) -> dict[Key, dict]:
-        """The rows of this sweep's arms. Raises `DeRaError` where they are of other settings or prompts."""
+    def _check_completions(self, rows: Iterable[dict]) -> dict[Key, dict]:
+        """The rows of this sweep's arms, by key. Raises `DeRaError` where they have other settings or prompts."""
         runs = {arm.name: arm.run for arm in self.arms}
-        found = {}
+        completions = {}
         for row in rows:
             key = Key.of(row)
             if key.arm not in runs or key.index >= len(self.prompts):
@@ -108,14 +109,14 @@ class Making:
                     f"{str(self.folder)!r} holds the completions of other prompts: {row['prompt']!r}, where "
                     f"{prompt.source} is {prompt.content!r}; {way_out}"
                 )
-            found[key] = row
-        return found
+            completions[key] = row
+        return completions
 
     # -- completions and scores ---------------------------------------------------------------------------------------
 
-    def make(self, arm: Arm) -> None:
-        """Decodes and scores what an arm lacks; its model is loaded if there is anything, and freed."""
-        todo = [key for key in self.keys(arm, self.mine) if key not in self.completions]
+    def decode_and_score(self, arm: Arm) -> None:
+        """Decodes and scores what is missing of an arm. Its model is loaded only if something is, and freed."""
+        todo = [key for key in self.keys(arm, self.own_indices) if key not in self.completions]
         if not todo and not self._unscored(arm):
             return
         model = arm.load(self.device_map)
@@ -126,9 +127,9 @@ class Making:
 
     def _decode(self, arm: Arm, model: DeRaModel, todo: Sequence[Key]) -> None:
         requests = [Request(key.index, key.lam, key.sample) for key in todo]
-        total = len(self.keys(arm, self.mine))
+        total = len(self.keys(arm, self.own_indices))
         with self.progress(f"decoding, {arm.name}", total, total - len(todo)) as advance:
-            for made in decode(
+            for completions in decode(
                 model, self.tokenizer, self.tokens, requests, self.config.sampling, self.config.batch_size
             ):
                 rows = [
@@ -140,13 +141,13 @@ class Making:
                         "ids": each.tokens,
                         "finish": each.finish,
                     }
-                    for each in made
+                    for each in completions
                 ]
                 self.completions.update((Key.of(row), row) for row in self.completion_store.append(rows))
                 advance(len(rows))
 
     def score_run(self, key: Key) -> str:
-        """Fingerprint of all that a row's score depends on."""
+        """Fingerprint of everything that the score of a completion depends on."""
         row = self.completions[key]
         grid = self.grid if key.arm == LOGITS and self.reads_grid else None
         return settings_fingerprint([row["run"], row["ids"], grid])
@@ -156,43 +157,45 @@ class Making:
         return {key: row for key, row in rows if key in self.completions and row["run"] == self.score_run(key)}
 
     def _unscored(self, arm: Arm) -> dict[Key, bool]:
-        """The completions without a score, and whether the report shows them."""
-        there = [key for key in self.keys(arm, self.mine) if key in self.completions]
-        rows = [{**self.completions[key], "tokens": len(self.completions[key]["ids"])} for key in there]
-        # of what this process has; it is no less than what is shown of all
-        shown = {Key.of(row) for row in shown_rows(rows)} if rows and arm.mixing == LOGITS else set()
+        """The completions without a complete score, and whether the report shows their tokens."""
+        decoded = [key for key in self.keys(arm, self.own_indices) if key in self.completions]
+        rows = [{**self.completions[key], "tokens": len(self.completions[key]["ids"])} for key in decoded]
+        # chosen among this process's rows: at least those that the report will choose among all rows
+        sampled = {Key.of(row) for row in sample_rows(rows)} if rows and arm.mixing == LOGITS else set()
         scores = self.scores()
         return {
-            key: key in shown for key in there if key not in scores or (key in shown and "views" not in scores[key])
+            key: key in sampled
+            for key in decoded
+            if key not in scores or (key in sampled and "token_views" not in scores[key])
         }
 
     def _score(self, arm: Arm, model: DeRaModel, todo: Mapping[Key, bool]) -> None:
-        """KL and log-probabilities, of all λ at once where they are read on the grid, else λ by λ."""
+        """KL and log-probabilities: at all λ of the grid in one pass where the curve needs them, else at the own λ."""
         if arm.name == LOGITS and self.reads_grid:
             strengths = {key: tuple(sorted({*self.grid, 0.0, 1.0})) for key in todo}
         else:
             strengths = {key: tuple(sorted({0.0, key.lam, 1.0})) for key in todo}
         jobs: dict[tuple, list[Key]] = {}
-        for key, shown in todo.items():
-            jobs.setdefault((strengths[key], shown), []).append(key)
+        for key, with_views in todo.items():
+            jobs.setdefault((strengths[key], with_views), []).append(key)
         with self.progress(f"scoring, {arm.name}", len(todo), 0) as advance:
-            for (lam, shown), keys in jobs.items():
-                for key, values in self._score_each(arm, model, keys, lam, shown):
+            for (lam, with_views), keys in jobs.items():
+                for key, values in self._score_each(arm, model, keys, lam, with_views):
                     self.score_store.append([{"run": self.score_run(key), **key.row(), **values}])
                     advance(1)
 
     def _score_each(
-        self, arm: Arm, model: DeRaModel, keys: list[Key], lam: tuple[float, ...], shown: bool
+        self, arm: Arm, model: DeRaModel, keys: list[Key], lam: tuple[float, ...], with_views: bool
     ) -> Iterator[tuple[Key, dict]]:
         inputs = [self.tokens[key.index] for key in keys], [self.completions[key]["ids"] for key in keys]
         on_grid = arm.name == LOGITS and self.reads_grid
         temperature = self.config.temperature if on_grid else 1.0
-        plainly = {}
+        at_temperature_1 = {}
         if temperature != 1:
-            plainly = {index: scored.total for index, scored in score_each(model, *inputs, [0.0, 1.0])}
-        for index, scored in score_each(model, *inputs, list(lam), temperature, TOP if shown else 0):
+            at_temperature_1 = {index: scored.total for index, scored in score_each(model, *inputs, [0.0, 1.0])}
+        for index, scored in score_each(model, *inputs, list(lam), temperature, TOP if with_views else 0):
             key, total, kl = keys[index], scored.total, scored.kl.sum(-1)
-            ends = plainly[index] if plainly else total[[lam.index(0.0), lam.index(1.0)]]
+            ends = at_temperature_1[index] if at_temperature_1 else total[[lam.index(0.0), lam.index(1.0)]]
             values = {"kl": round(kl[lam.index(key.lam)].item(), DIGITS), "log_ref": round(ends[0].item(), DIGITS)}
             if arm.is_own:  # of a further model it would be another reward
                 values["log_aligned"] = round(ends[1].item(), DIGITS)
@@ -200,9 +203,9 @@ class Making:
                 places = [lam.index(strength) for strength in self.grid]
                 values["log_p"] = [round(value, DIGITS) for value in total[places].tolist()]
                 values["kl_grid"] = [round(value, DIGITS) for value in kl[places].tolist()]
-            if shown:
-                values["views"] = _rounded(
-                    views(scored, inputs[0][index], inputs[1][index], self.tokenizer, self.known)
+            if with_views:
+                values["token_views"] = _rounded(
+                    token_views(scored, inputs[0][index], inputs[1][index], self.tokenizer, self.token_texts)
                 )
             yield key, values
 
@@ -221,29 +224,29 @@ class Making:
         """
         The rows of rewards and verdicts by name, completion and fingerprint; of several one without an error.
 
-        A reward that has changed, or another text, has another fingerprint: what was found before is not read.
+        A reward that has changed, or another text, has another fingerprint, so that its old rows are not found.
         """
-        found: dict[tuple[str, Key, str], dict] = {}
+        rows: dict[tuple[str, Key, str], dict] = {}
         for row in self.reward_store.rows:
             place = row["name"], Key.of(row), row["run"]
-            if place not in found or "error" in found[place]:
-                found[place] = row
-        return found
+            if place not in rows or "error" in rows[place]:
+                rows[place] = row
+        return rows
 
-    def reward(self, reward: NamedReward) -> None:
-        """Scores what a reward has not scored yet, or failed on; a reward model is freed."""
+    def call_reward(self, reward: NamedReward) -> None:
+        """Rewards the completions that a reward has no value for, or failed on. A reward model is freed."""
 
-        def ask(keys: Sequence[Key]) -> list[tuple[float | None, str | None]]:
+        def call(keys: Sequence[Key]) -> list[tuple[float | None, str | None]]:
             prompts = [self.prompts[key.index] for key in keys]
             return score_or_mark(
                 reward.function,
                 [prompt.content for prompt in prompts],
                 [self.completions[key]["completion"] for key in keys],
-                columns_of(prompts, self.names),
+                columns_of(prompts, self.columns),
             )
 
-        places = {(reward.name, key, self.reward_run(reward, key)): key for key in self.all_keys(self.mine)}
-        self._ask_for(f"reward, {reward.name}", places, ask)
+        places = {(reward.name, key, self.reward_run(reward, key)): key for key in self.all_keys(self.own_indices)}
+        self._call_for(f"reward, {reward.name}", places, call)
         if isinstance(reward.function, RewardModel):
             reward.function.free()
 
@@ -256,10 +259,10 @@ class Making:
                 pairs += [(f"judge {lam:g}", key, other) for key, other in others if key != other]
         return pairs
 
-    def judge(self, judge: NamedJudge) -> None:
-        """Compares what the judge has not compared yet, or failed on."""
+    def call_judge(self, judge: NamedJudge) -> None:
+        """Compares the pairs that the judge has no verdict on, or failed on."""
 
-        def ask(pairs: Sequence[tuple[str, Key, Key]]) -> list[tuple[int | None, str | None]]:
+        def call(pairs: Sequence[tuple[str, Key, Key]]) -> list[tuple[int | None, str | None]]:
             return judge_or_mark(
                 judge,
                 [self.prompts[key.index].content for _, key, _ in pairs],
@@ -268,39 +271,37 @@ class Making:
                 [(self.config.seed, name, *key) for name, key, _ in pairs],
             )
 
-        pairs = self.comparisons(self.all_keys(self.mine))
+        pairs = self.comparisons(self.all_keys(self.own_indices))
         places = {(name, key, self.judge_run(judge, key, other)): (name, key, other) for name, key, other in pairs}
-        self._ask_for(f"judge, {judge.name}", places, ask)
+        self._call_for(f"judge, {judge.name}", places, call)
 
-    def _ask_for(self, description: str, places: Mapping[tuple[str, Key, str], Any], ask: Callable) -> None:
+    def _call_for(self, description: str, places: Mapping[tuple[str, Key, str], Any], call: Callable) -> None:
         """
-        Keeps the values of those places (name, completion, fingerprint) that have none yet, or an error.
+        Appends a row for each place (name, completion, fingerprint) that has no value yet, or an error.
 
         Args:
-            ask: from the items of some places to (value, error) of each.
+            places: the item that `call` takes for each place.
+            call: from some of these items to (value, error) of each.
         """
-        there = self.rewards()
-        todo = [place for place in places if place not in there or "error" in there[place]]
+        rows = self.rewards()
+        todo = [place for place in places if place not in rows or "error" in rows[place]]
         if not todo:
             return
         with self.progress(description, len(places), len(places) - len(todo)) as advance:
-            for chosen in _slices(todo, self.config.batch_size):
-                found = ask([places[place] for place in chosen])
-                self.reward_store.append(_valued(*place, *pair) for place, pair in zip(chosen, found, strict=True))
-                advance(len(chosen))
+            for start in range(0, len(todo), self.config.batch_size):
+                batch = todo[start : start + self.config.batch_size]
+                values = call([places[place] for place in batch])
+                self.reward_store.append(_reward_row(*place, *pair) for place, pair in zip(batch, values, strict=True))
+                advance(len(batch))
 
 
-def _slices(items: Sequence, size: int) -> Iterator[Sequence]:
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def _valued(name: str, key: Key, run: str, value: float | None, error: str | None) -> dict:
+def _reward_row(name: str, key: Key, run: str, value: float | None, error: str | None) -> dict:
     row = {"run": run, **key.row(), "name": name, "value": value}
     return row if error is None else {**row, "error": error}
 
 
 def _rounded(tokens: list[dict]) -> list[dict]:
-    """Views with no more digits than a page needs."""
+    """Token views with no more digits than the report needs."""
     return [
         {
             name: round(value, DIGITS)

@@ -190,7 +190,7 @@ def test_everything_at_once(model, file, tmp_path, tiny_base, tiny_adapter):
 
     rows, two = by_key(result.rows), load_two(tiny_base, tiny_adapter)
     tokens = {key: row["ids"] for key, row in by_key(read(tmp_path / "out/parts/completions.0.jsonl")).items()}
-    prompts = {index: making_tokens(tiny_base, text) for index, text in enumerate(TEXTS)}
+    prompts = {index: prompt_tokens(tiny_base, text) for index, text in enumerate(TEXTS)}
     for key, row in rows.items():
         assert row["rewards"]["count"] == row["completion"].count("e")
         assert row["rewards"]["exact_match:answer"] == float(row["completion"].strip() == "x")
@@ -221,17 +221,17 @@ def test_everything_at_once(model, file, tmp_path, tiny_base, tiny_adapter):
     own = [row for row in result.rows if row["arm"] == "logits"]
     assert all(len(row["log_p"]) == len(fine_grid(config.lambdas)) for row in own)
     assert result.curve.reason is None
-    assert all(len(row["views"]) == row["tokens"] for row in own)
+    assert all(len(row["token_views"]) == row["tokens"] for row in own)
     saved = read(tmp_path / "out" / "samples.jsonl")
     assert [{name: row[name] for name in saved_row} for row, saved_row in zip(result.rows, saved, strict=True)] == saved
-    assert not {"log_p", "views"} & saved[0].keys()
+    assert not {"log_p", "token_views"} & saved[0].keys()
 
     again = sweep(config)
     assert (again.reused, asked(file)) == (len(result.rows), 0)
     assert read(tmp_path / "out" / "samples.jsonl") == saved
 
 
-def making_tokens(base, text: str) -> list[int]:
+def prompt_tokens(base, text: str) -> list[int]:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(base)(text)["input_ids"]
@@ -251,7 +251,7 @@ def test_greedy_and_at_a_temperature(model, tmp_path, tiny_base, tiny_adapter):
         tokens = by_key(read(tmp_path / name / "parts" / "completions.0.jsonl"))
         for key, row in by_key(result.rows).items():
             ids = tokens[key]["ids"]
-            found = exact(two, making_tokens(tiny_base, TEXTS[key.index]), ids, key.lam)
+            found = exact(two, prompt_tokens(tiny_base, TEXTS[key.index]), ids, key.lam)
             assert row["kl"] == pytest.approx(found["kl"], abs=2e-3)
             assert row["rewards"]["perplexity"] == pytest.approx(math.exp(-found["log_ref"] / len(ids)), rel=1e-3)
 

@@ -17,7 +17,7 @@ from dera_peft.evaluate.analysis.curve import Curve
 from dera_peft.evaluate.analysis.recommend import Recommendation
 from dera_peft.evaluate.analysis.summary import Estimate, LambdaSummary
 from dera_peft.evaluate.report.plots import COLORS, INK, MUTED, NAMES, PAPER, pareto_picture, sweep_picture, write_whole
-from dera_peft.evaluate.report.samples import samples_data, script_json, shown_rows
+from dera_peft.evaluate.report.samples import sample_rows, samples_data, script_json
 
 LISTED_FAILURES = 20
 MINUS = "\N{MINUS SIGN}"
@@ -64,7 +64,7 @@ def write_report(
         summaries: one per arm and λ.
         curve: what was estimated between the measured λ; None where that was not tried.
         recommendation: None where there is none to make.
-        rows: all rows; those of `shown_rows` with their `views`, where the tokens are to be coloured.
+        rows: all rows; those of `sample_rows` with their `token_views`, where the tokens are to be coloured.
         command: retrains at the recommended strength.
         models: further models among the arms, and the λ that each stands for, as in `plot.sweep_picture`.
         reason: why there is no recommendation.
@@ -82,7 +82,7 @@ def write_report(
     rewards = list(dict.fromkeys(name for summary in summaries for name in summary.rewards))
     if recommendation:  # the reward that λ was chosen by comes first
         rewards.sort(key=lambda name: name != recommendation.reward)
-    shown = shown_rows(rows)
+    samples = sample_rows(rows)
     page = environment.get_template("report.html").render(
         title=title,
         facts=facts,
@@ -101,9 +101,9 @@ def write_report(
             *_groups(summaries, rewards, recommendation),
         ],
         failures=_failures(rows, rewards),
-        data=Markup(script_json(samples_data(shown, NAMES) | {"recommended": recommendation and recommendation.lam})),
-        pairs=(len(_pairs(shown)), len(_pairs(rows))),
-        has_views=any(row.get("views") for row in shown),
+        data=Markup(script_json(samples_data(samples, NAMES) | {"recommended": recommendation and recommendation.lam})),
+        pairs=(len(_pairs(samples)), len(_pairs(rows))),
+        has_token_views=any(row.get("token_views") for row in samples),
     )
     write_whole(file, page.encode("utf-8"))
 

@@ -1,32 +1,32 @@
-"""The samples that a report shows: which of them, and how the page gets them."""
+"""The samples on the report page: which rows, and the data that the page's script reads."""
 
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# With views a token takes about 70 bytes of the page.
-SHOWN_PAIRS = 50
-SHOWN_TOKENS = 100_000
+# A token with its view takes about 70 bytes of the page.
+SAMPLE_PAIRS = 50
+SAMPLE_TOKENS = 100_000
 OWN_KEYS = ("token", "js")  # of a view; the others are its branches
 
 
-def shown_rows(rows: Sequence[dict]) -> list[dict]:
+def sample_rows(rows: Sequence[dict]) -> list[dict]:
     """
     The rows that the page has room for: whole (prompt, sample) pairs, each at every arm and λ.
 
-    The first sample of each prompt comes first, then further samples; to at most SHOWN_PAIRS pairs and SHOWN_TOKENS
+    The first sample of each prompt comes first, then further samples; to at most SAMPLE_PAIRS pairs and SAMPLE_TOKENS
     tokens, but one pair at least.
     """
     pairs: dict[tuple[int, int], list[dict]] = {}
     for row in sorted(rows, key=lambda row: (row["sample"], row["index"])):
         pairs.setdefault((row["sample"], row["index"]), []).append(row)
-    shown, tokens = [], 0
+    samples, tokens = [], 0
     for number, pair in enumerate(pairs.values()):
         tokens += sum(row["tokens"] for row in pair)
-        if number and (number >= SHOWN_PAIRS or tokens > SHOWN_TOKENS):
+        if number and (number >= SAMPLE_PAIRS or tokens > SAMPLE_TOKENS):
             break
-        shown += pair
-    return shown
+        samples += pair
+    return samples
 
 
 def samples_data(rows: Sequence[dict], names: Mapping[str, str]) -> dict[str, Any]:
@@ -34,17 +34,19 @@ def samples_data(rows: Sequence[dict], names: Mapping[str, str]) -> dict[str, An
     What the page's script reads, short: texts are listed once, and tokens name them by number.
 
     Args:
-        rows: of `shown_rows`.
+        rows: of `sample_rows`.
         names: how arms are called on the page.
 
     Returns:
         `arms` ([{arm, name, lambdas}]); `branches` (names); `texts`; and `pairs`, each with `index`, `sample`,
         `prompt` ([[role or null, text], …]) and `rows` (by arm, one per λ). A row has `lambda`, `text`, `tokens`,
-        `finish`, `kl`, `rewards`, `judged`, `errors`, and `views`: null, or per token [text, JS, then text and
+        `finish`, `kl`, `rewards`, `judged`, `errors`, and `token_views`: null, or per token [text, JS, then text and
         probability of each of a branch's best, branch by branch].
     """
     texts: dict[str, int] = {}
-    branches = next(([key for key in row["views"][0] if key not in OWN_KEYS] for row in rows if row.get("views")), [])
+    branches = next(
+        ([key for key in row["token_views"][0] if key not in OWN_KEYS] for row in rows if row.get("token_views")), []
+    )
     lambdas: dict[str, set[float]] = {}
     pairs: dict[tuple[int, int], dict[str, Any]] = {}
     for row in rows:
@@ -63,7 +65,9 @@ def samples_data(rows: Sequence[dict], names: Mapping[str, str]) -> dict[str, An
                 "rewards": row["rewards"],
                 "judged": row.get("judged", {}),
                 "errors": row.get("errors", {}),
-                "views": [_short(view, branches, texts) for view in row["views"]] if row.get("views") else None,
+                "token_views": [_short(view, branches, texts) for view in row["token_views"]]
+                if row.get("token_views")
+                else None,
             }
         )
     return {

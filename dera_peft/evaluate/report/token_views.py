@@ -1,4 +1,4 @@
-"""What each branch would have said at each token of a completion, in words."""
+"""Each token of a completion with what each branch would have said there, as text."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -12,32 +12,32 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 MAX_BYTES = 4  # of a character in UTF-8
 
 
-def views(
+def token_views(
     scored: "Scored",
     prompt: Sequence[int],
     completion: Sequence[int],
     tokenizer: PreTrainedTokenizerBase,
-    known: dict[tuple[int | None, int], str] | None = None,
+    cache: dict[tuple[int | None, int], str] | None = None,
 ) -> list[dict]:
     """
-    The view of each token: its text, how much the branches disagree there, and the tokens each holds most probable.
+    The view of each token: its text, how much the branches disagree there, and each branch's most probable tokens.
 
     Args:
         scored: of this completion, with `top` > 0 and branches (`mixing="logits"`).
         prompt, completion: the token ids that were scored.
-        known: of one tokenizer, the texts of tokens behind others; what is found is added, for the next call.
+        cache: of one tokenizer, the texts of tokens behind others; a call adds to it.
 
     Returns:
         Per token `{"token": text, "js": nats, "reference": [[text, probability], …], "aligned": …}`, the most probable
         first. An end token has a view as well.
     """
     texts = token_texts(prompt, completion, tokenizer)
-    known = {} if known is None else known
+    cache = {} if cache is None else cache
 
     def text_after(before: int | None, token: int) -> str:
-        if (before, token) not in known:
-            known[before, token] = _text_after(before, token, tokenizer)
-        return known[before, token]
+        if (before, token) not in cache:
+            cache[before, token] = _text_after(before, token, tokenizer)
+        return cache[before, token]
 
     disagreement = scored.disagreement.tolist()
     best = {branch: (ids.tolist(), chances.tolist()) for branch, (ids, chances) in scored.best.items()}

@@ -11,9 +11,9 @@ from swept import HOSTILE, LN2, PROMPTS, TOKENS, rows, swept
 
 from dera_peft.evaluate.analysis.curve import Curve
 from dera_peft.evaluate.analysis.summary import summarise
-from dera_peft.evaluate.report import samples as shown
+from dera_peft.evaluate.report import samples
 from dera_peft.evaluate.report.page import write_report
-from dera_peft.evaluate.report.samples import script_json, shown_rows
+from dera_peft.evaluate.report.samples import sample_rows, script_json
 
 FACTS = {"adapter": "runs/<b>x</b>", "β": "0.5", "bell": "a\x07b\ud800"}
 
@@ -106,8 +106,8 @@ def test_samples_reach_the_script_as_they_are(page):
     assert pairs[1, 0]["prompt"] == [["system", "Be <b>brief</b>."], ["user", "مرحبا"]]
     hostile = pairs[0, 0]["rows"]["logits"][3]
     assert hostile["text"] == HOSTILE + "🎉\n"
-    assert [data["texts"][view[0]] for view in hostile["views"]] == TOKENS
-    _, js, *best = hostile["views"][4]
+    assert [data["texts"][view[0]] for view in hostile["token_views"]] == TOKENS
+    _, js, *best = hostile["token_views"][4]
     assert js == round(LN2 * 4 / 15, 5)
     assert [data["texts"][text] for text in best[::2]] == [TOKENS[4], "<b>r4</b>", "\x07", "a4", "\u202e", "�"]
     assert best[1::2] == [0.5, 0.25, 0.125, 0.75, 0.0625, 0.0312]
@@ -138,7 +138,7 @@ def test_without_views_and_recommendation(tmp_path):
     assert "None could be made from these samples." in page.text
     assert "their tokens are not coloured" in page.text
     assert page.data["recommended"] is None
-    assert page.data["pairs"][0]["rows"]["logits"][0]["views"] is None
+    assert page.data["pairs"][0]["rows"]["logits"][0]["token_views"] is None
     assert not [a for _, a in page.elements if a.get("id") in ("detail", "copy", "scale")]
 
 
@@ -169,15 +169,15 @@ def test_several_arms(tmp_path):
 
 
 def test_the_page_is_bounded_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(shown, "SHOWN_PAIRS", 4)
-    kept = shown_rows(rows())
+    monkeypatch.setattr(samples, "SAMPLE_PAIRS", 4)
+    kept = sample_rows(rows())
     assert {(row["index"], row["sample"]) for row in kept} == {(0, 0), (1, 0), (2, 0), (0, 1)}, "first samples first"
     assert len(kept) == 4 * 4, "each at every λ"
     assert "Here are 4 of 6 samples" in written(tmp_path).text
-    monkeypatch.setattr(shown, "SHOWN_TOKENS", 25)  # a pair has 3 tokens at each of 4 λ
-    assert len(shown_rows(rows())) == 2 * 4
-    monkeypatch.setattr(shown, "SHOWN_TOKENS", 1)
-    assert len(shown_rows(rows())) == 4, "one pair at least"
+    monkeypatch.setattr(samples, "SAMPLE_TOKENS", 25)  # a pair has 3 tokens at each of 4 λ
+    assert len(sample_rows(rows())) == 2 * 4
+    monkeypatch.setattr(samples, "SAMPLE_TOKENS", 1)
+    assert len(sample_rows(rows())) == 4, "one pair at least"
 
 
 def test_json_inside_a_script():

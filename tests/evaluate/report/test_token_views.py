@@ -6,7 +6,7 @@ from tiny_models import make_tokenizer
 from transformers import AutoTokenizer
 
 from dera_peft.decoding.scoring import score
-from dera_peft.evaluate.report.token_views import token_texts, views
+from dera_peft.evaluate.report.token_views import token_texts, token_views
 
 TEXT = " saw a 🎉 fête, Zoë مرحبا of the moon"
 
@@ -45,7 +45,7 @@ def test_views_are_the_branches_own_best_tokens(tiny_model, tiny_base):
     prompt = tokenizer.encode("A fox crossed the")
     completion = tokenizer.encode(" frozen river at", add_special_tokens=False)
     (scored,) = score(tiny_model, [prompt], [completion], 0.5, top=3)
-    made = views(scored, prompt, completion, tokenizer)
+    made = token_views(scored, prompt, completion, tokenizer)
     branches = tiny_model(torch.tensor([prompt + completion]), lam=0.5, output_branches=True).branch_logits
     chances = {name: logits[0, len(prompt) - 1 : -1].softmax(-1) for name, logits in branches.items()}
     mean = (chances["reference"] + chances["aligned"]) / 2

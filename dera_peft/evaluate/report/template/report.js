@@ -97,7 +97,7 @@
     const text = byId(`${pane}-text`);
     byId(`${pane}-figures`).replaceChildren(...(row ? figuresOf(row) : []));
     if (held && text.contains(held)) hold(null);
-    text.replaceChildren(!row ? "not sampled" : row.views ? tokens(row.views) : written(row.text));
+    text.replaceChildren(!row ? "not sampled" : row.token_views ? tokens(row.token_views) : written(row.text));
     const first = text.querySelector(".token");
     if (first) first.tabIndex = 0;
   }
