@@ -1,4 +1,4 @@
-"""A quick look before a long sweep: does the adapter respond to λ, and where does text fall apart?"""
+"""A quick check before a long sweep: does the adapter respond to λ, and where does text fall apart?"""
 
 import math
 from collections import defaultdict
@@ -11,16 +11,16 @@ from dera_peft.decoding.prompts import read_prompts
 from dera_peft.decoding.scoring import score_each
 from dera_peft.evaluate.arms import make_arms
 from dera_peft.evaluate.config import SweepConfig
-from dera_peft.evaluate.run import encoded
+from dera_peft.evaluate.run import encode_prompts
 from dera_peft.evaluate.worker import Progress, no_progress
 from dera_peft.rewards.metrics import repetition
 
-PROMPTS, TOKENS = 8, 64  # at most: of which, and of how long a completion
-LAMBDAS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # beside the sweep's own
-SILENT, FAINT = 1e-5, 1e-3  # nats a token, of KL(aligned ‖ reference)
-# where text counts as fallen apart, against the worse one of the reference and the aligned model
-WORSE = math.log(4)  # nats a token that the reference finds it less probable
-REPEATED = 0.25  # more of its 4-grams are repetitions
+PROMPTS, TOKENS = 8, 64  # at most so many prompts, and tokens a completion
+LAMBDAS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # checked as well as the sweep's own
+NO_RESPONSE, WEAK_RESPONSE = 1e-5, 1e-3  # nats a token, of KL(aligned ‖ reference)
+# text counts as fallen apart where, against the worse one of the reference and the aligned model,
+PERPLEXITY_FACTOR = 4.0  # its perplexity under the reference is more than so many times as high, or
+ADDED_REPETITION = 0.25  # more than that share more of its 4-grams are repetitions
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class CheckedLambda:
 @dataclass(frozen=True)
 class Check:
     """
-    What the look showed.
+    What the check showed.
 
     Attributes:
         lambdas: ascending.
@@ -65,7 +65,7 @@ class Check:
 
     @property
     def responds(self) -> bool:
-        return self.kl_per_token >= SILENT
+        return self.kl_per_token >= NO_RESPONSE
 
     def text(self) -> str:
         """Plain sentences, one a line."""
@@ -76,7 +76,7 @@ class Check:
                 f"The adapter does not respond to λ: {apart}. Every λ writes what the reference writes; is it the "
                 "right adapter, and was it trained?"
             )
-        if self.kl_per_token < FAINT:
+        if self.kl_per_token < WEAK_RESPONSE:
             lines = [f"The adapter hardly responds to λ: {apart}. A sweep needs large λ, or many samples, to see it."]
         else:
             lines = [f"The adapter responds to λ: {apart}."]
@@ -91,8 +91,8 @@ class Check:
             least, greatest = self.lambdas[0].lam, self.lambdas[-1].lam
             lines.append(f"Text holds together at every λ that was tried, from {least:g} to {greatest:g}.")
         lines.append(
-            f"(Falling apart: a perplexity under the reference more than {math.exp(WORSE):g} times, or a repetition "
-            f"more than {REPEATED:g} above, the higher one of λ=0 and λ=1. {self.prompts} prompts, at most "
+            f"(Falling apart: a perplexity under the reference more than {PERPLEXITY_FACTOR:g} times, or a repetition "
+            f"more than {ADDED_REPETITION:g} above, the higher one of λ=0 and λ=1. {self.prompts} prompts, at most "
             f"{self.tokens} tokens each: a first look, no measurement.)"
         )
         return "\n".join(lines)
@@ -112,43 +112,45 @@ def check(config: SweepConfig, progress: Progress = no_progress) -> Check | None
     config = replace(config, models={}, mixing=("logits",), max_new_tokens=min(TOKENS, config.max_new_tokens))
     (arm,) = make_arms(config)
     prompts = read_prompts(config.prompts, config.prompt_column, config.split, config.subset, limit)
-    tokenizer, tokens = encoded(config, arm, prompts)
+    tokenizer, tokens = encode_prompts(config, arm, prompts)
     model = arm.load(device_map_of(config.device_map, processes))
     lambdas = sorted({*config.lambdas, *LAMBDAS})
     requests = [Request(prompt.index, lam) for lam in lambdas for prompt in prompts]
-    made: dict[float, list[Completion]] = defaultdict(list)
+    completions_at: dict[float, list[Completion]] = defaultdict(list)
     with progress("checking", 2 * len(requests), 0) as advance:
-        for completions in decode(model, tokenizer, tokens, requests, config.sampling, config.batch_size):
-            for each in completions:
-                made[each.request.lam].append(each)
-            advance(len(completions))
-        reference = {each.request.index: each.tokens for each in made[0.0]}
-        found = []
+        for batch in decode(model, tokenizer, tokens, requests, config.sampling, config.batch_size):
+            for each in batch:
+                completions_at[each.request.lam].append(each)
+            advance(len(batch))
+        reference = {each.request.index: each.tokens for each in completions_at[0.0]}
+        checked = []
         for lam in lambdas:
-            inputs = [tokens[each.request.index] for each in made[lam]], [each.tokens for each in made[lam]]
+            completions = completions_at[lam]
+            inputs = [tokens[each.request.index] for each in completions], [each.tokens for each in completions]
             scored = [each for _, each in score_each(model, *inputs, [0.0, lam])]
-            count = max(1, sum(len(each.tokens) for each in made[lam]))
-            found.append(
+            count = max(1, sum(len(each.tokens) for each in completions))
+            checked.append(
                 CheckedLambda(
                     lam,
                     kl_per_token=sum(each.kl[1].sum().item() for each in scored) / count,
                     # of a text that the reference holds impossible it would be infinite
                     perplexity=math.exp(min(-sum(each.total[0].item() for each in scored) / count, 700.0)),
-                    repetition=sum(repetition(each.tokens) for each in made[lam]) / len(made[lam]),
-                    same=sum(each.tokens == reference[each.request.index] for each in made[lam]) / len(made[lam]),
+                    repetition=sum(repetition(each.tokens) for each in completions) / len(completions),
+                    same=sum(each.tokens == reference[each.request.index] for each in completions) / len(completions),
                 )
             )
-            advance(len(made[lam]))
-    return Check(_judged(found), len(prompts), config.max_new_tokens)
+            advance(len(completions))
+    return Check(_mark_fallen_apart(checked), len(prompts), config.max_new_tokens)
 
 
-def _judged(found: Sequence[CheckedLambda]) -> list[CheckedLambda]:
-    ends = [each for each in found if each.lam in (0, 1)]
+def _mark_fallen_apart(checked: Sequence[CheckedLambda]) -> list[CheckedLambda]:
+    ends = [each for each in checked if each.lam in (0, 1)]
     perplexity, repeated = max(each.perplexity for each in ends), max(each.repetition for each in ends)
     return [
         replace(
             each,
-            falls_apart=each.perplexity > perplexity * math.exp(WORSE) or each.repetition > repeated + REPEATED,
+            falls_apart=each.perplexity > perplexity * PERPLEXITY_FACTOR
+            or each.repetition > repeated + ADDED_REPETITION,
         )
-        for each in found
+        for each in checked
     ]

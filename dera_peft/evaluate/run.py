@@ -39,19 +39,19 @@ def sweep(config: SweepConfig | None = None, *, progress: Progress = no_progress
     """
     Decodes, measures, summarises, recommends; writes samples.jsonl, summary.csv, the plots and report.html.
 
-    All that is made on the way is kept in `output_dir/parts` as it is finished: run again with the same model and
-    sampling, after a kill too, a sweep goes on where it was and draws the same random numbers. More λ, samples,
-    prompts, arms or rewards add to what is there; a changed reward is asked again, and nothing is decoded again.
+    Every row is kept in `output_dir/parts` as soon as it is computed. Run again with the same model and sampling, also
+    after a kill, a sweep continues from there and draws the same random numbers. More λ, samples, prompts, arms or
+    rewards add to what is there; a changed reward is called again, and nothing is decoded twice.
 
-    Of the processes that `torchrun` or `accelerate launch` started each makes the part of some prompts; they need one
-    file system. The result does not depend on their number, but for rounding.
+    Each process that `torchrun` or `accelerate launch` started works on its share of the prompts; all need one file
+    system. The result does not depend on their number, except for rounding.
 
     Args:
         config: or its keys, as in `SweepConfig`; keys come before a config.
-        progress: shows how far it is; see `worker.Progress`.
+        progress: shows how far the sweep is; see `worker.Progress`.
 
     Returns:
-        What was found; None in all processes but the first one.
+        The results; None in all processes but the first one.
 
     Raises:
         DeRaError: bad input. Rows on which a reward or the judge fails are marked, and the rest goes on.
@@ -67,8 +67,8 @@ def sweep(config: SweepConfig | None = None, *, progress: Progress = no_progress
     judge = None if config.judge is None else load_judge(config.judge, device_map)
     if judge is not None and not set(AGAINST) & set(config.lambdas):
         raise DeRaError(f"judge={judge.name!r} compares with λ=0 and λ=1, and lambdas has neither: add one of them.")
-    prompts = _prompts(config, rewards, say=processes.is_main_process)
-    tokenizer, tokens = encoded(config, arms[0], prompts)
+    prompts = _read_prompts(config, rewards, warns=processes.is_main_process)
+    tokenizer, tokens = encode_prompts(config, arms[0], prompts)
     folder = Path(config.output_dir)
     with hold(folder) if processes.is_main_process else nullcontext():
         processes.wait_for_everyone()  # none touches a file before the folder is held
@@ -78,7 +78,7 @@ def sweep(config: SweepConfig | None = None, *, progress: Progress = no_progress
             prompts,
             tokens,
             tokenizer,
-            own_indices=_part(tokens, processes.process_index, processes.num_processes),
+            own_indices=_own_indices(tokens, processes.process_index, processes.num_processes),
             device_map=device_map,
             folder=folder,
             rank=processes.process_index,
@@ -88,7 +88,7 @@ def sweep(config: SweepConfig | None = None, *, progress: Progress = no_progress
         wanted = worker.all_keys(range(len(prompts)))
         reused = sum(key in worker.completions for key in wanted)
         if processes.is_main_process:
-            _tell(config, reused, len(wanted))
+            _warn(config, reused, len(wanted))
         for arm in arms:
             worker.decode_and_score(arm)
         for reward in rewards:
@@ -103,8 +103,8 @@ def sweep(config: SweepConfig | None = None, *, progress: Progress = no_progress
         return _finish(worker, rewards, judge, reused)
 
 
-def _tell(config: SweepConfig, reused: int, count: int) -> None:
-    """What a user may not expect of the `count` completions, before they are made."""
+def _warn(config: SweepConfig, reused: int, count: int) -> None:
+    """Tells, before anything is decoded, what a user may not expect of the `count` completions."""
     if config.temperature == 0 and config.samples > 1:
         print(
             f"temperature=0, samples={config.samples}: greedy decoding gives all samples of a prompt the same text; "
@@ -116,7 +116,7 @@ def _tell(config: SweepConfig, reused: int, count: int) -> None:
         print(f"{config.output_dir}: {some} {count} completions are there already", file=sys.stderr)
 
 
-def encoded(config: SweepConfig, arm: Arm, prompts: Sequence[Prompt]) -> tuple[Any, list[list[int]]]:
+def encode_prompts(config: SweepConfig, arm: Arm, prompts: Sequence[Prompt]) -> tuple[Any, list[list[int]]]:
     """The tokenizer, and each prompt's token ids."""
     tokenizer = arm.source.tokenizer()
     return tokenizer, encode(prompts, tokenizer, arm.source.config, config.max_new_tokens, config.chat)
@@ -132,10 +132,10 @@ def _check_rewards(rewards: Sequence[NamedReward]) -> None:
         )
 
 
-def _prompts(config: SweepConfig, rewards: Sequence[NamedReward], say: bool) -> list[Prompt]:
+def _read_prompts(config: SweepConfig, rewards: Sequence[NamedReward], warns: bool) -> list[Prompt]:
     prompts = read_prompts(config.prompts, config.prompt_column, config.split, config.subset, config.max_prompts)
     where = config.prompts if isinstance(config.prompts, str) else "prompts"
-    if say and (own := sum(prompt.lam is not None for prompt in prompts)):
+    if warns and (own := sum(prompt.lam is not None for prompt in prompts)):
         print(
             f"{where}: {own} of {len(prompts)} prompts have a lambda of their own, which a sweep leaves aside: it "
             "decodes each at all of its lambdas",
@@ -154,7 +154,7 @@ def _prompts(config: SweepConfig, rewards: Sequence[NamedReward], say: bool) -> 
     return prompts
 
 
-def _part(tokens: Sequence[Sequence[int]], rank: int, count: int) -> list[int]:
+def _own_indices(tokens: Sequence[Sequence[int]], rank: int, count: int) -> list[int]:
     """The prompts of one of `count` processes: the longest first, each to the one with the fewest tokens so far."""
     loads, parts = [0] * count, [[] for _ in range(count)]
     for index in sorted(range(len(tokens)), key=lambda index: (-len(tokens[index]), index)):
@@ -164,12 +164,12 @@ def _part(tokens: Sequence[Sequence[int]], rank: int, count: int) -> list[int]:
     return sorted(parts[rank])
 
 
-# -- what was found ---------------------------------------------------------------------------------------------------
+# -- the results ------------------------------------------------------------------------------------------------------
 
 
 def _finish(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJudge | None, reused: int) -> SweepResult:
     config, folder, first = worker.config, worker.folder, worker.arms[0]
-    rows = _join(worker, rewards, judge)
+    rows = _join_rows(worker, rewards, judge)
     names = [reward.name for reward in rewards]
     summaries = summarise(rows, config.group, config.seed)
     if worker.reads_grid:
@@ -190,9 +190,9 @@ def _finish(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJud
     models = {arm.name: arm.place for arm in worker.arms if not arm.is_own}
     title = f"{len(worker.prompts)} prompts, {config.samples} samples each; bars: 95 % over prompts"
     for ending in ("png", "svg"):
-        found = summaries, curve, recommendation, names[0]
-        plot_sweep(*found, folder / f"sweep.{ending}", title, models)
-        plot_pareto(*found, folder / f"pareto.{ending}", title, models)
+        inputs = summaries, curve, recommendation, names[0]
+        plot_sweep(*inputs, folder / f"sweep.{ending}", title, models)
+        plot_pareto(*inputs, folder / f"pareto.{ending}", title, models)
     write_rows(
         folder / "samples.jsonl",
         ({name: value for name, value in row.items() if name not in IN_MEMORY} for row in rows),
@@ -200,21 +200,21 @@ def _finish(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJud
     write_csv(summaries, folder / "summary.csv")
     facts = _facts(worker, rewards, judge)
     title = f"How strong should {facts['adapter']} be?"
-    found = summaries, curve, recommendation, rows, command, models
-    write_report(folder / "report.html", title, facts, *found, reason=reason)
+    inputs = summaries, curve, recommendation, rows, command, models
+    write_report(folder / "report.html", title, facts, *inputs, reason=reason)
     failed = sum("errors" in row for row in rows)
     files = [*FILES, RETRAIN] if command is not None and RETRAIN in command else list(FILES)
     return SweepResult(summaries, curve, recommendation, reason, command, rows, reused, failed, files)
 
 
-def _join(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJudge | None) -> list[dict]:
-    """Completions with all that was found of them, by arm, prompt, λ and sample."""
-    scores, valued = worker.scores(), worker.rewards()
+def _join_rows(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJudge | None) -> list[dict]:
+    """Each completion with its score, rewards and verdicts, by arm, prompt, λ and sample."""
+    scores, reward_rows = worker.scores(), worker.rewards()
     keys = worker.all_keys(range(len(worker.prompts)))
     verdicts: dict[Key, dict[str, dict]] = {}
     if judge is not None:
         for name, key, other in worker.comparisons(keys):
-            verdict = valued[name, key, worker.judge_run(judge, key, other)]
+            verdict = reward_rows[name, key, worker.judge_run(judge, key, other)]
             verdicts.setdefault(key, {})[f"{other.lam:g}"] = verdict
     rows = []
     for key in keys:
@@ -234,11 +234,12 @@ def _join(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJudge
             if reward.metric is not None:
                 values[reward.name] = reward.metric(measured)
                 continue
-            found = valued[reward.name, key, worker.reward_run(reward, key)]
-            values[reward.name] = found["value"]
-            if "error" in found:
-                errors[reward.name] = found["error"]
-        errors |= {f"judge {lam}": found["error"] for lam, found in verdicts.get(key, {}).items() if "error" in found}
+            reward_row = reward_rows[reward.name, key, worker.reward_run(reward, key)]
+            values[reward.name] = reward_row["value"]
+            if "error" in reward_row:
+                errors[reward.name] = reward_row["error"]
+        judged = verdicts.get(key, {})
+        errors |= {f"judge {lam}": verdict["error"] for lam, verdict in judged.items() if "error" in verdict}
         row = {
             "run": completion["run"],
             "arm": key.arm,
@@ -256,22 +257,22 @@ def _join(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJudge
         if errors:
             row["errors"] = errors
         if judge is not None:
-            row["judged"] = {lam: found["value"] for lam, found in verdicts.get(key, {}).items()}
+            row["judged"] = {lam: verdict["value"] for lam, verdict in judged.items()}
         rows.append(row | {name: score[name] for name in IN_MEMORY if name in score})
     return rows
 
 
 def _facts(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJudge | None) -> dict[str, str]:
-    """What was swept, for the page."""
+    """What was swept, for the report."""
     config, first = worker.config, worker.arms[0]
     sampling = config.sampling
-    ways = {
+    settings = {
         "temperature": (sampling.temperature, 1.0), "top_k": (sampling.top_k, 0), "top_p": (sampling.top_p, 1.0),
         "min_p": (sampling.min_p, 0.0), "repetition_penalty": (sampling.repetition_penalty, 1.0),
     }  # fmt: skip
-    drawn = ", ".join(f"{name} {value:g}" for name, (value, plain) in ways.items() if value != plain)
+    changed = ", ".join(f"{name} {value:g}" for name, (value, plain) in settings.items() if value != plain)
     if sampling.temperature == 0:
-        drawn = "greedy"
+        changed = "greedy"
     facts = {
         "base": first.record.base,
         "adapter": str(config.adapter or config.base),
@@ -279,7 +280,7 @@ def _facts(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJudg
         "quantization": config.quantization or "none",
         "prompts": f"{len(worker.prompts)} of {config.prompts if isinstance(config.prompts, str) else 'a list'}",
         "samples": f"{config.samples} per prompt and λ",
-        "sampling": f"{drawn or 'temperature 1'}, at most {sampling.max_new_tokens} tokens, seed {sampling.seed}",
+        "sampling": f"{changed or 'temperature 1'}, at most {sampling.max_new_tokens} tokens, seed {sampling.seed}",
         "rewards": ", ".join(reward.name for reward in rewards),
     }
     if judge is not None:

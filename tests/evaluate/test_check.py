@@ -3,7 +3,7 @@
 import pytest
 from tiny_models import make_adapter
 
-from dera_peft.evaluate.check import Check, CheckedLambda, _judged, check
+from dera_peft.evaluate.check import Check, CheckedLambda, _mark_fallen_apart, check
 from dera_peft.evaluate.config import SweepConfig
 
 PROMPTS = ["Rain fell on the market", "A fox crossed the river", "My sister repairs"]
@@ -47,6 +47,6 @@ def checked(lam: float, perplexity: float, repetition: float = 0.0) -> CheckedLa
 )
 def test_where_text_falls_apart(others, broken, words):
     found = sorted([checked(0, 1.5, 0.1), checked(1, 2.0), *others], key=lambda each: each.lam)
-    judged = _judged(found)
+    judged = _mark_fallen_apart(found)
     assert [each.lam for each in judged if each.falls_apart] == broken
     assert words in Check(judged, 3, 12).text()

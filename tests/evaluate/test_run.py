@@ -17,7 +17,7 @@ from dera_peft import DeRaError
 from dera_peft.checkpoint.record import Record
 from dera_peft.evaluate import SweepConfig, run, sweep, worker
 from dera_peft.evaluate.arms import fine_grid
-from dera_peft.evaluate.run import _part
+from dera_peft.evaluate.run import _own_indices
 from dera_peft.evaluate.store import Key, Store, hold
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,10 +146,10 @@ def test_the_fine_grid_holds_the_lambdas_and_points_between():
 
 def test_processes_share_the_prompts_by_length():
     tokens = [[0] * length for length in (9, 1, 5, 5, 8, 2)]
-    parts = [_part(tokens, rank, 2) for rank in range(2)]
+    parts = [_own_indices(tokens, rank, 2) for rank in range(2)]
     assert sorted(parts[0] + parts[1]) == list(range(6))
     assert [sum(len(tokens[index]) for index in part) for part in parts] == [15, 15]
-    assert _part(tokens, 0, 1) == list(range(6))
+    assert _own_indices(tokens, 0, 1) == list(range(6))
 
 
 # -- what it measures -------------------------------------------------------------------------------------------------
