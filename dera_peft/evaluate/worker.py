@@ -23,8 +23,9 @@ from dera_peft.evaluate.report.samples import sample_rows
 from dera_peft.evaluate.report.token_views import token_views
 from dera_peft.evaluate.store import Key, Store
 from dera_peft.model import DeRaModel
-from dera_peft.rewards.functions import NamedReward, RewardModel, columns_of, score_or_mark
+from dera_peft.rewards.functions import NamedReward, call_reward_or_mark, columns_of
 from dera_peft.rewards.judges import NamedJudge, judge_or_mark
+from dera_peft.rewards.models import RewardModel
 
 TOP = 3  # tokens of each branch that the report names
 DIGITS = 6  # of what is kept: nats
@@ -238,7 +239,7 @@ class SweepWorker:
 
         def call(keys: Sequence[Key]) -> list[tuple[float | None, str | None]]:
             prompts = [self.prompts[key.index] for key in keys]
-            return score_or_mark(
+            return call_reward_or_mark(
                 reward.function,
                 [prompt.content for prompt in prompts],
                 [self.completions[key]["completion"] for key in keys],

@@ -1,26 +1,21 @@
-"""Rewards: what scores completions, with TRL's signature. A Python function, or a sequence-classification model."""
+"""Rewards: functions that score completions, with TRL's signature; how they are named, loaded and called."""
 
 import inspect
-import math
 import numbers
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy
 import torch
-from huggingface_hub.errors import HFValidationError
-from jinja2 import TemplateError
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from dera_peft.checkpoint.devices import free_memory, read_device_map
 from dera_peft.checkpoint.fingerprint import file_fingerprint, settings_fingerprint, weights_fingerprint
 from dera_peft.decoding.prompts import Prompt
-from dera_peft.errors import DeRaError, first_line
-from dera_peft.rewards.metrics import LIST, Metric, read_metric
+from dera_peft.errors import DeRaError
+from dera_peft.rewards.metrics import Metric, read_metric
+from dera_peft.rewards.models import RewardModel
 from dera_peft.user_code import is_object_path, load_object
 
 # f(prompts, completions, **columns) -> list[float | None]; None for a completion that it does not score
@@ -117,137 +112,11 @@ def reward_fingerprint(spec: str) -> str:
     return weights_fingerprint(spec) or spec
 
 
-class RewardModel:
-    """
-    A sequence-classification model with one label, whose logit is the reward, as TRL's RewardTrainer makes them.
-
-    It reads prompt and completion as a chat where its tokenizer has a chat template (a text prompt becomes a user
-    message), and else as one text. Nothing is ever cut: what is longer than its context gets no score, which is said
-    on stderr. Its weights are loaded when it is first called.
-
-    Args:
-        name: hub id or folder.
-        device_map: as in transformers; the accelerator by default, if there is one.
-        batch_size: texts scored at once.
-
-    Raises:
-        DeRaError: there is no such model, or it has another number of labels, or no head for a reward.
-    """
-
-    def __init__(self, name: str, device_map: Any = None, batch_size: int = 16):
-        self.name, self.device_map, self.batch_size = name, device_map, batch_size
-        if name.startswith((".", "/", "~")) and not os.path.isdir(name):
-            raise DeRaError(f"reward={name!r}: there is no such folder.")
-        try:
-            self.config = AutoConfig.from_pretrained(name)
-            self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right")
-        except (OSError, ValueError, HFValidationError) as error:
-            raise DeRaError(
-                f"reward={name!r} is neither a function, as path.py:name, nor built in ({LIST}), nor a model "
-                f"that can be loaded: {first_line(error)}"
-            ) from error
-        if self.config.num_labels != 1:
-            raise DeRaError(
-                f"reward={name!r} has {self.config.num_labels} labels, and a reward model has one, whose logit is the "
-                "reward; for another kind of model write a function that reads its outputs: path.py:name."
-            )
-        if self.tokenizer.pad_token_id is None:  # as TRL does it, and so as such a model was trained
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        context = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        self.max_length = min(self.tokenizer.model_max_length, context or math.inf)
-        self.__name__ = name
-
-    @cached_property
-    def model(self) -> PreTrainedModel:
-        try:
-            model, loading = AutoModelForSequenceClassification.from_pretrained(
-                self.name,
-                dtype="auto",
-                device_map=read_device_map(None) if self.device_map is None else self.device_map,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except torch.OutOfMemoryError as error:
-            raise DeRaError(
-                f"reward={self.name!r} does not fit into the device's memory: take a smaller one, or score what the "
-                f"sweep has decoded on another device. {first_line(error)}"
-            ) from error
-        except (OSError, ValueError) as error:
-            raise DeRaError(f"reward={self.name!r} can't be loaded: {first_line(error)}") from error
-        if missing := sorted(loading["missing_keys"]):
-            raise DeRaError(
-                f"reward={self.name!r} was not trained as a reward model: it has no {missing[0]!r}, which would be "
-                "random. Train one with TRL's RewardTrainer, or write a function: path.py:name."
-            )
-        model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
-        return model.eval()
-
-    def free(self) -> None:
-        """Lets go of the weights, which the next call loads again."""
-        vars(self).pop("model", None)
-        free_memory()
-
-    @torch.no_grad()
-    def __call__(self, prompts: Sequence, completions: Sequence[str], **columns) -> list[float | None]:
-        """One reward per completion, in any batch the same but for rounding; None where the text is too long."""
-        tokens = [self._encode(*pair) for pair in zip(prompts, completions, strict=True)]
-        rewards: list[float | None] = [None] * len(tokens)
-        # those of a like length together, for little padding
-        fitting = sorted(
-            (i for i, ids in enumerate(tokens) if len(ids) <= self.max_length), key=lambda i: len(tokens[i])
-        )
-        if len(fitting) < len(tokens):
-            print(
-                f"{self.name}: {len(tokens) - len(fitting)} of {len(tokens)} completions get no reward: with their "
-                f"prompts they are longer than its context of {self.max_length} tokens",
-                file=sys.stderr,
-            )
-        while fitting:
-            chosen = fitting[: self.batch_size]
-            values = self._score([tokens[index] for index in chosen])
-            if values is None:
-                self.batch_size = len(chosen) // 2
-                torch.accelerator.empty_cache()
-                print(f"{self.name}: out of memory, going on with {self.batch_size} texts at once", file=sys.stderr)
-                continue
-            fitting = fitting[len(chosen) :]
-            for index, value in zip(chosen, values, strict=True):
-                rewards[index] = value
-        return rewards
-
-    def _score(self, tokens: list[list[int]]) -> list[float] | None:
-        """None where there is too little memory, but for a single text, for which it is an error."""
-        batch = self.tokenizer.pad({"input_ids": tokens}, return_tensors="pt")
-        try:
-            return self.model(**batch.to(self.model.device)).logits[:, 0].tolist()
-        except torch.OutOfMemoryError as error:
-            if len(tokens) > 1:
-                return None
-            raise DeRaError(
-                f"reward={self.name!r}: out of memory for a single text of {len(tokens[0])} tokens."
-            ) from error
-
-    def _encode(self, prompt: str | list[dict], completion: str) -> list[int]:
-        if self.tokenizer.chat_template:
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            messages = [*messages, {"role": "assistant", "content": completion}]
-            try:
-                return self.tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
-            except TemplateError as error:
-                raise DeRaError(f"reward={self.name!r}: its chat template refuses a chat: {error}") from error
-        if not isinstance(prompt, str):
-            raise DeRaError(
-                f"reward={self.name!r} has no chat template, and the prompts are chats: use a reward model for chats, "
-                "or write a function: path.py:name."
-            )
-        return self.tokenizer(prompt + completion)["input_ids"]
-
-
 class RewardFailed(DeRaError):
     """A reward that raises, or does not return one value for each completion."""
 
 
-def score(
+def call_reward(
     reward: Reward, prompts: Sequence, completions: Sequence[str], columns: dict[str, list] | None = None
 ) -> list[float | None]:
     """
@@ -259,23 +128,23 @@ def score(
     Raises:
         RewardFailed: it raises, or returns no list, or another number of values, or one that is not a finite number.
     """
-    found = [_read(value) for value in _call(reward, prompts, completions, columns or {})]
-    for (_, fault), completion in zip(found, completions, strict=True):
+    values = [_read(value) for value in _call(reward, prompts, completions, columns or {})]
+    for (_, fault), completion in zip(values, completions, strict=True):
         if fault:
             raise RewardFailed(f"the reward {name_of(reward)!r} gave {fault}, for the completion {completion[:80]!r}.")
-    return [value for value, _ in found]
+    return [value for value, _ in values]
 
 
-def score_or_mark(
+def call_reward_or_mark(
     reward: Reward, prompts: Sequence, completions: Sequence[str], columns: dict[str, list]
 ) -> list[tuple[float | None, str | None]]:
     """
-    As `score`, but completions on which the reward fails do not take the others along.
+    As `call_reward`, but an error on one completion leaves the rewards of the others.
 
-    Where it fails on all of them at once it is asked for each one alone.
+    Where the reward fails on all of them at once, it is called for each one alone.
 
     Returns:
-        For each completion its reward and what went wrong; one of them, or both, are None.
+        For each completion its reward and the error; one of them or both are None.
     """
     try:
         values = _call(reward, prompts, completions, columns)
@@ -283,7 +152,9 @@ def score_or_mark(
         if len(completions) == 1:
             return [(None, str(error))]
         return [
-            score_or_mark(reward, [prompt], [completion], {name: [values[row]] for name, values in columns.items()})[0]
+            call_reward_or_mark(
+                reward, [prompt], [completion], {name: [values[row]] for name, values in columns.items()}
+            )[0]
             for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
         ]
     return [(value, fault and f"the reward {name_of(reward)!r} gave {fault}.") for value, fault in map(_read, values)]

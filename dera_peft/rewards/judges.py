@@ -8,15 +8,15 @@ from typing import Any
 
 from dera_peft.errors import DeRaError
 from dera_peft.rewards.functions import (
-    RewardModel,
+    call_reward,
     load_reward,
     name_of,
     reward_fingerprint,
-    score,
     short_name,
     source_fingerprint,
     unwrapped,
 )
+from dera_peft.rewards.models import RewardModel
 from dera_peft.user_code import is_object_path
 
 # f(prompts, pairs) -> for each pair 0 (the first is better), 1 (the second is) or -1 (neither), as TRL's judges
@@ -57,7 +57,7 @@ def load_judge(spec: str | Judge, device_map: Any = None) -> NamedJudge:
 def compare_scores(model: RewardModel, prompts: Sequence, pairs: Sequence[Sequence[str]]) -> list[int]:
     """By a reward model's scores; neither where it gives one of the two none."""
     texts = [text for pair in pairs for text in pair]
-    scores = score(model, [prompt for prompt in prompts for _ in range(2)], texts)
+    scores = call_reward(model, [prompt for prompt in prompts for _ in range(2)], texts)
     verdicts = []
     for first, second in zip(scores[::2], scores[1::2], strict=True):
         if first is None or second is None or first == second:

@@ -257,7 +257,7 @@ def sample(
     from dera_peft.decoding.batching import decode
     from dera_peft.decoding.prompts import PromptTooLong, column_names, encode
     from dera_peft.decoding.sampling import Sampling
-    from dera_peft.rewards.functions import columns_of, score
+    from dera_peft.rewards.functions import call_reward, columns_of
     from dera_peft.training.sampler import load_sft_model
 
     sampling = Sampling(args.max_new_tokens, args.temperature, top_p=args.top_p, seed=args.seed)
@@ -281,7 +281,7 @@ def sample(
         for completions in decode(model, tokenizer, tokens, todo, sampling, args.batch_size):
             of = [prompts[completion.request.index] for completion in completions]
             texts = [completion.text for completion in completions]
-            rewards = score(reward, [prompt.content for prompt in of], texts, columns_of(of, names))
+            rewards = call_reward(reward, [prompt.content for prompt in of], texts, columns_of(of, names))
             results.append(
                 {**completion.row(prompt), "reward": value}
                 for prompt, completion, value in zip(of, completions, rewards, strict=True)

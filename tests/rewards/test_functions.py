@@ -1,17 +1,15 @@
-"""Rewards from a user's file, and from a reward model."""
+"""Rewards from a user's file, and how they are called."""
 
-import weakref
 from fractions import Fraction
-from pathlib import Path
 
 import numpy
 import pytest
 import torch
 from tiny_models import make_reward_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification
+from transformers import AutoTokenizer
 
 from dera_peft import DeRaError
-from dera_peft.rewards.functions import load_reward, load_rewards, reward_fingerprint, score, score_or_mark
+from dera_peft.rewards.functions import call_reward, call_reward_or_mark, load_reward, load_rewards, reward_fingerprint
 
 FILE = """
 def length(prompts, completions, **columns):
@@ -53,8 +51,11 @@ def file(tmp_path):
 
 
 def test_rewards_and_columns(file):
-    assert score(load_reward(f"{file}:length"), ["a", "b"], ["xy", "xyz"]) == [2.0, 3.0]
-    assert score(load_reward(f"{file}:weighted"), ["a", "b"], ["xy", "xyz"], {"weight": [10, 100]}) == [20.0, 300.0]
+    assert call_reward(load_reward(f"{file}:length"), ["a", "b"], ["xy", "xyz"]) == [2.0, 3.0]
+    assert call_reward(load_reward(f"{file}:weighted"), ["a", "b"], ["xy", "xyz"], {"weight": [10, 100]}) == [
+        20.0,
+        300.0,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def test_rewards_and_columns(file):
 )
 def test_a_reward_that_fails_is_named(file, name, message):
     with pytest.raises(DeRaError, match=message):
-        score(load_reward(f"{file}:{name}"), ["a", "b"], ["xy", "xyz"])
+        call_reward(load_reward(f"{file}:{name}"), ["a", "b"], ["xy", "xyz"])
 
 
 @pytest.mark.parametrize(
@@ -87,9 +88,9 @@ def test_numbers_of_other_libraries(value, expected):
     def reward(prompts, completions):
         return [value]
 
-    (found,) = score(reward, ["p"], ["c"])
+    (found,) = call_reward(reward, ["p"], ["c"])
     assert (found, type(found)) == (expected, type(expected))
-    assert score_or_mark(reward, ["p"], ["c"], {}) == [(expected, None)]
+    assert call_reward_or_mark(reward, ["p"], ["c"], {}) == [(expected, None)]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_what_is_no_number(value, shown):
     def reward(prompts, completions):
         return [value]
 
-    assert score_or_mark(reward, ["p"], ["c"], {}) == [(None, fault)]
+    assert call_reward_or_mark(reward, ["p"], ["c"], {}) == [(None, fault)]
 
 
 def test_rows_on_which_a_reward_fails_do_not_take_the_others_along(tmp_path):
@@ -119,14 +120,14 @@ def test_rows_on_which_a_reward_fails_do_not_take_the_others_along(tmp_path):
     picky = load_reward(f"{tmp_path}/picky.py:picky")
     raised = "the reward 'picky' raised KeyError: 'oops'"
     nan = "the reward 'picky' gave nan (float), which is not a finite number."
-    assert score_or_mark(picky, ["p"] * 3, ["a", "nan", "none"], {"answer": [1, 2, 3]}) == [
+    assert call_reward_or_mark(picky, ["p"] * 3, ["a", "nan", "none"], {"answer": [1, 2, 3]}) == [
         (1.0, None), (None, nan), (None, None),
     ]  # fmt: skip
-    assert score_or_mark(picky, ["p"] * 4, ["a", "bad", "nan", "b"], {"answer": [1, 2, 3, 4]}) == [
+    assert call_reward_or_mark(picky, ["p"] * 4, ["a", "bad", "nan", "b"], {"answer": [1, 2, 3, 4]}) == [
         (1.0, None), (None, raised), (None, nan), (4.0, None),
     ]  # fmt: skip
     short = "the reward 'picky' gave 0 values for 1 completions."
-    assert score_or_mark(picky, ["p"] * 2, ["short", "b"], {"answer": [1, 2]}) == [(None, short), (2.0, None)]
+    assert call_reward_or_mark(picky, ["p"] * 2, ["short", "b"], {"answer": [1, 2]}) == [(None, short), (2.0, None)]
 
 
 def test_several_rewards_have_names_of_their_own(file, tmp_path):
@@ -161,100 +162,8 @@ def test_what_is_not_a_reward(file):
         load_reward("./length")
 
 
-PROMPTS = ["A fox crossed the river.", "Rain", "My sister repairs bicycles and"]
-COMPLETIONS = [" Nobody saw it.", " fell on the market, so the baker sold his bread.", " wheels."]
-
-
-@pytest.fixture
-def tokenizer(tiny_base):
-    return AutoTokenizer.from_pretrained(tiny_base)
-
-
-@torch.no_grad()
-def reward_alone(folder: Path, ids: list[int]) -> float:
-    """One text by itself, read off the head at its last token: no padding, no batch."""
-    model = LlamaForSequenceClassification.from_pretrained(folder)
-    hidden = model.model(torch.tensor([ids])).last_hidden_state
-    return model.score(hidden[0, -1]).item()
-
-
-def test_a_reward_model_reads_chats_by_its_template(tmp_path, tokenizer):
-    folder = make_reward_model(tmp_path / "model", tokenizer)
-    reward = load_reward(str(folder))
-    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi!"}]
-    found = score(reward, [*PROMPTS, chat], [*COMPLETIONS, " Hello."])
-    texts = [f"<s>user: {p}\nassistant: {c}\n" for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
-    texts.append("<s>system: Be brief.\nuser: Hi!\nassistant:  Hello.\n")
-    expected = [reward_alone(folder, tokenizer(text)["input_ids"]) for text in texts]
-    assert len({round(value, 3) for value in expected}) == 4
-    assert found == pytest.approx(expected, abs=1e-5)
-    reward.batch_size = 1
-    assert score(reward, PROMPTS, COMPLETIONS) == pytest.approx(expected[:3], abs=1e-5)
-
-
-def test_a_reward_model_without_a_template_reads_one_text(tmp_path, tokenizer):
-    tokenizer.chat_template = None
-    folder = make_reward_model(tmp_path / "model", tokenizer)
-    reward = load_reward(str(folder))
-    ids = [tokenizer(p + c)["input_ids"] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
-    assert score(reward, PROMPTS, COMPLETIONS) == pytest.approx([reward_alone(folder, row) for row in ids], abs=1e-5)
-    with pytest.raises(DeRaError, match="has no chat template, and the prompts are chats"):
-        score(reward, [[{"role": "user", "content": "Hi!"}]], [" Hello."])
-
-
-def test_out_of_memory_halves_the_batch(tmp_path, tokenizer, capsys, monkeypatch):
-    monkeypatch.setattr("torch.accelerator.empty_cache", lambda: None)
-    reward = load_reward(str(make_reward_model(tmp_path / "model", tokenizer)))
-    expected = score(reward, PROMPTS, COMPLETIONS)
-    forward, sizes = reward.model.forward, []
-
-    def limited(input_ids, room, **inputs):
-        sizes.append(len(input_ids))
-        if len(input_ids) > room:
-            raise torch.OutOfMemoryError
-        return forward(input_ids, **inputs)
-
-    monkeypatch.setattr(reward.model, "forward", lambda input_ids, **inputs: limited(input_ids, 1, **inputs))
-    assert score(reward, PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-5)
-    assert sizes == [3, 1, 1, 1]
-    assert "out of memory, going on with 1 texts at once" in capsys.readouterr().err
-    monkeypatch.setattr(reward.model, "forward", lambda input_ids, **inputs: limited(input_ids, 0, **inputs))
-    with pytest.raises(DeRaError, match="out of memory for a single text of"):
-        score(reward, PROMPTS, COMPLETIONS)
-
-
-def test_a_freed_reward_model_is_loaded_again(tmp_path, tokenizer):
-    reward = load_reward(str(make_reward_model(tmp_path / "model", tokenizer)))
-    expected = score(reward, PROMPTS, COMPLETIONS)
-    held = weakref.ref(reward.model)
-    reward.free()
-    assert held() is None
-    assert score(reward, PROMPTS, COMPLETIONS) == expected
-
-
-def test_what_is_too_long_gets_no_reward(tmp_path, tokenizer, capsys):
-    tokenizer.chat_template = None
-    folder = make_reward_model(tmp_path / "model", tokenizer, context=16)
-    reward = load_reward(str(folder))
-    fits, long = "Rain" + " fell", "Rain" + " fell on the market" * 9
-    assert len(tokenizer(fits)["input_ids"]) <= 16 < len(tokenizer(long)["input_ids"])
-    values = score(reward, ["Rain"] * 2, [long[4:], fits[4:]])
-    assert values == [None, pytest.approx(reward_alone(folder, tokenizer(fits)["input_ids"]), abs=1e-5)]
-    assert "1 of 2 completions get no reward" in capsys.readouterr().err
-
-
-def test_what_is_not_a_reward_model(tmp_path, tokenizer, tiny_base):
-    with pytest.raises(DeRaError, match="has 3 labels, and a reward model has one"):
-        load_reward(str(make_reward_model(tmp_path / "three", tokenizer, labels=3)))
-    # a language model's config may say one label, and still there is no head
-    model = AutoModelForCausalLM.from_pretrained(tiny_base, num_labels=1)
-    model.save_pretrained(tmp_path / "language")
-    tokenizer.save_pretrained(tmp_path / "language")
-    with pytest.raises(DeRaError, match=r"was not trained as a reward model: it has no 'score.weight'"):
-        score(load_reward(str(tmp_path / "language")), PROMPTS, COMPLETIONS)
-
-
-def test_fingerprints_of_rewards(file, tmp_path, tokenizer):
+def test_fingerprints_of_rewards(file, tmp_path, tiny_base):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     before = reward_fingerprint(f"{file}:length")
     file.write_text(FILE + "\n")
     assert reward_fingerprint(f"{file}:length") != before

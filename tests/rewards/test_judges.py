@@ -6,7 +6,7 @@ import torch
 from tiny_models import make_reward_model, make_tokenizer
 
 from dera_peft import DeRaError
-from dera_peft.rewards.functions import load_reward, score
+from dera_peft.rewards.functions import call_reward, load_reward
 from dera_peft.rewards.judges import NamedJudge, is_swapped, judge_or_mark, load_judge
 
 KEYS = [("λ", index) for index in range(40)]
@@ -87,7 +87,7 @@ def test_a_reward_model_prefers_what_it_scores_higher(tmp_path):
     folder = str(make_reward_model(tmp_path / "model", make_tokenizer()))
     prompts, completions, others = ["Rain", "A fox"], [" fell.", " crossed."], [" and bread.", " rivers, at night."]
     model = load_reward(folder)
-    first, second = score(model, prompts, completions), score(model, prompts, others)
+    first, second = call_reward(model, prompts, completions), call_reward(model, prompts, others)
     expected = [(1 if a > b else -1, None) for a, b in zip(first, second, strict=True)]
     judge = load_judge(folder)
     assert judge.name == "model"
