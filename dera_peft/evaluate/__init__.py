@@ -1,4 +1,4 @@
-"""Choosing λ: sweep over it, measure, recommend one, and show what was found."""
+"""Choosing λ: a sweep over it, its analysis and its report."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The arms of a sweep: what is decoded, over one reference, and drawn as a curve or a point of its own."""
+"""The arms of a sweep: the ways to decode that it compares, all over one reference."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from dera_peft.errors import DeRaError
 from dera_peft.evaluate.config import SweepConfig
 from dera_peft.model import DeRaModel
 
-BETWEEN = 4  # points of the fine grid between two λ of the sweep
+GRID_STEPS = 4  # points of the fine grid between two λ of the sweep
 MAX_GRID = 81  # points in all
 
 
@@ -125,7 +125,7 @@ def fine_grid(lambdas: Sequence[float]) -> list[float]:
     """The λ and points evenly between them, as many as MAX_GRID allows; ascending, never beyond the λ themselves."""
     lambdas = sorted(lambdas)
     intervals = max(1, len(lambdas) - 1)
-    between = max(0, min(BETWEEN, (MAX_GRID - len(lambdas)) // intervals))
+    between = max(0, min(GRID_STEPS, (MAX_GRID - len(lambdas)) // intervals))
     grid = []
     for low, high in pairwise(lambdas):
         grid += [low, *(round(low + (high - low) * step / (between + 1), 9) for step in range(1, between + 1))]

@@ -1,4 +1,4 @@
-"""What a sweep runs: its settings."""
+"""The settings of a sweep."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -124,7 +124,7 @@ class SweepConfig(Sampling, ModelSource):
                 raise DeRaError(f"{name}: {twice!r} is there twice.")
         if LOGITS not in self.mixing:
             raise DeRaError(
-                f"mixing={list(self.mixing)!r} must contain {LOGITS!r}: it is what the others stand beside."
+                f"mixing={list(self.mixing)!r} must contain {LOGITS!r}: the other arms are compared with it."
             )
         if taken := [name for name in self.models if name in (LOGITS, WEIGHTS)]:
             raise DeRaError(f"models: {taken[0]!r} is the name of another arm; choose another one.")

@@ -1,4 +1,4 @@
-"""What a sweep gives."""
+"""The result of a sweep."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class SweepResult:
     """
-    What a sweep found.
+    The result of a sweep.
 
     Attributes:
         summaries: by arm, then by ascending λ.
         curve: reward and KL between the sweep's λ.
         recommendation: None where there is none to make.
         no_recommendation: why there is none.
-        command: retrains at the recommended strength; None where that can't be told.
+        command: retrains at the recommended strength; None where that is unknown.
         rows: as in samples.jsonl, by arm, prompt, λ and sample.
-        reused: how many of the completions were there already.
+        reused: how many of the completions an earlier run had made.
         failed: how many rows a reward or the judge failed on.
         files: what was written into the output folder.
     """

@@ -1,4 +1,4 @@
-"""A sweep over λ: decode held-out prompts, measure them, recommend a λ, and show what was found."""
+"""A sweep over λ: decode held-out prompts, score the completions, recommend a λ, and write the report."""
 
 import sys
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Judges: what says which of two completions is the better one."""
+"""Judges: functions that compare two completions of one prompt, with the signature of TRL's judges."""
 
 import hashlib
 import numbers
@@ -73,9 +73,9 @@ def judge_or_mark(
     """
     Whether each completion is better than the other one of the same prompt.
 
-    Judges are known to favour a place, so each pair is shown in an order that its key draws: random, and the same in
-    every run. Two texts that are the same are a tie, which nobody is asked about. Where the judge fails on all pairs at
-    once, it is asked for each one alone.
+    Judges are known to favour the first or the second place, so the order of each pair is drawn from its key: random,
+    and the same in every run. Two equal texts are a tie, without a call. Where the judge fails on all pairs at once,
+    it is called for each one alone.
 
     Returns:
         For each pair 1 (better), 0 (a tie) or -1 (worse), and None; or None and what went wrong.
@@ -87,8 +87,8 @@ def judge_or_mark(
         [others[row], completions[row]] if swap else [completions[row], others[row]]
         for row, swap in zip(asked, swapped, strict=True)
     ]
-    found = _ask(judge, [prompts[row] for row in asked], pairs) if asked else []
-    for row, swap, (verdict, error) in zip(asked, swapped, found, strict=True):
+    results = _call(judge, [prompts[row] for row in asked], pairs) if asked else []
+    for row, swap, (verdict, error) in zip(asked, swapped, results, strict=True):
         if verdict is None:
             verdicts[row] = (None, error)
         elif verdict != NEITHER:
@@ -97,11 +97,11 @@ def judge_or_mark(
 
 
 def is_swapped(key: Any) -> bool:
-    """A coin that falls the same for the same key."""
+    """A random bit, the same for the same key."""
     return bool(hashlib.sha256(repr(key).encode()).digest()[0] & 1)
 
 
-def _ask(judge: NamedJudge, prompts: list, pairs: list[list[str]]) -> list[tuple[int | None, str | None]]:
+def _call(judge: NamedJudge, prompts: list, pairs: list[list[str]]) -> list[tuple[int | None, str | None]]:
     fault = None
     try:
         verdicts = judge.function(prompts=list(prompts), pairs=[list(pair) for pair in pairs])
@@ -116,14 +116,14 @@ def _ask(judge: NamedJudge, prompts: list, pairs: list[list[str]]) -> list[tuple
     if fault is not None:
         if len(pairs) == 1:
             return [(None, f"the judge {judge.name!r} {fault}")]
-        return [_ask(judge, [prompt], [pair])[0] for prompt, pair in zip(prompts, pairs, strict=True)]
-    found: list[tuple[int | None, str | None]] = []
+        return [_call(judge, [prompt], [pair])[0] for prompt, pair in zip(prompts, pairs, strict=True)]
+    results: list[tuple[int | None, str | None]] = []
     for verdict in map(unwrapped, verdicts):
         # True is no name of a place, though it equals 1
         is_whole = isinstance(verdict, numbers.Integral) and not isinstance(verdict, bool)
         if is_whole and verdict in (FIRST, SECOND, NEITHER):
-            found.append((int(verdict), None))
+            results.append((int(verdict), None))
         else:
             what = f"{str(verdict)[:80]} ({type(verdict).__name__})"
-            found.append((None, f"the judge {judge.name!r} gave {what}, which is none of the integers 0, 1 and -1"))
-    return found
+            results.append((None, f"the judge {judge.name!r} gave {what}, which is none of the integers 0, 1 and -1"))
+    return results

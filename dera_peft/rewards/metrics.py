@@ -1,4 +1,4 @@
-"""The built-in rewards: what a completion's tokens, the branches' log-probabilities or a reference answer say."""
+"""The built-in rewards, from a completion's tokens, the branches' log-probabilities or a reference answer."""
 
 import math
 import os
@@ -43,7 +43,7 @@ LIST = "length, implicit, perplexity, repetition, distinct-1 (or another n), exa
 
 def read_metric(name: str, beta: float | None = None) -> Metric | None:
     """
-    The metric of that name, or None if there is none.
+    The built-in reward of that name, or None if there is none.
 
     - `length`: tokens, without an end token.
     - `implicit`: the reward that the adapter itself stands for, β·log(π_aligned(y|x) / π_ref(y|x)) (DPO, Rafailov et

@@ -1,4 +1,4 @@
-"""The page that a sweep's user shows to their team: one file, which reads nothing from anywhere else."""
+"""The report of a sweep: one HTML file that loads nothing from elsewhere."""
 
 import base64
 import hashlib
@@ -60,13 +60,13 @@ def write_report(
     Writes the page.
 
     Args:
-        facts: what was swept (model, adapter, β, prompts, sampling, versions, date …), in the order to be shown.
+        facts: what was swept (model, adapter, β, prompts, sampling, versions, date …), in the order of the page.
         summaries: one per arm and λ.
-        curve: what was estimated between the measured λ; None where that was not tried.
+        curve: the estimates between the measured λ; None where there are none.
         recommendation: None where there is none to make.
         rows: all rows; those of `sample_rows` with their `token_views`, where the tokens are to be coloured.
         command: retrains at the recommended strength.
-        models: further models among the arms, and the λ that each stands for, as in `plot.sweep_picture`.
+        models: further models among the arms, and the λ that each stands for, as in `plots.sweep_picture`.
         reason: why there is no recommendation.
     """
     environment = Environment(
@@ -233,7 +233,7 @@ def _groups(
 
 
 def _failures(rows: Sequence[dict], rewards: Sequence[str]) -> dict[str, Any] | None:
-    """How many rows have no value, by reward or judge, and the first of them with what was said."""
+    """How many rows have no value, by reward or judge, and the first of them with their messages."""
     failed = []
     for row in rows:
         errors = {name: "no value" for name in rewards if row["rewards"].get(name) is None} | row.get("errors", {})
@@ -249,7 +249,7 @@ def _failures(rows: Sequence[dict], rewards: Sequence[str]) -> dict[str, Any] | 
         note += f"; the first {LISTED_FAILURES} of {len(failed)} are listed"
     return {
         "note": note,
-        "columns": ["of", "arm", "λ", "prompt", "sample", "what was said"],
+        "columns": ["reward or judge", "arm", "λ", "prompt", "sample", "message"],
         "rows": failed[:LISTED_FAILURES],
     }
 
