@@ -10,6 +10,7 @@ from typing import Any
 from dera_peft.checkpoint.fingerprint import base_fingerprint, weights_fingerprint
 from dera_peft.engine.plan import LOGITS, REFERENCE, WEIGHTS
 from dera_peft.errors import DeRaError
+from dera_peft.files import write_atomically
 
 FILE_NAME = "dera.json"
 FORMAT = 1
@@ -108,9 +109,7 @@ class Record:
         values["lambda"] = values.pop("lam")
         values["training"] = values.pop("training")  # the longest comes last
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"{FILE_NAME}.tmp"
-        temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / FILE_NAME)
+        write_atomically(folder / FILE_NAME, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "Record":

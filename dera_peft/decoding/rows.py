@@ -8,6 +8,7 @@ from pathlib import Path
 from dera_peft.decoding.batching import Request
 from dera_peft.decoding.prompts import RESULT_COLUMNS, Prompt
 from dera_peft.errors import DeRaError
+from dera_peft.files import write_atomically
 
 
 class Results:
@@ -152,10 +153,7 @@ def append_rows(file: Path, rows: Iterable[dict]) -> None:
 
 def write_rows(file: Path, rows: Iterable[dict]) -> None:
     """Whole or not at all."""
-    temporary = file.with_name(f"{file.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    append_rows(temporary, rows)
-    os.replace(temporary, file)
+    write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _columns(row: dict) -> dict[str, str]:

@@ -9,6 +9,7 @@ import yaml
 
 from dera_peft.checkpoint.record import Record
 from dera_peft.engine.plan import REFERENCE
+from dera_peft.files import write_atomically
 
 FILE_NAME = "retrain.yaml"
 DERIVED = ("accelerator_config",)  # an object that the trainer's arguments make for themselves
@@ -40,13 +41,11 @@ def retrain_command(adapter: str, record: Record, beta: float, folder: Path) -> 
     start = "python" if processes == 1 else f"torchrun --nproc_per_node {processes}"
     file = folder / FILE_NAME
     command = f"{start} -m training.dpo --config {shlex.quote(str(file))}"
-    temporary = file.with_name(f".{FILE_NAME}.tmp")
-    temporary.write_text(
+    write_atomically(
+        file,
         f"# The training of {adapter}, at the β that the sweep in this folder recommends:\n#   {command}\n\n"
         + yaml.safe_dump({**settings, **new}, sort_keys=False, allow_unicode=True),
-        encoding="utf-8",
     )
-    os.replace(temporary, file)
     return command
 
 

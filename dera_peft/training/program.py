@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dera_peft.errors import DeRaError
+from dera_peft.files import write_atomically
 
 FILE_NAME = "run.json"
 # What the programs write, beside a tokenizer, which every run writes anew; with --overwrite it goes.
@@ -227,9 +228,7 @@ class OutputFolder:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"complete": complete, **self.record}, indent=2, ensure_ascii=False) + "\n"
-        temporary = self.file.with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self.file)
+        write_atomically(self.file, text)
 
     def say_reused(self) -> None:
         if is_main_process():

@@ -1,17 +1,18 @@
 """What a sweep's samples say about each λ: means, errors over prompts, and differences paired prompt by prompt."""
 
 import csv
+import io
 import math
 import os
 import re
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy
 
 from dera_peft.errors import DeRaError
+from dera_peft.files import write_atomically
 
 LOGITS = "logits"  # the arm that mixes logits: DeRa itself, which all arms are compared with
 AGAINST = (0.0, 1.0)  # the λ of that arm that each λ is compared with: the reference, and the adapter as trained
@@ -353,12 +354,11 @@ def write_csv(summaries: Sequence[LambdaSummary], file: str | os.PathLike) -> No
     """
     table = [_flat(summary) for summary in summaries]
     names = list(dict.fromkeys(name for row in table for name in row))
-    temporary = Path(f"{file}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, names, restval="")
-        writer.writeheader()
-        writer.writerows(table)
-    os.replace(temporary, file)
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, names, restval="")
+    writer.writeheader()
+    writer.writerows(table)
+    write_atomically(file, stream.getvalue())
 
 
 def _flat(summary: LambdaSummary) -> dict[str, str | int | float]:

@@ -16,8 +16,9 @@ from markupsafe import Markup
 from dera_peft.evaluate.analysis.curve import Curve
 from dera_peft.evaluate.analysis.recommend import Recommendation
 from dera_peft.evaluate.analysis.summary import Estimate, LambdaSummary
-from dera_peft.evaluate.report.plots import COLORS, INK, MUTED, NAMES, PAPER, pareto_picture, sweep_picture, write_whole
+from dera_peft.evaluate.report.plots import COLORS, INK, MUTED, NAMES, PAPER, pareto_picture, sweep_picture
 from dera_peft.evaluate.report.samples import sample_rows, samples_data, script_json
+from dera_peft.files import write_atomically
 
 LISTED_FAILURES = 20
 MINUS = "\N{MINUS SIGN}"
@@ -105,7 +106,7 @@ def write_report(
         pairs=(len(_pairs(samples)), len(_pairs(rows))),
         has_token_views=any(row.get("token_views") for row in samples),
     )
-    write_whole(file, page.encode("utf-8"))
+    write_atomically(file, page)
 
 
 def _seen(value: Any) -> Any:

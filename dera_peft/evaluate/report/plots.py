@@ -19,6 +19,7 @@ from dera_peft.engine.plan import LOGITS, WEIGHTS
 from dera_peft.evaluate.analysis.curve import Curve, through_points
 from dera_peft.evaluate.analysis.recommend import Recommendation
 from dera_peft.evaluate.analysis.summary import Estimate, LambdaSummary
+from dera_peft.files import write_atomically
 
 INK, MUTED, PAPER = "#1f2328", "#6e7681", "#ffffff"
 # Okabe and Ito's palette (jfly.uni-koeln.de/color), which the colour-blind can tell apart; each arm has a marker too.
@@ -59,7 +60,7 @@ def plot_sweep(
 ) -> None:
     """Writes `sweep_picture` into a file, in the format that its ending tells, as .png or .svg."""
     picture = sweep_picture(summaries, curve, recommendation, reward, title, models, Path(file).suffix[1:])
-    write_whole(file, picture)
+    write_atomically(file, picture)
 
 
 def plot_pareto(
@@ -73,15 +74,7 @@ def plot_pareto(
 ) -> None:
     """Writes `pareto_picture` into a file, in the format that its ending tells, as .png or .svg."""
     picture = pareto_picture(summaries, curve, recommendation, reward, title, models, Path(file).suffix[1:])
-    write_whole(file, picture)
-
-
-def write_whole(file: str | os.PathLike, content: bytes) -> None:
-    """Writes a file so that an interruption leaves the old one, or none."""
-    file = Path(file)
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, file)
+    write_atomically(file, picture)
 
 
 def sweep_picture(
