@@ -179,7 +179,7 @@ def by_prompt(rows: Sequence[dict], arm: str, lam: float) -> dict[int, float]:
     rewards = defaultdict(list)
     for row in rows:
         if (row["arm"], row["lambda"]) == (arm, lam):
-            rewards[row["index"]].append(next(iter(row["rewards"].values())))
+            rewards[row["prompt_index"]].append(next(iter(row["rewards"].values())))
     return {index: sum(values) / len(values) for index, values in rewards.items()}
 
 

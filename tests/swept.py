@@ -18,8 +18,9 @@ LAMBDAS = (-0.5, 0.0, 0.5, 1.0)
 
 def row(arm: str, index: int, lam: float, sample: int, reward: float | None) -> dict:
     made = {
-        "arm": arm, "index": index, "prompt": PROMPTS[index], "lambda": lam, "sample": sample, "group": "<i>g</i>",
-        "completion": f"λ={lam:g} of {index}, {sample}", "tokens": 3, "finish": "eos", "kl": lam**2,
+        "arm": arm, "prompt_index": index, "prompt": PROMPTS[index], "lambda": lam, "sample": sample,
+        "columns": {"group": "<i>g</i>"},
+        "completion": f"λ={lam:g} of {index}, {sample}", "num_tokens": 3, "finish_reason": "eos", "kl": lam**2,
         "rewards": {"$fun$": reward, "length": 3.0},
     }  # fmt: skip
     if reward is None:
@@ -36,9 +37,9 @@ def rows(views: bool = True, arms: tuple[str, ...] = ("logits",)) -> list[dict]:
         for lam in (LAMBDAS if arm in ("logits", "weights") else (1.0,))
         for sample in range(2)
     ]
-    failed = next(r for r in made if (r["arm"], r["index"], r["lambda"], r["sample"]) == ("logits", 2, 1.0, 1))
+    failed = next(r for r in made if (r["arm"], r["prompt_index"], r["lambda"], r["sample"]) == ("logits", 2, 1.0, 1))
     failed["rewards"]["$fun$"], failed["errors"] = None, {"$fun$": "ValueError: <b>no</b>"}
-    hostile = next(r for r in made if (r["index"], r["lambda"], r["sample"]) == (0, 1.0, 0))
+    hostile = next(r for r in made if (r["prompt_index"], r["lambda"], r["sample"]) == (0, 1.0, 0))
     hostile["completion"] = HOSTILE + "🎉\n"
     if views:
         for r in made:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 
 from dera_peft.bench.measure import make_tokens
-from dera_peft.decoding.batching import Request, decode
+from dera_peft.decoding.batching import decode
+from dera_peft.decoding.requests import Request
 from dera_peft.decoding.sampling import Sampling
 from dera_peft.model import DeRaModel
 

@@ -1,6 +1,5 @@
 """`dera generate`: prompts in, a completion per prompt, λ and sample out."""
 
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -11,12 +10,13 @@ from typing import TYPE_CHECKING
 from dera_peft.checkpoint.source import ModelSource
 from dera_peft.cli.inputs import PromptSettings, resolve_one_aligned
 from dera_peft.decoding.lambdas import check_lambdas, read_lambdas
+from dera_peft.decoding.requests import Request
+from dera_peft.decoding.rows import GeneratedRow, RowLog, expect_prompts, to_line
 from dera_peft.decoding.sampling import Sampling
 from dera_peft.errors import DeRaError
 from dera_peft.settings import COUNT, part, setting
 
 if TYPE_CHECKING:
-    from dera_peft.decoding.batching import Request
     from dera_peft.decoding.prompts import Prompt
 
 
@@ -65,9 +65,8 @@ def generate(settings: GenerateSettings) -> None:
     """
     from dera_peft.checkpoint.fingerprint import settings_fingerprint
     from dera_peft.cli.console import progress
-    from dera_peft.decoding.batching import Request, decode
+    from dera_peft.decoding.batching import decode
     from dera_peft.decoding.prompts import encode
-    from dera_peft.decoding.rows import Results
     from dera_peft.model import DeRaModel
 
     prompts = settings.read_prompts_or_lines()
@@ -87,8 +86,10 @@ def generate(settings: GenerateSettings) -> None:
             "--stream shows one completion: one prompt, one λ, one sample, and neither --output nor --json."
         )
     run = settings_fingerprint({**source.fingerprint(), "chat": settings.chat, "sampling": asdict(sampling)})
-    results = None if output is None else Results(output, run, "--output")
-    finished = {} if results is None else results.finished(prompts)
+    log = None
+    if output is not None:
+        log = RowLog(output, GeneratedRow, run, expected=expect_prompts(prompts), argument="--output")
+    finished = {row.request: row for row in log.rows} if log else {}
     todo = [request for request in requests if request not in finished]
     if len(todo) < len(requests):
         done = len(requests) - len(todo)
@@ -106,9 +107,10 @@ def generate(settings: GenerateSettings) -> None:
             return
         with progress("decoding", len(requests), len(requests) - len(todo)) as advance:
             for completions in decode(model, tokenizer, tokens, todo, sampling, settings.batch_size):
-                rows = [completion.row(prompts[completion.request.index]) for completion in completions]
-                rows = [{"run": run, **row} for row in rows] if results is None else results.append(rows)
-                finished.update({completion.request: row for completion, row in zip(completions, rows, strict=True)})
+                rows = [GeneratedRow.of(run, each, prompts[each.request.index]) for each in completions]
+                if log:
+                    log.append(rows)
+                finished.update({row.request: row for row in rows})
                 if settings.json:
                     _print_rows(rows)
                 advance(len(completions))
@@ -116,12 +118,12 @@ def generate(settings: GenerateSettings) -> None:
         _show(prompts, requests, finished)
 
 
-def _print_rows(rows: Iterable[dict]) -> None:
+def _print_rows(rows: Iterable[GeneratedRow]) -> None:
     for row in rows:
-        print(json.dumps(row, ensure_ascii=False), flush=True)
+        print(to_line(row), flush=True)
 
 
-def _show(prompts: "Sequence[Prompt]", requests: "Sequence[Request]", finished: dict) -> None:
+def _show(prompts: "Sequence[Prompt]", requests: Sequence[Request], finished: dict[Request, GeneratedRow]) -> None:
     from rich.console import Console
 
     from dera_peft.cli.console import side_by_side
@@ -129,12 +131,12 @@ def _show(prompts: "Sequence[Prompt]", requests: "Sequence[Request]", finished: 
     console = Console()
     by_prompt: dict[int, dict[float, list[str]]] = defaultdict(lambda: defaultdict(list))
     for request in requests:
-        by_prompt[request.index][request.lam].append(finished[request]["completion"])
+        by_prompt[request.index][request.lam].append(finished[request].completion)
     for index, texts in by_prompt.items():
         side_by_side(console, prompts[index].text, texts)
 
 
-def _stream(model, tokenizer, tokens: list[int], request: "Request", sampling: Sampling) -> None:
+def _stream(model, tokenizer, tokens: list[int], request: Request, sampling: Sampling) -> None:
     from transformers import TextStreamer
 
     from dera_peft.decoding.batching import decode

@@ -1,6 +1,5 @@
 """`dera score`: prompts and completions in, what each completion is worth at each λ out."""
 
-import json
 import math
 import sys
 from collections import defaultdict
@@ -14,6 +13,7 @@ from dera_peft.cli.inputs import resolve_one_aligned
 from dera_peft.decoding.jsonl import parse_row
 from dera_peft.decoding.lambdas import check_lambdas, read_lambdas
 from dera_peft.decoding.prompts import Prompt, is_utf8
+from dera_peft.decoding.rows import Expected, RowLog, ScoredRow, to_line
 from dera_peft.errors import DeRaError
 from dera_peft.settings import part, setting
 
@@ -21,10 +21,9 @@ if TYPE_CHECKING:
     from rich.table import Table
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-    from dera_peft.decoding.rows import Results
     from dera_peft.decoding.scoring import Scored
 
-ENDS = {"eos": True, "length": False}  # whether the model ended it, by a row's "finish"
+ENDS = {"eos": True, "length": False}  # whether the model ended it, by a row's "finish_reason"
 DIGITS = 6  # of nats, in rows
 
 Key = tuple[int, float]  # of a row: which completion, at which λ
@@ -36,14 +35,14 @@ class Given:
     A completion to be scored.
 
     Attributes:
-        finish: "eos" or "length", as in the rows of `dera generate`; None where the row does not say.
-        tokens: how many it had when it was decoded, the end token included; None where the row does not say.
+        finish_reason: "eos" or "length", as in the rows of `dera generate`; None where the row does not say.
+        num_tokens: how many it had when it was decoded, the end token included; None where the row does not say.
     """
 
     prompt: Prompt
     completion: str
-    finish: str | None
-    tokens: int | None
+    finish_reason: str | None
+    num_tokens: int | None
 
 
 def read_completions(file: str) -> list[Given]:
@@ -76,12 +75,17 @@ def _read_row(line: str, index: int, source: str) -> Given:
         raise DeRaError(f"{source}: a completion must be a text; got {row['completion']!r}.")
     if not is_utf8(row["completion"]):
         raise DeRaError(f"{source}: the completion is not valid UTF-8.")
-    tokens = row.get("tokens")
+    if "finish" in row and "finish_reason" not in row:
+        raise DeRaError(
+            f"{source}: 'finish' is what an earlier version called 'finish_reason': rename the key, or make the "
+            "completions again."
+        )
+    num_tokens = row.get("num_tokens")
     return Given(
         Prompt(index, row["prompt"], source),
         row["completion"],
-        row.get("finish"),
-        tokens if isinstance(tokens, int) else None,
+        row.get("finish_reason"),
+        num_tokens if isinstance(num_tokens, int) else None,
     )
 
 
@@ -100,19 +104,19 @@ def encode_completions(
         end: whether the end token follows each completion; None asks its row.
 
     Raises:
-        DeRaError: a completion is too long, a row's "finish" is not known, or the tokenizer has no end token.
+        DeRaError: a completion is too long, a row's "finish_reason" is not known, or the tokenizer has no end token.
     """
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     result = []
     for each, prompt in zip(given, prompts, strict=True):
         source = each.prompt.source
-        if end is None and each.finish is not None and each.finish not in list(ENDS):
+        if end is None and each.finish_reason not in (None, *ENDS):
             raise DeRaError(
-                f"{source}: finish={each.finish!r} is neither 'eos' nor 'length': say with --end or --no-end whether "
-                "the end token is part of the completions."
+                f"{source}: finish_reason={each.finish_reason!r} is neither 'eos' nor 'length': say with --end or "
+                "--no-end whether the end token is part of the completions."
             )
         ids = list(tokenizer(each.completion, add_special_tokens=False)["input_ids"])
-        if ENDS.get(each.finish, False) if end is None else end:
+        if ENDS.get(each.finish_reason, False) if end is None else end:
             if tokenizer.eos_token_id is None:
                 raise DeRaError(f"{source}: the tokenizer has no end token to score; pass --no-end.")
             if ids[-1:] != [tokenizer.eos_token_id]:  # it may be written out
@@ -150,7 +154,7 @@ class ScoreSettings(ModelSource):
     end: bool | None = setting(
         None,
         "Whether the tokenizer's end token is part of each completion. By default it is of those whose row has "
-        "'finish': 'eos'.",
+        "'finish_reason': 'eos'.",
         panel="Prompts",
     )
     temperature: float = setting(1.0, "Divides the mixed logits; the KL is at 1.", metavar="T", panel="Sampling")
@@ -179,7 +183,6 @@ def score(settings: ScoreSettings) -> None:
     from dera_peft.checkpoint.fingerprint import settings_fingerprint
     from dera_peft.cli.console import progress
     from dera_peft.decoding.prompts import encode
-    from dera_peft.decoding.rows import Results
     from dera_peft.decoding.scoring import score_each
     from dera_peft.model import DeRaModel
 
@@ -197,8 +200,10 @@ def score(settings: ScoreSettings) -> None:
         }
     )
     output = settings.output
-    results = None if output is None else Results(output, run, "--output")
-    finished = {} if results is None else _finished(results, given)
+    log = None
+    if output is not None:
+        log = RowLog(output, ScoredRow, run, expected=lambda row: _expected(row, given), argument="--output")
+    finished: dict[Key, ScoredRow] = {(row.prompt_index, row.lam): row for row in log.rows} if log else {}
     wanted = [(index, lam) for index in range(len(given)) for lam in lambdas]
     missing: dict[tuple[float, ...], list[int]] = defaultdict(list)  # all but a torn one lack all λ, or the new ones
     for index in range(len(given)):
@@ -222,9 +227,10 @@ def score(settings: ScoreSettings) -> None:
                 for place, scored in score_each(model, *of, list(lacks), settings.temperature):
                     index = indices[place]
                     ids = completions[index] if settings.tokens else None
-                    rows = _rows(given[index], scored, lacks, ids, tokenizer)
-                    rows = [{"run": run, **row} for row in rows] if results is None else results.append(rows)
-                    finished.update({(index, row["lambda"]): row for row in rows})
+                    rows = _rows(run, given[index], scored, lacks, ids, tokenizer)
+                    if log:
+                        log.append(rows)
+                    finished.update({(index, row.lam): row for row in rows})
                     if settings.json:
                         _print_rows(rows)
                     advance(len(rows))
@@ -232,33 +238,19 @@ def score(settings: ScoreSettings) -> None:
         Console().print(table(lambdas, {key: finished[key] for key in wanted}))
 
 
-def _finished(results: "Results", given: Sequence[Given]) -> dict[Key, dict]:
-    """
-    The rows of an earlier run.
-
-    Raises:
-        DeRaError: they are of other completions than these.
-    """
-    rows = {}
-    for row in results.rows:
-        index = row["index"]
-        if index < len(given):
-            now = {"prompt": given[index].prompt.content, "completion": given[index].completion}
-            for name, value in now.items():
-                if row[name] != value:
-                    raise DeRaError(
-                        f"{str(results.file)!r} holds the scores of other rows: {name} was {row[name]!r}, where "
-                        f"{given[index].prompt.source} has {value!r}. Move the file away or name another output."
-                    )
-        rows[index, row["lambda"]] = row
-    return rows
+def _expected(row: ScoredRow, given: Sequence[Given]) -> Expected | None:
+    if row.prompt_index >= len(given):
+        return None
+    now = given[row.prompt_index]
+    return Expected(now.prompt.source, {"prompt": now.prompt.content, "completion": now.completion}, "rows")
 
 
 def _tell_of_other_splits(given: Sequence[Given], completions: Sequence[Sequence[int]], end: bool | None) -> None:
     """A sampled text need not have been made of the tokens that the tokenizer splits it into."""
     if end is not None:
         return
-    counts = [(each.tokens, len(ids)) for each, ids in zip(given, completions, strict=True) if each.tokens is not None]
+    counts = [(each.num_tokens, len(ids)) for each, ids in zip(given, completions, strict=True)]
+    counts = [(before, now) for before, now in counts if before is not None]
     if other := sum(before != now for before, now in counts):
         print(
             f"{other} of {len(counts)} completions are split into another number of tokens than they were decoded "
@@ -268,30 +260,34 @@ def _tell_of_other_splits(given: Sequence[Given], completions: Sequence[Sequence
 
 
 def _rows(
-    given: Given, scored: "Scored", lambdas: Sequence[float], ids: Sequence[int] | None, tokenizer: Any
-) -> list[dict]:
+    run: str, given: Given, scored: "Scored", lambdas: Sequence[float], ids: list[int] | None, tokenizer: Any
+) -> list[ScoredRow]:
     """A row for each λ; with the values of each token if its `ids` are given."""
     rows = []
     for place, lam in enumerate(lambdas):
-        row = {
-            "index": given.prompt.index,
-            "prompt": given.prompt.content,
-            "completion": given.completion,
-            "lambda": lam,
-            "tokens": scored.log_p.shape[1],
-            "log_p": _number(scored.total[place]),
-            "per_token": _number(scored.per_token[place]),
-            "perplexity": _number(scored.perplexity[place]),
-            "kl": _number(scored.kl[place].sum()),
-        }
+        of_tokens: dict[str, list] = {}
         if ids is not None:
-            row["token_ids"] = ids
-            row["token_texts"] = [tokenizer.decode([token]) for token in ids]
-            row["token_log_p"] = [_number(value) for value in scored.log_p[place]]
-            row["token_kl"] = [_number(value) for value in scored.kl[place]]
+            of_tokens["token_ids"] = ids
+            of_tokens["token_texts"] = [tokenizer.decode([token]) for token in ids]
+            of_tokens["token_log_p"] = [_number(value) for value in scored.log_p[place]]
+            of_tokens["token_kl"] = [_number(value) for value in scored.kl[place]]
             if scored.disagreement is not None:
-                row["token_disagreement"] = [_number(value) for value in scored.disagreement]
-        rows.append(row)
+                of_tokens["token_disagreement"] = [_number(value) for value in scored.disagreement]
+        rows.append(
+            ScoredRow(
+                run=run,
+                prompt_index=given.prompt.index,
+                prompt=given.prompt.content,
+                completion=given.completion,
+                lam=lam,
+                num_tokens=scored.log_p.shape[1],
+                log_p=_number(scored.total[place]),
+                per_token=_number(scored.per_token[place]),
+                perplexity=_number(scored.perplexity[place]),
+                kl=_number(scored.kl[place].sum()),
+                **of_tokens,
+            )
+        )
     return rows
 
 
@@ -301,7 +297,7 @@ def _number(value: Any) -> float | None:
     return round(value, DIGITS) if math.isfinite(value) else None
 
 
-def table(lambdas: Sequence[float], rows: Mapping[Key, dict]) -> "Table":
+def table(lambdas: Sequence[float], rows: Mapping[Key, ScoredRow]) -> "Table":
     """For each λ the means over the completions, and over all of their tokens."""
     from rich.table import Table
 
@@ -310,9 +306,9 @@ def table(lambdas: Sequence[float], rows: Mapping[Key, dict]) -> "Table":
         result.add_column(name, justify="right", no_wrap=True)
     for lam in lambdas:
         of = [row for (_, each), row in rows.items() if each == lam]
-        tokens = sum(row["tokens"] for row in of)
-        total = sum(_value(row["log_p"]) for row in of)
-        divergence = sum(_value(row["kl"]) for row in of)
+        tokens = sum(row.num_tokens for row in of)
+        total = sum(_value(row.log_p) for row in of)
+        divergence = sum(_value(row.kl) for row in of)
         per_token = total / tokens if tokens else math.nan
         result.add_row(
             f"{lam:g}",
@@ -337,6 +333,6 @@ def _exp(value: float) -> float:
         return math.inf
 
 
-def _print_rows(rows: Iterable[dict]) -> None:
+def _print_rows(rows: Iterable[ScoredRow]) -> None:
     for row in rows:
-        print(json.dumps(row, ensure_ascii=False), flush=True)
+        print(to_line(row), flush=True)

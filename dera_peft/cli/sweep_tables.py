@@ -107,8 +107,8 @@ def show_samples(console: Console, rows: Sequence[dict]) -> None:
     texts: dict[int, dict[float, list[str]]] = defaultdict(dict)
     for row in rows:
         if row["sample"] == 0 and row["lambda"] in wanted:
-            texts[row["index"]][row["lambda"]] = [row["completion"]]
-    titles = {row["index"]: row["prompt"] for row in rows}
+            texts[row["prompt_index"]][row["lambda"]] = [row["completion"]]
+    titles = {row["prompt_index"]: row["prompt"] for row in rows}
     for index in list(texts)[:SHOWN_PROMPTS]:
         title = titles[index] if isinstance(titles[index], str) else titles[index][-1]["content"]
         side_by_side(console, title, dict(sorted(texts[index].items())))

@@ -3,14 +3,13 @@
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from dera_peft.decoding.noise import logits_processor, row_key
-from dera_peft.decoding.prompts import Prompt
+from dera_peft.decoding.requests import Completion, Request
 from dera_peft.decoding.sampling import Sampling
 from dera_peft.engine.generation import PLAIN_GENERATION
 from dera_peft.engine.mixture import MixtureModel
@@ -22,45 +21,6 @@ from dera_peft.errors import DeRaError
 BATCH_TOKENS = 32 * 1024  # 4 GiB of keys and values in one branch of a model of 8 billion parameters (GQA, bf16)
 GROUP_BATCHES = 8  # of a group: one of them may be short
 BOTH_BRANCHES = 0.5  # a λ that needs both
-
-
-@dataclass(frozen=True)
-class Request:
-    """One completion to be made: of which prompt, at which λ (None for a model without one), the how-manieth sample."""
-
-    index: int
-    lam: float | None
-    sample: int = 0
-
-
-@dataclass(frozen=True)
-class Completion:
-    """
-    What a request gave.
-
-    Attributes:
-        tokens: the new token ids, with the end token if the model gave one.
-        text: their text, without special tokens.
-        finish: "eos" if the model ended it, "length" if the limit of tokens did.
-    """
-
-    request: Request
-    tokens: list[int]
-    text: str
-    finish: str
-
-    def row(self, prompt: Prompt) -> dict:
-        """As a line of a results file, with the columns of its prompt."""
-        return {
-            **prompt.columns,
-            "index": prompt.index,
-            "prompt": prompt.content,
-            "lambda": self.request.lam,
-            "sample": self.request.sample,
-            "completion": self.text,
-            "tokens": len(self.tokens),
-            "finish": self.finish,
-        }
 
 
 @torch.no_grad()

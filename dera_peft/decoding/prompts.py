@@ -17,13 +17,7 @@ if TYPE_CHECKING:
 
 Chat = list[dict[str, str]]
 
-# What the rows of results say themselves; a prompt's own columns stand beside it and may not be called so.
-RESULT_COLUMNS = frozenset(
-    (
-        "run", "arm", "index", "sample", "completion", "tokens", "finish", "reward", "rewards", "errors", "judged",
-        "kl", "log_p", "kl_grid", "token_views",
-    )
-)  # fmt: skip
+Chat = list[dict[str, str]]
 
 FILES = (".txt", ".jsonl", ".csv")
 
@@ -58,10 +52,6 @@ class Prompt:
             raise DeRaError(f"{self.source}: the prompt is empty.")
         if not all(map(is_utf8, texts)):
             raise DeRaError(f"{self.source}: the prompt is not valid UTF-8.")
-        if reserved := sorted(RESULT_COLUMNS & self.columns.keys()):
-            raise DeRaError(
-                f"{self.source}: the key {reserved[0]!r} is one that the results have themselves; rename it."
-            )
 
     @property
     def text(self) -> str:

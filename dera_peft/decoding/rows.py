@@ -1,88 +1,231 @@
-"""Results that survive an interruption: one JSON object a line, written as each is finished."""
+"""
+Logs of rows: .jsonl files that survive an interruption, a typed row a line, each written as soon as it is finished.
+
+Nothing here imports torch: what reads results need not wait for it.
+"""
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
 
-from dera_peft.decoding.batching import Request
-from dera_peft.decoding.prompts import RESULT_COLUMNS, Prompt
+from dera_peft.decoding.prompts import Chat, Prompt
+from dera_peft.decoding.requests import Completion, Request
 from dera_peft.errors import DeRaError
-from dera_peft.files import write_atomically
+
+JSON_NAMES = {"lam": "lambda"}  # fields that JSON calls otherwise: `lambda` is a keyword of Python
 
 
-class Results:
+@dataclass(frozen=True)
+class GeneratedRow:
     """
-    A `.jsonl` file that a run appends to and a later run continues.
+    A completion of `dera generate`.
 
-    Each row carries the run's fingerprint under "run". A last line that was torn by an interruption is dropped and made
-    again; a file of another run, or one that is damaged elsewhere, is an error and stays as it is.
+    Attributes:
+        run: fingerprint of the settings that it was made with, the first field of every row.
+        prompt_index: the place of its prompt in the list of prompts, from 0.
+        prompt, columns: of its prompt: the text or chat, and the further columns of its row.
+        lam: λ; None for a model without one.
+        sample: the how-manieth of its prompt and λ.
+        num_tokens: with the end token if there is one.
+        finish_reason: "eos" if the model ended it, "length" if the limit of tokens did.
+    """
+
+    kind: ClassVar[str] = "results"
+
+    run: str
+    prompt_index: int
+    prompt: str | Chat
+    columns: dict[str, Any]
+    lam: float | None
+    sample: int
+    completion: str
+    num_tokens: int
+    finish_reason: str
+
+    @classmethod
+    def of(cls, run: str, completion: Completion, prompt: Prompt, **values):
+        """The row of a decoded completion; `values` are the further fields of a subclass."""
+        request = completion.request
+        return cls(
+            run=run,
+            prompt_index=prompt.index,
+            prompt=prompt.content,
+            columns=prompt.columns,
+            lam=request.lam,
+            sample=request.sample,
+            completion=completion.text,
+            num_tokens=len(completion.tokens),
+            finish_reason=completion.finish_reason,
+            **values,
+        )
+
+    @property
+    def request(self) -> Request:
+        return Request(self.prompt_index, self.lam, self.sample)
+
+
+@dataclass(frozen=True)
+class RewardedRow(GeneratedRow):
+    """A completion with its reward; None where the reward gave it none."""
+
+    reward: float | None
+
+
+@dataclass(frozen=True)
+class ScoredRow:
+    """
+    What `dera score` says of one completion at one λ, in nats; null for a number that is not finite.
+
+    Attributes:
+        prompt_index: the place of the completion's row in its file, from 0.
+        num_tokens: that were scored.
+        log_p: log p_λ(completion | prompt); per_token is its mean over the tokens.
+        kl: KL(π_λ ‖ π_ref) along the completion.
+        token_ids, token_texts, token_log_p, token_kl, token_disagreement: for each token, where they were asked for.
+    """
+
+    kind: ClassVar[str] = "scores"
+
+    run: str
+    prompt_index: int
+    prompt: str | Chat
+    completion: str
+    lam: float
+    num_tokens: int
+    log_p: float | None
+    per_token: float | None
+    perplexity: float | None
+    kl: float | None
+    token_ids: list[int] | None = None
+    token_texts: list[str] | None = None
+    token_log_p: list[float | None] | None = None
+    token_kl: list[float | None] | None = None
+    token_disagreement: list[float | None] | None = None
+
+
+Row = TypeVar("Row")
+
+
+def to_json(row: Any) -> dict[str, Any]:
+    """A row as a JSON object; a field that still has its default, None, is left out."""
+    values = {each.name: getattr(row, each.name) for each in fields(row)}
+    optional = {each.name for each in fields(row) if each.default is not MISSING}
+    return {
+        JSON_NAMES.get(name, name): values[name] for name in values if name not in optional or values[name] is not None
+    }
+
+
+def from_json(row_type: type[Row], values: Mapping[str, Any]) -> Row:
+    """The row of a JSON object. Raises `TypeError` where a field is missing or not known."""
+    names = {json_name: name for name, json_name in JSON_NAMES.items()}
+    return row_type(**{names.get(name, name): value for name, value in values.items()})
+
+
+def to_line(row: Any) -> str:
+    return json.dumps(to_json(row), ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """
+    What this run would put into a row: an earlier row that differs is of other settings or inputs.
+
+    Attributes:
+        source: where the inputs stand, for messages.
+        inputs: values of the row's fields, by name.
+        input_name: what they are called in messages.
+        run: fingerprint of the settings, where rows of one file have several; and `run_name`, what has these settings.
+    """
+
+    source: str
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    input_name: str = "prompts"
+    run: str | None = None
+    run_name: str = ""
+
+
+def expect_prompts(prompts: Sequence[Prompt]) -> Callable[[GeneratedRow], Expected | None]:
+    """For `RowLog`: a row has the text and the columns (which a reward may have read) of its prompt."""
+
+    def expected(row: GeneratedRow) -> Expected | None:
+        if row.prompt_index >= len(prompts):
+            return None
+        prompt = prompts[row.prompt_index]
+        return Expected(prompt.source, {"prompt": prompt.content, "columns": prompt.columns})
+
+    return expected
+
+
+class RowLog(Generic[Row]):
+    """
+    A .jsonl file of rows that a run appends to and a later run continues.
+
+    Each of several processes appends to a file of its own and reads the files of all. A last line that an interruption
+    tore is cut off the process's own file. A file that is damaged elsewhere, or that has rows of other settings or
+    inputs, is an error and stays as it is.
 
     Args:
-        file: is made with the first rows, if it is not there; it must be possible to write it.
-        run: from `fingerprint`.
+        file: of this process. It is made with the first rows; that it can be written is checked at once.
+        row_type: a frozen dataclass with `run` as its first field and `kind`, what its rows are called in messages.
+        run: fingerprint that all rows must have; None where they have several.
+        expected: from a row to what this run would put there, or None where it makes no such row.
+        pattern: of the names of all processes' files, in the folder of `file`; by default there is that file alone.
         argument: what names the file for the user, for messages.
+        output: what the user has to move away where the rows are of another run: the file, or the folder that it is in.
+
+    Attributes:
+        rows: of all the files.
 
     Raises:
-        DeRaError: the file is of another run or damaged, or it can't be read or written.
+        DeRaError: rows are of another run, an earlier version or damaged, or a file can't be read or written.
     """
 
-    def __init__(self, file: str | os.PathLike, run: str, argument: str = "output_dir"):
+    def __init__(
+        self,
+        file: str | os.PathLike,
+        row_type: type[Row],
+        run: str | None = None,
+        *,
+        expected: Callable[[Row], Expected | None] | None = None,
+        pattern: str | None = None,
+        argument: str = "output_dir",
+        output: str | os.PathLike | None = None,
+    ):
         self.file = Path(file)
-        self.run = run
-        self.rows: list[dict] = []
-        if not is_writable(self.file, argument):
-            return
-        self.rows, torn = read_rows(self.file)
-        if other := next((row["run"] for row in self.rows if row["run"] != run), None):
-            raise DeRaError(
-                f"{str(self.file)!r} holds the results of other settings (run {other}, this one is {run}): move it "
-                "away or name another output."
-            )
-        cut_torn(self.file, torn, json.dumps({"run": run})[:-1])
-
-    def finished(self, prompts: Sequence[Prompt]) -> dict[Request, dict]:
-        """
-        The rows so far by the request that they answer.
-
-        Raises:
-            DeRaError: they are of other prompts than these, or their prompts had other columns, which a reward may
-                have read.
-        """
-        rows = {}
+        self.output = self.file if output is None else Path(output)
+        self.rows: list[Row] = []
+        check_writable(self.file, argument)
+        files = sorted(self.file.parent.glob(pattern)) if pattern else [self.file]
+        own_torn = b""
+        for each in files:
+            try:
+                rows, torn = read_rows(each, row_type)
+            except FileNotFoundError:  # it is not made yet; or another process has only checked that it can write it
+                continue
+            self.rows += rows
+            if each == self.file:
+                own_torn = torn
         for row in self.rows:
-            index = row["index"]
-            if index < len(prompts):
-                self._compare(row, prompts[index])
-            rows[Request(index, row["lambda"], row["sample"])] = row
-        return rows
+            _check_row(row, run, expected(row) if expected else None, self.output)
+        cut_torn(self.file, own_torn, '{"run": "' if run is None else json.dumps({"run": run})[:-1])
 
-    def _compare(self, row: dict, prompt: Prompt) -> None:
-        way_out = "Move the file away or name another output."
-        if prompt.content != row["prompt"]:
-            raise DeRaError(
-                f"{str(self.file)!r} holds the results of other prompts: {row['prompt']!r}, where {prompt.source} is "
-                f"{prompt.content!r}. {way_out}"
-            )
-        before, now = _columns(row), _columns(prompt.columns)
-        for name in sorted(before.keys() | now.keys()):
-            if before.get(name) != now.get(name):
-                raise DeRaError(
-                    f"{str(self.file)!r} holds the results of other columns: {name!r} was "
-                    f"{before.get(name, 'not there')}, and {prompt.source} has {now.get(name, 'none')}. {way_out}"
-                )
-
-    def append(self, rows: Iterable[dict]) -> list[dict]:
-        """Writes rows, each with this run's fingerprint, and returns them so."""
-        rows = [{"run": self.run, **row} for row in rows]
-        append_rows(self.file, rows)
-        self.rows.extend(rows)
+    def append(self, rows: Iterable[Row]) -> list[Row]:
+        """Writes rows as whole lines, at once; returns them."""
+        rows = list(rows)
+        lines = "".join(to_line(row) + "\n" for row in rows).encode("utf-8")
+        with self.file.open("ab", buffering=0) as stream:  # one call, so that no line of another process comes between
+            while lines:
+                lines = lines[stream.write(lines) :]
+        self.rows += rows
         return rows
 
 
-def is_writable(file: Path, argument: str) -> bool:
+def check_writable(file: Path, argument: str) -> None:
     """
-    Whether there is such a file. Better known now than after an hour of decoding is whether it can be written.
+    Makes the folder of `file`. Better known now than after an hour of decoding is whether the file can be written.
 
     Raises:
         DeRaError: it can't; the message names `argument`.
@@ -96,32 +239,39 @@ def is_writable(file: Path, argument: str) -> bool:
             file.unlink()
     except OSError as error:
         raise DeRaError(f"{argument}: {str(file)!r} can't be written: {error.strerror}.") from error
-    return not is_new
 
 
-def read_rows(file: Path, keys: Sequence[str] = ("run",)) -> tuple[list[dict], bytes]:
+def read_rows(file: Path, row_type: type[Row]) -> tuple[list[Row], bytes]:
     """
-    The whole lines of a file, and what an interruption left of one behind them.
-
-    Args:
-        keys: that every row has.
+    The rows of a file, and what an interruption left of a line behind them.
 
     Raises:
-        DeRaError: a line is not a row of results.
+        DeRaError: a line is not such a row.
+        FileNotFoundError: there is no such file.
     """
     whole, _, torn = file.read_bytes().rpartition(b"\n")
     rows = []
     for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
         try:
-            row = json.loads(line)
-            for key in keys:
-                row[key]
-        except (ValueError, KeyError, TypeError):
+            values = json.loads(line)
+            rows.append(from_json(row_type, values))
+        except (ValueError, AttributeError, TypeError):
+            what = "is not a row of results"
+            if is_old_form(line):
+                what = "is of an earlier version, whose rows had 'index', 'tokens' and 'finish'"
             raise DeRaError(
-                f"{str(file)!r}, line {number}, is not a row of results: move the file away or name another output."
+                f"{str(file)!r}, line {number}, {what}: move the file away or name another output."
             ) from None
-        rows.append(row)
     return rows, torn
+
+
+def is_old_form(line: bytes) -> bool:
+    """Whether a line is a row as an earlier version wrote them."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(values, dict) and {"run", "index", "lambda"} <= values.keys() and "prompt_index" not in values
 
 
 def cut_torn(file: Path, torn: bytes, beginning: str) -> None:
@@ -146,17 +296,33 @@ def cut_torn(file: Path, torn: bytes, beginning: str) -> None:
                 stream.truncate(whole)
 
 
-def append_rows(file: Path, rows: Iterable[dict]) -> None:
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def _check_row(row: Any, run: str | None, expected: Expected | None, output: Path) -> None:
+    """Raises `DeRaError` where a row is of other settings or other inputs than this run's."""
+    holds = f"{str(output)!r} holds the {row.kind} of other"
+    way_out = "move it away or name another output."
+    run_name = ""
+    if run is None and expected is not None:
+        run, run_name = expected.run, expected.run_name
+    if run is not None and row.run != run:
+        raise DeRaError(f"{holds} settings ({run_name}run {row.run}, this one is {run}): {way_out}")
+    if expected is None:
+        return
+    for name, value in expected.inputs.items():
+        if name == "columns":
+            before, now = _json_values(row.columns), _json_values(value)
+            for column in sorted(before.keys() | now.keys()):
+                if before.get(column) != now.get(column):
+                    raise DeRaError(
+                        f"{holds} columns: {column!r} was {before.get(column, 'not there')}, and {expected.source} has "
+                        f"{now.get(column, 'none')}: {way_out}"
+                    )
+        elif getattr(row, name) != value:
+            raise DeRaError(
+                f"{holds} {expected.input_name}: {getattr(row, name)!r}, where {expected.source} is {value!r}: "
+                f"{way_out}"
+            )
 
 
-def write_rows(file: Path, rows: Iterable[dict]) -> None:
-    """Whole or not at all."""
-    write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def _columns(row: dict) -> dict[str, str]:
-    """A prompt's own columns in a row, each as JSON, in which NaN is NaN."""
-    own = row.keys() - RESULT_COLUMNS - {"prompt", "lambda"}
-    return {name: json.dumps(row[name], sort_keys=True, ensure_ascii=False) for name in own}
+def _json_values(columns: Mapping[str, Any]) -> dict[str, str]:
+    """Each as JSON, in which NaN is NaN."""
+    return {name: json.dumps(value, sort_keys=True, ensure_ascii=False) for name, value in columns.items()}

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dera_peft.checkpoint.devices import device_map_of, join_processes
-from dera_peft.decoding.batching import Completion, Request, decode
+from dera_peft.decoding.batching import decode
 from dera_peft.decoding.prompts import read_prompts
+from dera_peft.decoding.requests import Completion, Request
 from dera_peft.decoding.scoring import score_each
 from dera_peft.evaluate.arms import make_arms
 from dera_peft.evaluate.config import SweepConfig

@@ -1,5 +1,6 @@
 """A sweep over λ: decode held-out prompts, score the completions, recommend a λ, and write the report."""
 
+import json
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -10,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dera_peft.checkpoint.devices import device_map_of, join_processes
-from dera_peft.decoding.prompts import Prompt, encode, read_prompts
-from dera_peft.decoding.rows import write_rows
+from dera_peft.decoding.prompts import Prompt, column_names, encode, read_prompts
 from dera_peft.engine.plan import LOGITS
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate.analysis.curve import Curve, estimate_curve, reason_off
@@ -19,14 +19,16 @@ from dera_peft.evaluate.analysis.recommend import recommend
 from dera_peft.evaluate.analysis.summary import AGAINST, check_names, summarise, write_csv
 from dera_peft.evaluate.arms import Arm, make_arms
 from dera_peft.evaluate.config import SweepConfig
+from dera_peft.evaluate.lock import hold
 from dera_peft.evaluate.report.page import write_report
 from dera_peft.evaluate.report.plots import plot_pareto, plot_sweep
 from dera_peft.evaluate.result import SweepResult
 from dera_peft.evaluate.retrain import FILE_NAME as RETRAIN
 from dera_peft.evaluate.retrain import retrain_command
-from dera_peft.evaluate.store import Key, hold
+from dera_peft.evaluate.rows import Key, RewardRow
 from dera_peft.evaluate.worker import Progress, SweepWorker, no_progress
-from dera_peft.rewards.functions import NamedReward, load_rewards
+from dera_peft.files import write_atomically
+from dera_peft.rewards.functions import NamedReward, check_columns, load_rewards
 from dera_peft.rewards.judges import NamedJudge, load_judge
 from dera_peft.rewards.metrics import Measured, is_better_low
 
@@ -147,6 +149,8 @@ def _read_prompts(config: SweepConfig, rewards: Sequence[NamedReward], warns: bo
                 raise DeRaError(
                     f"{prompt.source}: has no {config.group!r} to tell its group by; it has {sorted(prompt.columns)}."
                 )
+    if any(reward.function is not None for reward in rewards):
+        check_columns(column_names(prompts))
     for reward in rewards:
         kind, _, column = reward.name.partition(":")
         if reward.metric and kind == "exact_match" and not any(column in prompt.columns for prompt in prompts):
@@ -193,10 +197,8 @@ def _finish(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJud
         inputs = summaries, curve, recommendation, names[0]
         plot_sweep(*inputs, folder / f"sweep.{ending}", title, models)
         plot_pareto(*inputs, folder / f"pareto.{ending}", title, models)
-    write_rows(
-        folder / "samples.jsonl",
-        ({name: value for name, value in row.items() if name not in IN_MEMORY} for row in rows),
-    )
+    lines = ({name: value for name, value in row.items() if name not in IN_MEMORY} for row in rows)
+    write_atomically(folder / "samples.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     write_csv(summaries, folder / "summary.csv")
     facts = _facts(worker, rewards, judge)
     title = f"How strong should {facts['adapter']} be?"
@@ -211,7 +213,7 @@ def _join_rows(worker: SweepWorker, rewards: Sequence[NamedReward], judge: Named
     """Each completion with its score, rewards and verdicts, by arm, prompt, λ and sample."""
     scores, reward_rows = worker.scores(), worker.rewards()
     keys = worker.all_keys(range(len(worker.prompts)))
-    verdicts: dict[Key, dict[str, dict]] = {}
+    verdicts: dict[Key, dict[str, RewardRow]] = {}
     if judge is not None:
         for name, key, other in worker.comparisons(keys):
             verdict = reward_rows[name, key, worker.judge_run(judge, key, other)]
@@ -219,12 +221,12 @@ def _join_rows(worker: SweepWorker, rewards: Sequence[NamedReward], judge: Named
     rows = []
     for key in keys:
         completion, score, prompt = worker.completions[key], scores[key], worker.prompts[key.index]
-        ids, has_end = completion["ids"], completion["finish"] == "eos"
+        ids, has_end = completion.token_ids, completion.finish_reason == "eos"
         measured = Measured(
-            completion["completion"],
+            completion.completion,
             tokens=ids[:-1] if has_end else ids,
-            log_ref=score["log_ref"],
-            log_aligned=score.get("log_aligned"),
+            log_ref=score.log_ref,
+            log_aligned=score.log_aligned,
             length=len(ids),
             columns=prompt.columns,
         )
@@ -235,30 +237,31 @@ def _join_rows(worker: SweepWorker, rewards: Sequence[NamedReward], judge: Named
                 values[reward.name] = reward.metric(measured)
                 continue
             reward_row = reward_rows[reward.name, key, worker.reward_run(reward, key)]
-            values[reward.name] = reward_row["value"]
-            if "error" in reward_row:
-                errors[reward.name] = reward_row["error"]
+            values[reward.name] = reward_row.value
+            if reward_row.error is not None:
+                errors[reward.name] = reward_row.error
         judged = verdicts.get(key, {})
-        errors |= {f"judge {lam}": verdict["error"] for lam, verdict in judged.items() if "error" in verdict}
+        errors |= {f"judge {lam}": verdict.error for lam, verdict in judged.items() if verdict.error is not None}
         row = {
-            "run": completion["run"],
+            "run": completion.run,
             "arm": key.arm,
-            "index": key.index,
-            **prompt.columns,
-            "prompt": prompt.content,  # also where another column is called so
+            "prompt_index": key.index,
+            "prompt": prompt.content,
+            "columns": prompt.columns,
             "lambda": key.lam,
             "sample": key.sample,
-            "completion": completion["completion"],
-            "tokens": len(ids),
-            "finish": completion["finish"],
-            "kl": score["kl"],
+            "completion": completion.completion,
+            "num_tokens": len(ids),
+            "finish_reason": completion.finish_reason,
+            "kl": score.kl,
             "rewards": values,
         }
         if errors:
             row["errors"] = errors
         if judge is not None:
-            row["judged"] = {lam: verdict["value"] for lam, verdict in judged.items()}
-        rows.append(row | {name: score[name] for name in IN_MEMORY if name in score})
+            row["judged"] = {lam: verdict.value for lam, verdict in judged.items()}
+        in_memory = {name: getattr(score, name) for name in IN_MEMORY}
+        rows.append(row | {name: value for name, value in in_memory.items() if value is not None})
     return rows
 
 

@@ -10,18 +10,19 @@ from transformers import PreTrainedTokenizerBase
 
 from dera_peft.checkpoint.devices import free_memory
 from dera_peft.checkpoint.fingerprint import settings_fingerprint
-from dera_peft.decoding.batching import Request, decode
+from dera_peft.decoding.batching import decode
 from dera_peft.decoding.prompts import Prompt, column_names
+from dera_peft.decoding.requests import Request
+from dera_peft.decoding.rows import Expected
 from dera_peft.decoding.scoring import score_each
 from dera_peft.engine.plan import LOGITS
-from dera_peft.errors import DeRaError
 from dera_peft.evaluate.analysis.curve import reason_off
 from dera_peft.evaluate.analysis.summary import AGAINST
 from dera_peft.evaluate.arms import Arm, fine_grid
 from dera_peft.evaluate.config import SweepConfig
 from dera_peft.evaluate.report.samples import sample_rows
 from dera_peft.evaluate.report.token_views import token_views
-from dera_peft.evaluate.store import Key, Store
+from dera_peft.evaluate.rows import CompletionRow, Key, RewardRow, ScoreRow, open_log
 from dera_peft.model import DeRaModel
 from dera_peft.rewards.functions import NamedReward, call_reward_or_mark, columns_of
 from dera_peft.rewards.judges import NamedJudge, judge_or_mark
@@ -71,10 +72,18 @@ class SweepWorker:
 
     def read_files(self) -> None:
         """Reads the rows that all processes have written so far."""
-        self.completion_store, self.score_store, self.reward_store = (
-            Store(self.folder, kind, self.rank) for kind in ("completions", "scores", "rewards")
-        )
-        self.completions = self._check_completions(self.completion_store.rows)
+        runs = {arm.name: arm.run for arm in self.arms}
+
+        def expected(row: CompletionRow) -> Expected | None:
+            if row.arm not in runs or row.prompt_index >= len(self.prompts):
+                return None
+            prompt = self.prompts[row.prompt_index]
+            return Expected(prompt.source, {"prompt": prompt.content}, run=runs[row.arm], run_name=f"arm {row.arm!r}: ")
+
+        self.completion_log = open_log(self.folder, CompletionRow, self.rank, expected)
+        self.score_log = open_log(self.folder, ScoreRow, self.rank)
+        self.reward_log = open_log(self.folder, RewardRow, self.rank)
+        self.completions = {row.key: row for row in self.completion_log.rows if expected(row)}
 
     # -- which rows there are ---------------------------------------------------------------------------------------
 
@@ -89,29 +98,6 @@ class SweepWorker:
     def all_keys(self, indices: Iterable[int]) -> list[Key]:
         indices = list(indices)
         return [key for arm in self.arms for key in self.keys(arm, indices)]
-
-    def _check_completions(self, rows: Iterable[dict]) -> dict[Key, dict]:
-        """The rows of this sweep's arms, by key. Raises `DeRaError` where they have other settings or prompts."""
-        runs = {arm.name: arm.run for arm in self.arms}
-        completions = {}
-        for row in rows:
-            key = Key.of(row)
-            if key.arm not in runs or key.index >= len(self.prompts):
-                continue
-            way_out = "move the folder away or name another output_dir."
-            if row["run"] != runs[key.arm]:
-                raise DeRaError(
-                    f"{str(self.folder)!r} holds the completions of other settings (arm {key.arm!r}: run "
-                    f"{row['run']}, this one is {runs[key.arm]}): {way_out}"
-                )
-            prompt = self.prompts[key.index]
-            if row["prompt"] != prompt.content:
-                raise DeRaError(
-                    f"{str(self.folder)!r} holds the completions of other prompts: {row['prompt']!r}, where "
-                    f"{prompt.source} is {prompt.content!r}; {way_out}"
-                )
-            completions[key] = row
-        return completions
 
     # -- completions and scores ---------------------------------------------------------------------------------------
 
@@ -134,40 +120,46 @@ class SweepWorker:
                 model, self.tokenizer, self.tokens, requests, self.config.sampling, self.config.batch_size
             ):
                 rows = [
-                    {
-                        "run": arm.run,
-                        **Key(arm.name, each.request.index, each.request.lam, each.request.sample).row(),
-                        "prompt": self.prompts[each.request.index].content,
-                        "completion": each.text,
-                        "ids": each.tokens,
-                        "finish": each.finish,
-                    }
+                    CompletionRow(
+                        run=arm.run,
+                        arm=arm.name,
+                        prompt_index=each.request.index,
+                        lam=each.request.lam,
+                        sample=each.request.sample,
+                        prompt=self.prompts[each.request.index].content,
+                        completion=each.text,
+                        token_ids=each.tokens,
+                        finish_reason=each.finish_reason,
+                    )
                     for each in completions
                 ]
-                self.completions.update((Key.of(row), row) for row in self.completion_store.append(rows))
+                self.completions.update((row.key, row) for row in self.completion_log.append(rows))
                 advance(len(rows))
 
     def score_run(self, key: Key) -> str:
         """Fingerprint of everything that the score of a completion depends on."""
         row = self.completions[key]
         grid = self.grid if key.arm == LOGITS and self.reads_grid else None
-        return settings_fingerprint([row["run"], row["ids"], grid])
+        return settings_fingerprint([row.run, row.token_ids, grid])
 
-    def scores(self) -> dict[Key, dict]:
-        rows = ((Key.of(row), row) for row in self.score_store.rows)
-        return {key: row for key, row in rows if key in self.completions and row["run"] == self.score_run(key)}
+    def scores(self) -> dict[Key, ScoreRow]:
+        rows = (row for row in self.score_log.rows if row.key in self.completions)
+        return {row.key: row for row in rows if row.run == self.score_run(row.key)}
 
     def _unscored(self, arm: Arm) -> dict[Key, bool]:
         """The completions without a complete score, and whether the report shows their tokens."""
         decoded = [key for key in self.keys(arm, self.own_indices) if key in self.completions]
-        rows = [{**self.completions[key], "tokens": len(self.completions[key]["ids"])} for key in decoded]
+        rows = [
+            {"key": key, "prompt_index": key.index, "sample": key.sample, "num_tokens": len(row.token_ids)}
+            for key, row in ((key, self.completions[key]) for key in decoded)
+        ]
         # chosen among this process's rows: at least those that the report will choose among all rows
-        sampled = {Key.of(row) for row in sample_rows(rows)} if rows and arm.mixing == LOGITS else set()
+        sampled = {row["key"] for row in sample_rows(rows)} if rows and arm.mixing == LOGITS else set()
         scores = self.scores()
         return {
             key: key in sampled
             for key in decoded
-            if key not in scores or (key in sampled and "token_views" not in scores[key])
+            if key not in scores or (key in sampled and scores[key].token_views is None)
         }
 
     def _score(self, arm: Arm, model: DeRaModel, todo: Mapping[Key, bool]) -> None:
@@ -182,13 +174,13 @@ class SweepWorker:
         with self.progress(f"scoring, {arm.name}", len(todo), 0) as advance:
             for (lam, with_views), keys in jobs.items():
                 for key, values in self._score_each(arm, model, keys, lam, with_views):
-                    self.score_store.append([{"run": self.score_run(key), **key.row(), **values}])
+                    self.score_log.append([ScoreRow(self.score_run(key), *key, **values)])
                     advance(1)
 
     def _score_each(
         self, arm: Arm, model: DeRaModel, keys: list[Key], lam: tuple[float, ...], with_views: bool
     ) -> Iterator[tuple[Key, dict]]:
-        inputs = [self.tokens[key.index] for key in keys], [self.completions[key]["ids"] for key in keys]
+        inputs = [self.tokens[key.index] for key in keys], [self.completions[key].token_ids for key in keys]
         on_grid = arm.name == LOGITS and self.reads_grid
         temperature = self.config.temperature if on_grid else 1.0
         at_temperature_1 = {}
@@ -214,23 +206,23 @@ class SweepWorker:
 
     def reward_run(self, reward: NamedReward, key: Key) -> str:
         return settings_fingerprint(
-            [reward.fingerprint, self.prompts[key.index].columns, self.completions[key]["completion"]]
+            [reward.fingerprint, self.prompts[key.index].columns, self.completions[key].completion]
         )
 
     def judge_run(self, judge: NamedJudge, key: Key, other: Key) -> str:
-        texts = [self.completions[each]["completion"] for each in (key, other)]
+        texts = [self.completions[each].completion for each in (key, other)]
         return settings_fingerprint([judge.fingerprint, self.config.seed, *texts])
 
-    def rewards(self) -> dict[tuple[str, Key, str], dict]:
+    def rewards(self) -> dict[tuple[str, Key, str], RewardRow]:
         """
         The rows of rewards and verdicts by name, completion and fingerprint; of several one without an error.
 
         A reward that has changed, or another text, has another fingerprint, so that its old rows are not found.
         """
-        rows: dict[tuple[str, Key, str], dict] = {}
-        for row in self.reward_store.rows:
-            place = row["name"], Key.of(row), row["run"]
-            if place not in rows or "error" in rows[place]:
+        rows: dict[tuple[str, Key, str], RewardRow] = {}
+        for row in self.reward_log.rows:
+            place = row.name, row.key, row.run
+            if place not in rows or rows[place].error is not None:
                 rows[place] = row
         return rows
 
@@ -242,7 +234,7 @@ class SweepWorker:
             return call_reward_or_mark(
                 reward.function,
                 [prompt.content for prompt in prompts],
-                [self.completions[key]["completion"] for key in keys],
+                [self.completions[key].completion for key in keys],
                 columns_of(prompts, self.columns),
             )
 
@@ -267,8 +259,8 @@ class SweepWorker:
             return judge_or_mark(
                 judge,
                 [self.prompts[key.index].content for _, key, _ in pairs],
-                [self.completions[key]["completion"] for _, key, _ in pairs],
-                [self.completions[other]["completion"] for _, _, other in pairs],
+                [self.completions[key].completion for _, key, _ in pairs],
+                [self.completions[other].completion for _, _, other in pairs],
                 [(self.config.seed, name, *key) for name, key, _ in pairs],
             )
 
@@ -285,20 +277,18 @@ class SweepWorker:
             call: from some of these items to (value, error) of each.
         """
         rows = self.rewards()
-        todo = [place for place in places if place not in rows or "error" in rows[place]]
+        todo = [place for place in places if place not in rows or rows[place].error is not None]
         if not todo:
             return
         with self.progress(description, len(places), len(places) - len(todo)) as advance:
             for start in range(0, len(todo), self.config.batch_size):
                 batch = todo[start : start + self.config.batch_size]
                 values = call([places[place] for place in batch])
-                self.reward_store.append(_reward_row(*place, *pair) for place, pair in zip(batch, values, strict=True))
+                self.reward_log.append(
+                    RewardRow(run, *key, name=name, value=value, error=error)
+                    for (name, key, run), (value, error) in zip(batch, values, strict=True)
+                )
                 advance(len(batch))
-
-
-def _reward_row(name: str, key: Key, run: str, value: float | None, error: str | None) -> dict:
-    row = {"run": run, **key.row(), "name": name, "value": value}
-    return row if error is None else {**row, "error": error}
 
 
 def _rounded(tokens: list[dict]) -> list[dict]:

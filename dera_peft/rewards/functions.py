@@ -4,7 +4,7 @@ import inspect
 import numbers
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -170,12 +170,23 @@ def columns_of(prompts: Sequence[Prompt], names: Sequence[str]) -> dict[str, lis
     return {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
 
 
+def check_columns(names: Iterable[str]) -> None:
+    """Raises `DeRaError` for a column that a reward can't be given, because its own arguments are called so."""
+    for name in names:
+        if name in ("prompts", "completions"):
+            raise DeRaError(
+                f"column {name!r}: a reward is given the columns by name beside its own prompts and completions; "
+                "rename the column."
+            )
+
+
 def name_of(function: Callable) -> str:
     return getattr(function, "__name__", None) or repr(function)
 
 
 def _call(reward: Reward, prompts: Sequence, completions: Sequence[str], columns: dict[str, list]) -> Sequence:
     name = name_of(reward)
+    check_columns(columns)
     try:
         values = reward(prompts=list(prompts), completions=list(completions), **columns)
     except DeRaError:

@@ -8,6 +8,8 @@ from random import Random
 
 from rich.table import Table
 
+from dera_peft.decoding.rows import RewardedRow
+
 BEST_WORST, ALL = "best_worst", "all"
 
 # Why a prompt gives no pair.
@@ -20,13 +22,13 @@ ALIKE = "no two rewards differ by more than min_margin"
 
 
 def make_pairs(
-    rows: Sequence[dict], pairs: str, min_margin: float, label_temperature: float = 0.0, seed: int = 0
+    rows: Sequence[RewardedRow], pairs: str, min_margin: float, label_temperature: float = 0.0, seed: int = 0
 ) -> tuple[list[dict], Counter]:
     """
     Pairs in TRL's preference format, and what became of the prompts.
 
     Args:
-        rows: of completions.jsonl: "index" of the prompt, "prompt", "sample", "completion", "finish" and "reward".
+        rows: of completions.jsonl.
         pairs: "best_worst": of each prompt the best completion against the worst; "all": every two of them.
         min_margin: of a pair the better reward exceeds the worse by more than this.
         label_temperature: T; a is chosen over b with the probability σ((r_a - r_b)/T), as Bradley and Terry have it,
@@ -38,7 +40,7 @@ def make_pairs(
     """
     by_prompt = defaultdict(list)
     for row in rows:
-        by_prompt[row["index"]].append(row)
+        by_prompt[row.prompt_index].append(row)
     result, outcomes = [], Counter()
     for _, group in sorted(by_prompt.items()):
         usable, reason = _usable(group)
@@ -48,41 +50,41 @@ def make_pairs(
     return result, outcomes
 
 
-def _usable(group: Sequence[dict]) -> tuple[list[dict], str | None]:
+def _usable(group: Sequence[RewardedRow]) -> tuple[list[RewardedRow], str | None]:
     """One prompt's completions that can stand in a pair, worst first; and the reason where there are no two."""
     # one that was cut would teach to stop in the middle, and from an empty one DPO can't learn
-    ended = [row for row in group if row["finish"] == "eos" and row["completion"].strip()]
-    scored = [row for row in ended if row["reward"] is not None]
+    ended = [row for row in group if row.finish_reason == "eos" and row.completion.strip()]
+    scored = [row for row in ended if row.reward is not None]
     if len(ended) < 2:
         return [], UNFINISHED
     if len(scored) < 2:
         return [], UNSCORED
-    if len({row["completion"] for row in scored}) < 2:
+    if len({row.completion for row in scored}) < 2:
         return [], IDENTICAL
-    return sorted(scored, key=lambda row: (row["reward"], row["sample"])), None
+    return sorted(scored, key=lambda row: (row.reward, row.sample)), None
 
 
 def _pairs_of(
-    usable: Sequence[dict], pairs: str, min_margin: float, label_temperature: float, seed: int
+    usable: Sequence[RewardedRow], pairs: str, min_margin: float, label_temperature: float, seed: int
 ) -> Iterator[dict]:
     candidates = [(usable[0], usable[-1])] if pairs == BEST_WORST else combinations(usable, 2)
-    chat = isinstance(usable[0]["prompt"], list)
+    chat = isinstance(usable[0].prompt, list)
     for worse, better in candidates:
-        margin = better["reward"] - worse["reward"]
-        if margin <= min_margin or better["completion"] == worse["completion"]:
+        margin = better.reward - worse.reward
+        if margin <= min_margin or better.completion == worse.completion:
             continue
         chosen, rejected = better, worse
         if label_temperature:
             # random numbers of this very pair, so that others neither shift nor repeat them
-            draw = Random(f"{seed} {better['index']} {better['sample']} {worse['sample']}").random()
+            draw = Random(f"{seed} {better.prompt_index} {better.sample} {worse.sample}").random()
             if draw >= 1 / (1 + math.exp(-margin / label_temperature)):
                 chosen, rejected = worse, better
         yield {
-            "prompt": chosen["prompt"],
-            "chosen": _as_completion(chosen["completion"], chat),
-            "rejected": _as_completion(rejected["completion"], chat),
-            "chosen_reward": chosen["reward"],
-            "rejected_reward": rejected["reward"],
+            "prompt": chosen.prompt,
+            "chosen": _as_completion(chosen.completion, chat),
+            "rejected": _as_completion(rejected.completion, chat),
+            "chosen_reward": chosen.reward,
+            "rejected_reward": rejected.reward,
         }
 
 

@@ -12,6 +12,7 @@ counted, with the reason. Of several processes each samples a part; their random
 those of a single one.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,9 +153,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     from dera_peft.checkpoint.devices import device_map_of, join_processes
     from dera_peft.checkpoint.fingerprint import settings_fingerprint
-    from dera_peft.decoding.batching import Request
-    from dera_peft.decoding.rows import Results, write_rows
-    from dera_peft.rewards.functions import load_reward, reward_fingerprint
+    from dera_peft.decoding.prompts import column_names
+    from dera_peft.decoding.requests import Request
+    from dera_peft.decoding.rows import RewardedRow, RowLog, expect_prompts
+    from dera_peft.files import write_atomically
+    from dera_peft.rewards.functions import check_columns, load_reward, reward_fingerprint
     from dera_peft.training.models import find_source
 
     processes = join_processes()
@@ -168,6 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
     # not the prompts: there may be more of them, and each completion is compared with its own
     inputs = {**source.fingerprint(), "reward": reward_fingerprint(args.reward)}
     prompts = prompts[: args.max_prompts]
+    check_columns(column_names(prompts))
     folder = Path(args.output_dir)
     output = OutputFolder(folder, settings_of(args, ignore=NOT_OF_A_COMPLETION), inputs, args.overwrite)
     with processes.main_process_first():
@@ -176,35 +180,37 @@ def main(arguments: list[str] | None = None) -> None:
                 file.unlink()
     run = settings_fingerprint(output.record)
 
-    def finished() -> dict[Request, dict]:
+    number = f"-{processes.process_index}" if processes.process_index else ""
+
+    def read_log() -> tuple[RowLog, dict[Request, RewardedRow]]:
         """The completions in the files of all processes, also of an earlier run with another number of them."""
-        rows = {}
-        for file in sorted(folder.glob("completions*.jsonl")):
-            rows.update(Results(file, run).finished(prompts))
-        return rows
+        expected = expect_prompts(prompts)
+        log = RowLog(
+            folder / f"completions{number}.jsonl", RewardedRow, run, expected=expected, pattern="completions*.jsonl"
+        )
+        return log, {row.request: row for row in log.rows}
 
     requests = [Request(prompt.index, None, sample) for prompt in prompts for sample in range(args.samples)]
-    there = finished()
-    todo = [request for request in requests if request not in there]
+    log, finished = read_log()
+    todo = [request for request in requests if request not in finished]
     if todo:
         processes.wait_for_everyone()  # all have seen the same files, before any writes
         mine = todo[processes.process_index :: processes.num_processes]
-        number = f"-{processes.process_index}" if processes.process_index else ""
-        results = Results(folder / f"completions{number}.jsonl", run)
-        sample(args, source, prompts, mine, len(requests) - len(todo), results, reward, device_map)
+        sample(args, source, prompts, mine, len(requests) - len(todo), log, run, reward, device_map)
         processes.wait_for_everyone()
     if not processes.is_main_process:
         return
 
-    there = finished()
-    rows = [there[request] for request in requests if request in there]
+    _, finished = read_log()
+    rows = [finished[request] for request in requests if request in finished]
     pairs, outcomes = make_pairs(rows, args.pairs, args.min_margin, args.label_temperature, args.seed)
     outcomes[TOO_LONG] = len(prompts) - outcomes.total()
     outcomes[EMPTY] = empty
     Console().print(outcome_table(outcomes))
     if not pairs:
         raise DeRaError("no prompt gives a pair; the table above says why.")
-    write_rows(folder / "preferences.jsonl", pairs)
+    lines = (json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
+    write_atomically(folder / "preferences.jsonl", "".join(lines))
     output.complete()
     print(f"{len(pairs)} pairs from {len(prompts) + empty} prompts in {folder / 'preferences.jsonl'}")
 
@@ -240,22 +246,25 @@ def sample(
     prompts: list,
     todo: Sequence,
     there: int,
-    results: Any,
+    log: Any,
+    run: str,
     reward: Any,
     device_map: Any,
 ) -> None:
     """
-    Adds the completions of the requests `todo` to `results`, each with its reward, but for prompts that are too long.
+    Adds the completions of the requests `todo` to `log`, each with its reward, but for prompts that are too long.
 
     Args:
         source: the SFT model, from `find_source`.
         there: how many completions an earlier run has made, for the progress bar.
-        results, reward: a `Results` and a `Reward`.
+        log, reward: a `RowLog` and a `Reward`.
+        run: fingerprint of the settings.
     """
     from dera_peft.checkpoint.loading import load_config, load_tokenizer
     from dera_peft.cli.console import progress
     from dera_peft.decoding.batching import decode
     from dera_peft.decoding.prompts import PromptTooLong, column_names, encode
+    from dera_peft.decoding.rows import RewardedRow
     from dera_peft.decoding.sampling import Sampling
     from dera_peft.rewards.functions import call_reward, columns_of
     from dera_peft.training.sampler import load_sft_model
@@ -282,8 +291,8 @@ def sample(
             of = [prompts[completion.request.index] for completion in completions]
             texts = [completion.text for completion in completions]
             rewards = call_reward(reward, [prompt.content for prompt in of], texts, columns_of(of, names))
-            results.append(
-                {**completion.row(prompt), "reward": value}
+            log.append(
+                RewardedRow.of(run, completion, prompt, reward=value)
                 for prompt, completion, value in zip(of, completions, rewards, strict=True)
             )
             advance(len(completions))

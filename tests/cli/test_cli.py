@@ -87,11 +87,11 @@ def test_json_lines(dera, model):
     )  # fmt: skip
     assert code == 0
     found = rows(out)
-    assert {(row["index"], row["lambda"], row["sample"]) for row in found} == {
+    assert {(row["prompt_index"], row["lambda"], row["sample"]) for row in found} == {
         (index, lam, sample) for index in (0, 1) for lam in (0.0, 0.5, 1.0) for sample in (0, 1)
     }
     assert {row["prompt"] for row in found} == {"Rain", "A fox"}
-    assert all(set(row) >= {"run", "completion", "tokens", "finish"} for row in found)
+    assert all(set(row) >= {"run", "completion", "num_tokens", "finish_reason"} for row in found)
 
 
 def test_negative_lambdas_and_a_rows_own(dera, model, tmp_path):
@@ -99,17 +99,21 @@ def test_negative_lambdas_and_a_rows_own(dera, model, tmp_path):
     file.write_text('{"prompt": "Rain", "lambda": [0.25, 3], "topic": "weather"}\n{"prompt": "A fox"}\n')
     code, out, _ = dera("generate", *model, "--lambda", "-0.5,1", "--prompts", file, "--max-new-tokens", 3, "--json")
     assert code == 0
-    assert [(row["index"], row["lambda"]) for row in sorted(rows(out), key=lambda r: (r["index"], r["lambda"]))] == [
+    found = sorted(rows(out), key=lambda row: (row["prompt_index"], row["lambda"]))
+    assert [(row["prompt_index"], row["lambda"]) for row in found] == [
         (0, 0.25), (0, 3.0), (1, -0.5), (1, 1.0),
     ]  # fmt: skip
-    assert {row.get("topic") for row in rows(out) if row["index"] == 0} == {"weather"}
+    assert {row["columns"].get("topic") for row in rows(out) if row["prompt_index"] == 0} == {"weather"}
 
 
 def test_standard_input(model):
     command = [*DERA, "generate", *model, "--greedy", "--max-new-tokens", "3", "--json"]
     done = subprocess.run(command, input="Rain\nA fox\n", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert [row["prompt"] for row in sorted(rows(done.stdout), key=lambda row: row["index"])] == ["Rain", "A fox"]
+    assert [row["prompt"] for row in sorted(rows(done.stdout), key=lambda row: row["prompt_index"])] == [
+        "Rain",
+        "A fox",
+    ]
     assert done.stderr == "", "nothing but the results in a pipe"
 
 
@@ -171,7 +175,7 @@ def test_interrupted_and_continued(dera, model, tmp_path, sent):
     done = len(output.read_text().splitlines())
     assert 0 < done < 120, "it must be killed in the middle for the test to mean something"
     assert dera(*command, "--batch-size", 64)[0] == 0
-    assert sorted(row["index"] for row in rows(output.read_text())) == list(range(120))
+    assert sorted(row["prompt_index"] for row in rows(output.read_text())) == list(range(120))
 
 
 def test_info(dera, model, tiny_base, top_adapter):
@@ -230,25 +234,25 @@ def completions(dera, model, tmp_path):
 def test_score(dera, model, completions, tiny_base, tiny_adapter):
     """The numbers are those of two whole models over the prompt's tokens and the completion's behind them."""
     (given, *_), first = rows(completions.read_text()), completions.read_text().splitlines()[0]
-    completions.write_text(first + "\n" + json.dumps({**given, "finish": "eos", "tokens": 99}) + "\n")
+    completions.write_text(first + "\n" + json.dumps({**given, "finish_reason": "eos", "num_tokens": 99}) + "\n")
     code, out, err = dera("score", *model, "--completions", completions, "--lambda", "0,0.5", "--json", "--tokens")
     assert code == 0, err
     assert "1 of 2 completions are split into another number of tokens" in err
     found = rows(out)
-    assert [(row["index"], row["lambda"]) for row in found] == [(0, 0.0), (0, 0.5), (1, 0.0), (1, 0.5)]
+    assert [(row["prompt_index"], row["lambda"]) for row in found] == [(0, 0.0), (0, 0.5), (1, 0.0), (1, 0.5)]
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     prompt = tokenizer(given["prompt"])["input_ids"]
     completion = tokenizer(given["completion"], add_special_tokens=False)["input_ids"]
     mixture = TwoModels(*load_two(tiny_base, tiny_adapter))
     for row in found:
-        ids = completion + ([tokenizer.eos_token_id] if row["index"] == 1 else [])
+        ids = completion + ([tokenizer.eos_token_id] if row["prompt_index"] == 1 else [])
         mixture.lam = row["lambda"]
         with torch.no_grad():
             log_probs = mixture(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         each = log_probs[range(len(ids)), ids]
         assert row["token_ids"] == ids
-        assert row["tokens"] == len(ids)
+        assert row["num_tokens"] == len(ids)
         assert row["token_log_p"] == pytest.approx(each.tolist(), abs=2e-4)
         assert row["log_p"] == pytest.approx(each.sum().item(), abs=1e-3)
         assert row["perplexity"] == pytest.approx((-each.mean()).exp().item(), rel=1e-3)
@@ -272,7 +276,7 @@ def test_scores_are_continued_and_shown(dera, model, completions, tmp_path):
     assert out.split()[:8] == shown.split()[:8]
 
     def by_key(lines: list[str]) -> dict[tuple, float]:
-        return {(row["index"], row["lambda"], row["tokens"]): row["log_p"] for row in map(json.loads, lines)}
+        return {(row["prompt_index"], row["lambda"], row["num_tokens"]): row["log_p"] for row in map(json.loads, lines)}
 
     # in another batch the last digit may differ
     assert by_key(output.read_text().splitlines()) == pytest.approx(by_key(whole), abs=1e-4)
@@ -297,8 +301,8 @@ def test_end_tokens_and_chats_are_scored_as_asked(dera, model, tmp_path):
     for end in ("", "--end", "--no-end"):
         code, out, err = dera("score", *model, "--completions", file, "--chat", "--json", *([end] if end else []))
         assert code == 0, err
-        found = sorted(rows(out), key=lambda row: row["index"])
-        counts[end] = [row["tokens"] for row in found]
+        found = sorted(rows(out), key=lambda row: row["prompt_index"])
+        counts[end] = [row["num_tokens"] for row in found]
     assert counts == {"": [2, 3, 0], "--end": [3, 3, 1], "--no-end": [2, 3, 0]}, "one written out is not added again"
     assert (found[2]["log_p"], found[2]["per_token"], found[2]["perplexity"]) == (0.0, None, None)
 
@@ -311,7 +315,10 @@ def test_end_tokens_and_chats_are_scored_as_asked(dera, model, tmp_path):
         ('{"prompt": "a", "completion": ["b"]}', "line 1: a completion must be a text"),
         ('{"prompt": "", "completion": "b"}', "line 1: the prompt is empty"),
         ('{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}', "the prompt is a chat; pass --chat"),
-        ('{"prompt": "a", "completion": "b", "finish": "stop"}', "finish='stop' is neither 'eos' nor 'length'"),
+        (
+            '{"prompt": "a", "completion": "b", "finish_reason": "stop"}',
+            "finish_reason='stop' is neither 'eos' nor 'length'",
+        ),
         ('{"prompt": "a", "completion": "\\ud800"}', "the completion is not valid UTF-8"),
         (json.dumps({"prompt": "a", "completion": "xy " * 300}), "which is more than the model's context of 256"),
         ("[1]", "line 1: a row must be a JSON object; got list"),
@@ -502,7 +509,7 @@ def test_sweep(dera, model, tmp_path, monkeypatch):
     samples = rows((tmp_path / "out" / "samples.jsonl").read_text())
     assert len(samples) == 4 * 3 * 2
     assert all(row["kl"] == 0 for row in samples if row["lambda"] == 0)
-    assert all(row["kl"] > 0 for row in samples if row["lambda"] != 0 and row["tokens"])
+    assert all(row["kl"] > 0 for row in samples if row["lambda"] != 0 and row["num_tokens"])
     assert all(row["rewards"]["reward"] == row["completion"].count("a") for row in samples)
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         "parts", "samples.jsonl", "summary.csv", "report.html", "sweep.png", "sweep.svg", "pareto.png", "pareto.svg",

@@ -29,8 +29,9 @@ def summaries():
     return summarise(
         [
             {
-                "arm": "logits", "lambda": lam, "index": index, "sample": 0, "tokens": 400, "finish": "eos",
-                "kl": 60 * lam * lam, "kind": "a group of a long name" if index else "b",
+                "arm": "logits", "lambda": lam, "prompt_index": index, "sample": 0, "num_tokens": 400,
+                "finish_reason": "eos",
+                "kl": 60 * lam * lam, "columns": {"kind": "a group of a long name" if index else "b"},
                 "rewards": dict.fromkeys(NAMES, 1234.5678 * lam),
                 # λ=1 comes first, as at a λ that is compared with it alone
                 "judged": {against: 1 for against in ("1", "0") if lam != float(against)},
@@ -76,7 +77,8 @@ def test_the_main_table_is_one_at_80_columns(summaries):
 def test_no_further_columns():
     rows = [
         {
-            "arm": "logits", "lambda": lam, "index": 0, "sample": 0, "tokens": 4, "finish": "eos", "kl": lam,
+            "arm": "logits", "lambda": lam, "prompt_index": 0, "sample": 0, "num_tokens": 4, "finish_reason": "eos",
+            "kl": lam,
             "rewards": {"r": None},
         }
         for lam in LAMBDAS
@@ -100,7 +102,7 @@ def test_why_there_is_no_curve_and_no_recommendation(summaries, monkeypatch, cap
         recommendation=None,
         no_recommendation="the reward '[/x]' has no value at any λ.",
         command=None,
-        rows=[{"arm": "logits", "index": 0, "prompt": "p", "lambda": 0.0, "sample": 0, "completion": "c"}],
+        rows=[{"arm": "logits", "prompt_index": 0, "prompt": "p", "lambda": 0.0, "sample": 0, "completion": "c"}],
         reused=0,
         failed=0,
         files=["report.html"],

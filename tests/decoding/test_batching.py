@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from dera_peft import DeRaError, DeRaModel
 from dera_peft.decoding import batching
-from dera_peft.decoding.batching import Request, decode
+from dera_peft.decoding.batching import decode
 from dera_peft.decoding.prompts import encode, from_texts
+from dera_peft.decoding.requests import Request
 from dera_peft.decoding.sampling import Sampling
 from dera_peft.engine.prefill import can_be_shared
 

@@ -9,8 +9,7 @@ from tiny_models import make_tokenizer
 from transformers import LlamaConfig
 
 from dera_peft import DeRaError
-from dera_peft.decoding.batching import Completion, Request
-from dera_peft.decoding.prompts import RESULT_COLUMNS, encode, from_file, from_lines, from_texts, read_prompts
+from dera_peft.decoding.prompts import encode, from_file, from_lines, from_texts, read_prompts
 
 CHAT = [{"role": "user", "content": "Hello"}]
 
@@ -89,7 +88,6 @@ def test_prompts_of_a_dataset(tmp_path):
         ("p.jsonl", [{"prompt": "a", "lambda": -1e39}], "p.jsonl, line 1: lambda must be a finite number"),
         ("p.jsonl", [{"prompt": "a", "lambda": []}], "p.jsonl, line 1: lambda is an empty list"),
         ("p.jsonl", [{"prompt": "a"}, ""], "p.jsonl, line 2: not valid JSON"),
-        ("p.jsonl", [{"prompt": "a", "run": 3}], "p.jsonl, line 1: the key 'run' is one that the results have"),
         ("p.jsonl", ['{"prompt": "\\ud800"}'], "p.jsonl, line 1: the prompt is not valid UTF-8"),
         ("p.csv", ["prompt,answer", "a,b", "c"], "p.csv, line 3: has 1 values, and the file's first line names 2"),
         ("p.csv", ["prompt", 'a"b', '"c'], "p.csv, line 3: not valid CSV"),
@@ -114,12 +112,6 @@ def test_text_is_taken_as_it_stands(tmp_path):
     assert [prompt.content for prompt in from_lines(stream, "standard input")] == ["Ana", "Bob"]
     with pytest.raises(DeRaError, match="standard input can't be read"):
         from_lines(io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8"), "standard input")
-
-
-def test_every_column_of_the_results_is_reserved():
-    request = Request(0, 0.5)
-    (prompt,) = from_texts(["a"])
-    assert Completion(request, [1], "b", "eos").row(prompt).keys() - RESULT_COLUMNS == {"prompt", "lambda"}
 
 
 def test_a_file_that_is_not_there_or_empty(tmp_path):

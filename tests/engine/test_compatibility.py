@@ -19,7 +19,8 @@ from two_models import TwoModels, position_ids
 
 from dera_peft import DeRaError, DeRaModel
 from dera_peft.cli.info import describe_model
-from dera_peft.decoding.batching import Request, decode
+from dera_peft.decoding.batching import decode
+from dera_peft.decoding.requests import Request
 from dera_peft.decoding.sampling import Sampling
 from dera_peft.engine.lora import Routing
 from dera_peft.engine.plan import BatchPlan, Branch

@@ -17,8 +17,9 @@ from dera_peft import DeRaError
 from dera_peft.checkpoint.record import Record
 from dera_peft.evaluate import SweepConfig, run, sweep, worker
 from dera_peft.evaluate.arms import fine_grid
+from dera_peft.evaluate.lock import hold
+from dera_peft.evaluate.rows import CompletionRow, Key, open_log
 from dera_peft.evaluate.run import _own_indices
-from dera_peft.evaluate.store import Key, Store, hold
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ["Rain fell on the market", "A fox crossed", "My sister", "The old lighthouse keeper counted", "Rain", "Bread"]
@@ -74,7 +75,7 @@ def read(file: Path) -> list[dict]:
 
 
 def by_key(rows: list[dict]) -> dict[Key, dict]:
-    return {Key.of(row): row for row in rows}
+    return {Key(row["arm"], row["prompt_index"], row["lambda"], row["sample"]): row for row in rows}
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
@@ -189,12 +190,12 @@ def test_everything_at_once(model, file, tmp_path, tiny_base, tiny_adapter):
     assert list(dict.fromkeys(s.arm for s in result.summaries)) == ["logits", "weights", "at 0.4"]
 
     rows, two = by_key(result.rows), load_two(tiny_base, tiny_adapter)
-    tokens = {key: row["ids"] for key, row in by_key(read(tmp_path / "out/parts/completions.0.jsonl")).items()}
+    tokens = {key: row["token_ids"] for key, row in by_key(read(tmp_path / "out/parts/completions.0.jsonl")).items()}
     prompts = {index: prompt_tokens(tiny_base, text) for index, text in enumerate(TEXTS)}
     for key, row in rows.items():
         assert row["rewards"]["count"] == row["completion"].count("e")
         assert row["rewards"]["exact_match:answer"] == float(row["completion"].strip() == "x")
-        assert row["kind"] == ROWS[row["index"]]["kind"]
+        assert row["columns"]["kind"] == ROWS[row["prompt_index"]]["kind"]
         if key.index < 3 and key.arm == "logits":
             found = exact(two, prompts[key.index], tokens[key], key.lam)
             assert row["kl"] == pytest.approx(found["kl"], abs=2e-3)
@@ -221,7 +222,7 @@ def test_everything_at_once(model, file, tmp_path, tiny_base, tiny_adapter):
     own = [row for row in result.rows if row["arm"] == "logits"]
     assert all(len(row["log_p"]) == len(fine_grid(config.lambdas)) for row in own)
     assert result.curve.reason is None
-    assert all(len(row["token_views"]) == row["tokens"] for row in own)
+    assert all(len(row["token_views"]) == row["num_tokens"] for row in own)
     saved = read(tmp_path / "out" / "samples.jsonl")
     assert [{name: row[name] for name in saved_row} for row, saved_row in zip(result.rows, saved, strict=True)] == saved
     assert not {"log_p", "token_views"} & saved[0].keys()
@@ -250,7 +251,7 @@ def test_greedy_and_at_a_temperature(model, tmp_path, tiny_base, tiny_adapter):
     for result, name in ((greedy, "greedy"), (warm, "warm")):
         tokens = by_key(read(tmp_path / name / "parts" / "completions.0.jsonl"))
         for key, row in by_key(result.rows).items():
-            ids = tokens[key]["ids"]
+            ids = tokens[key]["token_ids"]
             found = exact(two, prompt_tokens(tiny_base, TEXTS[key.index]), ids, key.lam)
             assert row["kl"] == pytest.approx(found["kl"], abs=2e-3)
             assert row["rewards"]["perplexity"] == pytest.approx(math.exp(-found["log_ref"] / len(ids)), rel=1e-3)
@@ -334,21 +335,21 @@ def test_where_the_first_reward_fails_everywhere_the_rest_is_still_shown(model, 
 
 
 def test_a_torn_line_is_made_again_and_a_damaged_file_is_told(tmp_path):
-    found = {"prompt": "p", "completion": "c", "ids": [3], "finish": "eos"}
-    rows = [{"run": "a", **Key("logits", 0, 0.0, sample).row(), **found} for sample in range(2)]
-    Store(tmp_path, "completions", 0).append(rows[:1])
-    Store(tmp_path, "completions", 1).append(rows[1:])
+    values = {"prompt": "p", "completion": "c", "token_ids": [3], "finish_reason": "eos"}
+    rows = [CompletionRow("a", *Key("logits", 0, 0.0, sample), **values) for sample in range(2)]
+    open_log(tmp_path, CompletionRow, 0).append(rows[:1])
+    open_log(tmp_path, CompletionRow, 1).append(rows[1:])
     mine, other = (tmp_path / "parts" / f"completions.{rank}.jsonl" for rank in range(2))
     whole = mine.read_text()
     for file in (mine, other):
         file.write_text(file.read_text() + whole[:20])
-    assert Store(tmp_path, "completions", 0).rows == rows
+    assert open_log(tmp_path, CompletionRow, 0).rows == rows
     assert mine.read_text() == whole
     assert other.read_text() != whole, "that one is another process's to mend"
-    for damaged in ("what?", json.dumps({**rows[0], "run": None}).replace('"ids"', '"id"')):
+    for damaged in ("what?", whole.strip().replace('"token_ids"', '"ids"')):
         mine.write_text(damaged + "\n")
         with pytest.raises(DeRaError, match="line 1, is not a row of results"):
-            Store(tmp_path, "completions", 1)
+            open_log(tmp_path, CompletionRow, 1)
 
 
 # -- what it refuses --------------------------------------------------------------------------------------------------
@@ -408,7 +409,7 @@ def test_a_prompts_own_lambda_is_left_aside_and_that_is_said(model, tmp_path, ca
         prompts=f"{tmp_path}/p.jsonl", rewards="length", output_dir=f"{tmp_path}/out", lambdas=[0, 1], samples=1,
         max_new_tokens=2, **model,
     )  # fmt: skip
-    assert {(row["index"], row["lambda"]) for row in result.rows} == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    assert {(row["prompt_index"], row["lambda"]) for row in result.rows} == {(0, 0), (0, 1), (1, 0), (1, 1)}
     assert "p.jsonl: 1 of 2 prompts have a lambda of their own, which a sweep leaves aside" in capsys.readouterr().err
 
 

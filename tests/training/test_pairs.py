@@ -6,6 +6,7 @@ import math
 import pytest
 from rich.console import Console
 
+from dera_peft.decoding.rows import RewardedRow
 from dera_peft.training.pairs import (
     ALIKE,
     ALL,
@@ -20,10 +21,10 @@ from dera_peft.training.pairs import (
 )
 
 
-def rows(index: int, *completions: tuple, prompt="p") -> list[dict]:
+def rows(index: int, *completions: tuple, prompt="p") -> list[RewardedRow]:
     """(text, reward) or (text, reward, finish) each."""
     return [
-        {"index": index, "prompt": prompt, "sample": sample, "completion": text, "reward": reward, "finish": finish}
+        RewardedRow("run", index, prompt, {}, None, sample, text, 3, finish, reward)
         for sample, (text, reward, finish) in enumerate((*c, "eos")[:3] for c in completions)
     ]
 

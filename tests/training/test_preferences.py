@@ -66,7 +66,7 @@ def read(file: Path) -> list[dict]:
 
 
 def completions(folder: Path) -> dict:
-    return {(row["index"], row["sample"]): row["completion"] for row in read(folder / "completions.jsonl")}
+    return {(row["prompt_index"], row["sample"]): row["completion"] for row in read(folder / "completions.jsonl")}
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(files, base, capsys):
@@ -109,7 +109,9 @@ def test_more_samples_go_on_from_those_that_are_there(files, base):
     assert len(read(files / "out" / "completions.jsonl")) == 12
     assert (
         completions(files / "out").items()
-        - {(row["index"], row["sample"]): row["completion"] for row in map(json.loads, before.splitlines())}.items()
+        - {
+            (row["prompt_index"], row["sample"]): row["completion"] for row in map(json.loads, before.splitlines())
+        }.items()
     ), "another seed gives other texts"
 
 
@@ -127,7 +129,7 @@ def test_more_prompts_go_on_from_those_that_are_there_and_other_columns_are_an_e
     with pytest.raises(DeRaError, match=r"other columns: 'weight' was 0, and .*row [13] has 7"):
         make(files, base, reward="weighted", data=data)
     make(files, base, "out", "--overwrite", "true", reward="weighted", data=data)
-    assert {row["weight"] for row in read(files / "out" / "completions.jsonl")} == {7, 1}
+    assert {row["columns"]["weight"] for row in read(files / "out" / "completions.jsonl")} == {7, 1}
 
 
 def test_an_sft_adapter_samples_as_the_model_that_it_is_merged_into(files, base, tiny_adapter):
@@ -148,8 +150,8 @@ def test_a_datasets_column_of_texts_with_columns_for_the_reward(files, base):
     assert {row["prompt"] for row in rows} <= {"Rain fell on the market", "The old lighthouse"}, "weight 0: all alike"
     assert rows
     sampled = read(files / "out" / "completions.jsonl")
-    assert all(row["reward"] == row["weight"] * len(row["completion"]) for row in sampled)
-    assert "other" not in sampled[0]
+    assert all(row["reward"] == row["columns"]["weight"] * len(row["completion"]) for row in sampled)
+    assert "other" not in sampled[0]["columns"]
     with pytest.raises(DeRaError, match="missing 1 required positional argument: 'weight'"):
         make(files, base, "other", reward="weighted", data=data[:2])
 
@@ -168,7 +170,7 @@ def test_every_batch_has_the_columns_of_all_rows(files, base):
     make(files, base, "out", "--batch_size", "1")
     sampled = read(files / "out" / "completions.jsonl")
     assert len(sampled) == 12
-    assert all(row["reward"] == len(row["completion"]) + 1000 * row.get("other", 0) for row in sampled)
+    assert all(row["reward"] == len(row["completion"]) + 1000 * row["columns"].get("other", 0) for row in sampled)
 
 
 def test_a_datasets_column_of_chats(files, base, capsys):

@@ -74,7 +74,7 @@ def test_it_trains_decodes_compares_and_reuses(example, recipe, tmp_path, capsys
     comparisons = example.main(arguments)
     assert [(c.lam, c.beta) for c in comparisons] == [(0.5, 0.4), (1.0, 0.2), (2.0, 0.1)]
     rows = {
-        (row["arm"], row["lambda"], row["index"], row["sample"]): row["rewards"]["reward"]
+        (row["arm"], row["lambda"], row["prompt_index"], row["sample"]): row["rewards"]["reward"]
         for row in read(output / "decoded" / "samples.jsonl")
     }
     assert len(rows) == (4 + 3) * 12
@@ -108,8 +108,9 @@ def test_it_trains_decodes_compares_and_reuses(example, recipe, tmp_path, capsys
 def rows_of(arm: str, lam: float, rewards: tuple[float, ...], kl: float) -> list[dict]:
     return [
         {
-            "arm": arm, "lambda": lam, "index": index, "sample": 0, "rewards": {"r": value}, "kl": kl, "tokens": 10,
-            "finish": "eos",
+            "arm": arm, "lambda": lam, "prompt_index": index, "sample": 0, "rewards": {"r": value}, "kl": kl,
+            "num_tokens": 10,
+            "finish_reason": "eos",
         }
         for index, value in enumerate(rewards)
     ]  # fmt: skip

@@ -118,8 +118,8 @@ def estimate_curve(rows: Sequence[dict], grid: Sequence[float], rewards: Sequenc
     if missing := [lam for lam in measured if lam not in grid]:
         raise DeRaError(f"grid={list(grid)!r} must hold each λ that was decoded; {missing[0]:g} is not there.")
     positions = prompt_positions(rows)
-    own.sort(key=lambda row: positions[row["index"]])  # by prompt, for the sums over each prompt's samples
-    prompt = numpy.array([positions[row["index"]] for row in own])
+    own.sort(key=lambda row: positions[row["prompt_index"]])  # by prompt, for the sums over each prompt's samples
+    prompt = numpy.array([positions[row["prompt_index"]] for row in own])
     log_p = numpy.array([row["log_p"] for row in own])  # [N, G]
     log_weights = _log_weights(log_p, prompt, [row["lambda"] for row in own], measured, list(grid))
     peak = log_weights.max(0)

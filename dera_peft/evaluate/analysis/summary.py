@@ -223,7 +223,7 @@ def reward_names(rows: Sequence[dict]) -> list[str]:
 
 def prompt_positions(rows: Sequence[dict]) -> dict[int, int]:
     """Index of a prompt -> its place among those of all rows: what a bootstrap resamples."""
-    return {index: place for place, index in enumerate(sorted({row["index"] for row in rows}))}
+    return {index: place for place, index in enumerate(sorted({row["prompt_index"] for row in rows}))}
 
 
 def _groups(rows: Sequence[dict], group: str | None, positions: dict[int, int]) -> dict[str, numpy.ndarray]:
@@ -232,11 +232,12 @@ def _groups(rows: Sequence[dict], group: str | None, positions: dict[int, int]) 
         return {}
     of: dict[str, set[int]] = defaultdict(set)
     for row in rows:
-        if group not in row:
+        if group not in row["columns"]:
             raise DeRaError(
-                f"group={group!r}: prompt {row['index']} has no such column; name a column that all prompts have."
+                f"group={group!r}: prompt {row['prompt_index']} has no such column; name a column that all prompts "
+                "have."
             )
-        of[str(row[group])].add(positions[row["index"]])
+        of[str(row["columns"][group])].add(positions[row["prompt_index"]])
     return {name: numpy.isin(numpy.arange(len(positions)), list(of[name])) for name in sorted(of)}
 
 
@@ -245,7 +246,7 @@ class _Cell:
 
     def __init__(self, rows: list[dict], rewards: list[str], positions: dict[int, int], shape: tuple[int, int]):
         self.rows, self.shape = rows, shape
-        self.places = [positions[row["index"]] for row in rows], [row["sample"] for row in rows]
+        self.places = [positions[row["prompt_index"]] for row in rows], [row["sample"] for row in rows]
         self.failed = {name: sum(row["rewards"].get(name) is None for row in rows) for name in rewards}
         self.rewards = {name: self.table([row["rewards"].get(name) for row in rows]) for name in rewards}
 
@@ -297,16 +298,16 @@ def _summary(
     def shares(pair: Hashable) -> list[float]:
         return [estimates[pair, outcome].mean for outcome in (1, 0, -1)]
 
-    tokens = sum(row["tokens"] for row in rows)
+    tokens = sum(row["num_tokens"] for row in rows)
     return LambdaSummary(
         arm=key[0],
         lam=key[1],
-        prompts=len({row["index"] for row in rows}),
+        prompts=len({row["prompt_index"] for row in rows}),
         samples=len(rows),
         kl=estimates["kl"],
         kl_per_token=math.fsum(row["kl"] for row in rows) / max(1, tokens),
         tokens=tokens / len(rows),
-        ended=sum(row["finish"] == "eos" for row in rows) / len(rows),
+        ended=sum(row["finish_reason"] == "eos" for row in rows) / len(rows),
         rewards={
             name: RewardSummary(
                 level=estimates["level", name],

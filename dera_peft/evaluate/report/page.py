@@ -114,7 +114,7 @@ def _seen(value: Any) -> Any:
 
 
 def _pairs(rows: Sequence[dict]) -> set[tuple[int, int]]:
-    return {(row["index"], row["sample"]) for row in rows}
+    return {(row["prompt_index"], row["sample"]) for row in rows}
 
 
 def _figures(
@@ -239,7 +239,7 @@ def _failures(rows: Sequence[dict], rewards: Sequence[str]) -> dict[str, Any] | 
     for row in rows:
         errors = {name: "no value" for name in rewards if row["rewards"].get(name) is None} | row.get("errors", {})
         failed += [
-            [name, row["arm"], f"{row['lambda']:g}", str(row["index"]), str(row["sample"]), message]
+            [name, row["arm"], f"{row['lambda']:g}", str(row["prompt_index"]), str(row["sample"]), message]
             for name, message in errors.items()
         ]
     if not failed:

@@ -18,11 +18,11 @@ def sample_rows(rows: Sequence[dict]) -> list[dict]:
     tokens, but one pair at least.
     """
     pairs: dict[tuple[int, int], list[dict]] = {}
-    for row in sorted(rows, key=lambda row: (row["sample"], row["index"])):
-        pairs.setdefault((row["sample"], row["index"]), []).append(row)
+    for row in sorted(rows, key=lambda row: (row["sample"], row["prompt_index"])):
+        pairs.setdefault((row["sample"], row["prompt_index"]), []).append(row)
     samples, tokens = [], 0
     for number, pair in enumerate(pairs.values()):
-        tokens += sum(row["tokens"] for row in pair)
+        tokens += sum(row["num_tokens"] for row in pair)
         if number and (number >= SAMPLE_PAIRS or tokens > SAMPLE_TOKENS):
             break
         samples += pair
@@ -52,15 +52,15 @@ def samples_data(rows: Sequence[dict], names: Mapping[str, str]) -> dict[str, An
     for row in rows:
         lambdas.setdefault(row["arm"], set()).add(row["lambda"])
         place = pairs.setdefault(
-            (row["sample"], row["index"]),
-            {"index": row["index"], "sample": row["sample"], "prompt": _turns(row["prompt"]), "rows": {}},
+            (row["sample"], row["prompt_index"]),
+            {"index": row["prompt_index"], "sample": row["sample"], "prompt": _turns(row["prompt"]), "rows": {}},
         )
         place["rows"].setdefault(row["arm"], []).append(
             {
                 "lambda": row["lambda"],
                 "text": row["completion"],
-                "tokens": row["tokens"],
-                "finish": row["finish"],
+                "tokens": row["num_tokens"],
+                "finish": row["finish_reason"],
                 "kl": row["kl"],
                 "rewards": row["rewards"],
                 "judged": row.get("judged", {}),

@@ -51,7 +51,8 @@ class Table:
         log_p, kl = (numpy.stack([exact[lam][which] for lam in grid], -1) for which in (0, 1))  # [P, S, G]
         return [
             {
-                "arm": "logits", "lambda": lam, "index": prompt, "sample": sample, "tokens": LENGTH, "finish": "eos",
+                "arm": "logits", "lambda": lam, "prompt_index": prompt, "sample": sample, "num_tokens": LENGTH,
+                "finish_reason": "eos",
                 "kl": exact[lam][1][prompt, text], "rewards": {"r": float(self.reward[prompt, text])},
                 "log_p": log_p[prompt, text].tolist(), "kl_grid": kl[prompt, text].tolist(),
             }
@@ -114,7 +115,8 @@ def test_an_estimate_is_the_weighted_mean_worked_out_by_hand():
     rewards = [1.0, 2.0, 3.0, None]
     rows = [
         {
-            "arm": "logits", "lambda": float(row % 2), "index": row // 2, "sample": 0, "rewards": {"r": rewards[row]},
+            "arm": "logits", "lambda": float(row % 2), "prompt_index": row // 2, "sample": 0,
+            "rewards": {"r": rewards[row]},
             "log_p": [math.log(value) for value in p[row]], "kl_grid": kl[row],
         }
         for row in range(4)
@@ -127,7 +129,7 @@ def test_an_estimate_is_the_weighted_mean_worked_out_by_hand():
     assert not point.drawn, "four samples don't carry a curve"
     assert curve.gaps[0].lam == 0.5
 
-    many = [{**row, "index": row["index"] + 2 * copy} for copy in range(50) for row in rows]
+    many = [{**row, "prompt_index": row["prompt_index"] + 2 * copy} for copy in range(50) for row in rows]
     curve = estimate_curve(many, [0.0, 0.5, 1.0], ["r"])
     point = curve.points[1]
     assert curve.needed == 75
@@ -159,7 +161,7 @@ def test_an_even_set_of_samples_that_misses_what_matters_is_not_drawn():
     """Weights that are all alike have a large effective size, also where they are of texts that π_λ hardly writes."""
     rows = [
         {
-            "arm": "logits", "lambda": lam, "index": index, "sample": 0, "rewards": {},
+            "arm": "logits", "lambda": lam, "prompt_index": index, "sample": 0, "rewards": {},
             "log_p": [-3.0, -9.0, -3.0], "kl_grid": [0.0, 1.0, 2.0],
         }
         for index in range(100)
@@ -177,7 +179,7 @@ def test_numbers_far_below_what_a_float_holds():
     table, grid = Table(prompts=30, strength=1.0), [0.0, 0.5, 1.0, 40.0]
     rows = table.rows([0.0, 1.0], grid, samples=3)
     found = estimate_curve(rows, grid, ["r"])
-    shifted = [{**row, "log_p": [value - 2000 - 300 * row["index"] for value in row["log_p"]]} for row in rows]
+    shifted = [{**row, "log_p": [value - 2000 - 300 * row["prompt_index"] for value in row["log_p"]]} for row in rows]
     for before, after in zip(found.points, estimate_curve(shifted, grid, ["r"]).points, strict=True):
         assert after.ess == pytest.approx(before.ess)
         assert after.mass == pytest.approx(before.mass)

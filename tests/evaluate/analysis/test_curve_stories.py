@@ -38,7 +38,7 @@ def rows(stories, tmp_path_factory) -> dict[float, list[dict]]:
         kl = scored.kl.sum(-1).tolist()
         lam = GRID[number // SAMPLES]
         row = {
-            "arm": "logits", "lambda": lam, "index": number % SAMPLES, "sample": 0,
+            "arm": "logits", "lambda": lam, "prompt_index": number % SAMPLES, "sample": 0,
             "log_p": scored.total.tolist(), "kl_grid": kl, "kl": kl[GRID.index(lam)],
             "rewards": {"distinct": len(set(completions[number])) / len(completions[number])},
         }  # fmt: skip

@@ -20,10 +20,11 @@ def summaries(rewards: dict[float, float], kl: dict[float, float] | None = None,
     return summarise(
         [
             {
-                "arm": "logits", "lambda": lam, "index": index, "sample": 0, "tokens": 4, "finish": "eos",
+                "arm": "logits", "lambda": lam, "prompt_index": index, "sample": 0, "num_tokens": 4,
+                "finish_reason": "eos",
                 "kl": (kl or {}).get(lam, lam * lam),
                 "rewards": {"r": mean + (noise(lam, index) if noise else 0.0)},
-                **{name: value(index) for name, value in columns.items()},
+                "columns": {name: value(index) for name, value in columns.items()},
             }
             for lam, mean in rewards.items()
             for index in range(PROMPTS)
@@ -190,7 +191,8 @@ def test_no_value_at_lambda_1():
         return summarise(
             [
                 {
-                    "arm": "logits", "lambda": lam, "index": index, "sample": 0, "tokens": 4, "finish": "eos",
+                    "arm": "logits", "lambda": lam, "prompt_index": index, "sample": 0, "num_tokens": 4,
+                    "finish_reason": "eos",
                     "kl": lam, "rewards": {"r": value},
                 }
                 for lam, own in values.items()
@@ -214,7 +216,8 @@ def test_little_to_go_by():
     single = summarise(
         [
             {
-                "arm": "logits", "lambda": lam, "index": 0, "sample": 0, "tokens": 4, "finish": "eos", "kl": lam,
+                "arm": "logits", "lambda": lam, "prompt_index": 0, "sample": 0, "num_tokens": 4,
+                "finish_reason": "eos", "kl": lam,
                 "rewards": {"r": None if lam == 2.0 else reward},
             }
             for lam, reward in REWARDS.items()

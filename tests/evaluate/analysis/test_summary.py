@@ -10,11 +10,12 @@ from dera_peft import DeRaError
 from dera_peft.evaluate.analysis.summary import RESAMPLES, Resamples, check_names, number, summarise, write_csv
 
 
-def row(lam, index, reward, sample=0, arm="logits", kl=0.0, tokens=4, finish="eos", **columns) -> dict:
+def row(lam, index, reward, sample=0, arm="logits", kl=0.0, tokens=4, finish="eos", judged=None, **columns) -> dict:
     rewards = reward if isinstance(reward, dict) else {"r": reward}
     return {
-        "arm": arm, "lambda": lam, "index": index, "sample": sample, "rewards": rewards, "kl": kl, "tokens": tokens,
-        "finish": finish, **columns,
+        "arm": arm, "lambda": lam, "prompt_index": index, "sample": sample, "rewards": rewards, "kl": kl,
+        "num_tokens": tokens,
+        "finish_reason": finish, "columns": columns, **({} if judged is None else {"judged": judged}),
     }  # fmt: skip
 
 

@@ -171,7 +171,9 @@ def test_several_arms(tmp_path):
 def test_the_page_is_bounded_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(samples, "SAMPLE_PAIRS", 4)
     kept = sample_rows(rows())
-    assert {(row["index"], row["sample"]) for row in kept} == {(0, 0), (1, 0), (2, 0), (0, 1)}, "first samples first"
+    assert {(row["prompt_index"], row["sample"]) for row in kept} == {(0, 0), (1, 0), (2, 0), (0, 1)}, (
+        "first samples first"
+    )
     assert len(kept) == 4 * 4, "each at every λ"
     assert "Here are 4 of 6 samples" in written(tmp_path).text
     monkeypatch.setattr(samples, "SAMPLE_TOKENS", 25)  # a pair has 3 tokens at each of 4 λ

@@ -1,0 +1,29 @@
+"""What is decoded, and what comes of it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to be made: of which prompt, at which λ (None for a model without one), the how-manieth sample."""
+
+    index: int
+    lam: float | None
+    sample: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """
+    What a request gave.
+
+    Attributes:
+        tokens: the new token ids, with the end token if the model gave one.
+        text: their text, without special tokens.
+        finish_reason: "eos" if the model ended it, "length" if the limit of tokens did.
+    """
+
+    request: Request
+    tokens: list[int]
+    text: str
+    finish_reason: str

@@ -1,0 +1,108 @@
+"""
+The rows that a sweep keeps: completions, their scores, and their rewards and verdicts, in a log of each kind.
+
+A row begins with the fingerprint ("run") of all that it depends on. A score or a reward whose fingerprint is no longer
+right is as good as not there, and stays in its file.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from dera_peft.decoding.prompts import Chat
+from dera_peft.decoding.rows import Expected, Row, RowLog
+
+
+class Key(NamedTuple):
+    """Which completion a row is of. `lam` is the λ that it was decoded at."""
+
+    arm: str
+    index: int
+    lam: float
+    sample: int
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """What all rows of a sweep have: a fingerprint, and which completion they are of."""
+
+    run: str
+    arm: str
+    prompt_index: int
+    lam: float
+    sample: int
+
+    @property
+    def key(self) -> Key:
+        return Key(self.arm, self.prompt_index, self.lam, self.sample)
+
+
+@dataclass(frozen=True)
+class CompletionRow(SweepRow):
+    """
+    A completion.
+
+    Attributes:
+        token_ids: with the end token if the model gave one.
+        finish_reason: "eos" or "length", as in `Completion`.
+    """
+
+    kind: ClassVar[str] = "completions"
+
+    prompt: str | Chat
+    completion: str
+    token_ids: list[int]
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class ScoreRow(SweepRow):
+    """
+    What a completion is worth, in nats.
+
+    Attributes:
+        kl: KL(π_λ ‖ π_ref) along it, at the λ that it was decoded at.
+        log_ref, log_aligned: its log-probabilities at temperature 1; the latter of the sweep's own adapter alone.
+        log_p, kl_grid: at each λ of the fine grid, where the curve is estimated.
+        token_views: of `token_views`, where the report may show them.
+    """
+
+    kind: ClassVar[str] = "scores"
+
+    kl: float
+    log_ref: float
+    log_aligned: float | None = None
+    log_p: list[float] | None = None
+    kl_grid: list[float] | None = None
+    token_views: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class RewardRow(SweepRow):
+    """
+    The value that a reward gave to a completion, or a judge's verdict on it.
+
+    Attributes:
+        name: of the reward; for a verdict "judge 0" or "judge 1", by the λ that was compared with.
+        error: what went wrong.
+    """
+
+    kind: ClassVar[str] = "rewards"
+
+    name: str
+    value: float | None
+    error: str | None = None
+
+
+def open_log(
+    folder: Path, row_type: type[Row], rank: int, expected: Callable[[Row], Expected | None] | None = None
+) -> RowLog[Row]:
+    """The log of one kind of rows in a sweep's folder; each process appends to a file of its own, by its rank."""
+    return RowLog(
+        folder / "parts" / f"{row_type.kind}.{rank}.jsonl",
+        row_type,
+        expected=expected,
+        pattern=f"{row_type.kind}.*.jsonl",
+        output=folder,
+    )
