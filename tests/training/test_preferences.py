@@ -173,6 +173,36 @@ def test_every_batch_has_the_columns_of_all_rows(files, base):
     assert all(row["reward"] == len(row["completion"]) + 1000 * row["columns"].get("other", 0) for row in sampled)
 
 
+def test_columns_may_be_called_as_the_results_call_their_values(files, base):
+    names = {"weight": "index", "other": "reward"}
+    rows = [{names.get(name, name): value for name, value in row.items()} for row in read(files / "prompts.jsonl")]
+    (files / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (files / "reward.py").write_text(
+        "def length(prompts, completions, index, reward):\n"
+        "    return [100 * i + r + len(c) for i, r, c in zip(index, reward, completions)]\n"
+    )
+    assert make(files, base)
+    sampled = read(files / "out" / "completions.jsonl")
+    assert len(sampled) == 12
+    for row in sampled:
+        own = rows[row["prompt_index"]]
+        assert row["columns"] == {"index": own["index"], "reward": own["reward"]}
+        assert row["reward"] == 100 * own["index"] + own["reward"] + len(row["completion"])
+    (files / "prompts.jsonl").write_text("".join(json.dumps({**row, "completions": 1}) + "\n" for row in rows))
+    with pytest.raises(DeRaError, match="column 'completions': a reward is given the columns by name"):
+        make(files, base, "other")
+
+
+def test_completions_of_an_earlier_version_are_refused(files, base):
+    make(files, base)
+    file = files / "out" / "completions.jsonl"
+    names = {"prompt_index": "index", "finish_reason": "finish", "num_tokens": "tokens"}
+    old = [{names.get(name, name): value for name, value in row.items()} for row in read(file)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in old))
+    with pytest.raises(DeRaError, match="line 1, is of an earlier version, whose rows had 'index', 'tokens' and"):
+        make(files, base)
+
+
 def test_a_datasets_column_of_chats(files, base, capsys):
     """What stands before the answer is the prompt; rows that have none, or one too long, are counted."""
     user = {"role": "user", "content": "What does the fox do?"}
