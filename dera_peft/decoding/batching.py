@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from dera_peft.decoding.memory import Attempt, go_on_with_half
 from dera_peft.decoding.noise import logits_processor, row_key
 from dera_peft.decoding.requests import Completion, Request
 from dera_peft.decoding.sampling import Sampling
@@ -68,25 +69,23 @@ def decode(
             prefill = None  # freed before the next one is made
             queue.open_group()
         batch = queue.batch()
-        completions = None
-        try:
+        error = None
+        if len(batch) == 1 and not queue.kept:
+            error = (
+                f"out of memory for a single prompt of {len(prompts[batch[0].index])} tokens and "
+                f"{sampling.max_new_tokens} new ones: lower max_new_tokens, or quantize the base (quantization)."
+            )
+        with Attempt(error) as attempt:
             if queue.kept and prefill is None:
                 kept, lam = queue.kept_prompts()
                 plan = None if lam is None else model.plan(lam, len(kept))
                 prefill = Prefill(model, kept, plan, tokenizer.pad_token_id or 0)
             places = [queue.kept[queue.prefix(request)] for request in batch] if queue.kept else None
             completions = _decode_batch(model, tokenizer, prompts, batch, sampling, streamer, prefill, places)
-        except torch.OutOfMemoryError as error:
-            if len(batch) == 1 and not queue.kept:
-                raise DeRaError(
-                    f"out of memory for a single prompt of {len(prompts[batch[0].index])} tokens and "
-                    f"{sampling.max_new_tokens} new ones: lower max_new_tokens, or quantize the base (quantization)."
-                ) from error
-        if completions is None:  # out here, where the error's frames no longer hold the batch's tensors
+        if attempt.failed:
             prefill = None
             tokens = queue.halve(batch)
-            torch.accelerator.empty_cache()
-            print(f"out of memory: going on with half as many tokens at once, {tokens}", file=sys.stderr)
+            go_on_with_half(f"out of memory: going on with half as many tokens at once, {tokens}")
             continue
         queue.finish(batch)
         yield completions

@@ -1,13 +1,13 @@
 """What given completions are worth at many λ: their log-probabilities, and how far each λ is from the reference."""
 
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from dera_peft.decoding.memory import Attempt, go_on_with_half
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.padding import pad
 from dera_peft.engine.plan import WEIGHTS, BatchPlan, read_lam
@@ -113,20 +113,18 @@ def score_each(
     while waiting:
         lengths = [(len(prompts[index]), len(completions[index])) for index in waiting]
         chosen = waiting[: _slice_size(model, lengths, halvings, shares)]
-        scored = None
-        try:
+        error = None
+        if len(chosen) == 1:
+            error = (
+                f"out of memory for a single sequence of {sum(lengths[0])} tokens: quantize the base (quantization), "
+                "or shorten it."
+            )
+        with Attempt(error) as attempt:
             of = [prompts[index] for index in chosen], [completions[index] for index in chosen]
             scored = _score_slice(model, *of, lam, temperature, top, shares)
-        except torch.OutOfMemoryError as error:
-            if len(chosen) == 1:
-                raise DeRaError(
-                    f"out of memory for a single sequence of {sum(lengths[0])} tokens: quantize the base "
-                    "(quantization), or shorten it."
-                ) from error
-        if scored is None:  # out here, where the error's frames no longer hold the slice's tensors
+        if attempt.failed:
             halvings += 1
-            torch.accelerator.empty_cache()
-            print(f"out of memory for {len(chosen)} sequences: going on with half as many at once", file=sys.stderr)
+            go_on_with_half(f"out of memory for {len(chosen)} sequences: going on with half as many at once")
             continue
         waiting = waiting[len(chosen) :]
         yield from zip(chosen, scored, strict=True)

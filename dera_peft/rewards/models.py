@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from dera_peft.checkpoint.devices import free_memory, read_device_map
+from dera_peft.decoding.memory import Attempt, go_on_with_half
 from dera_peft.errors import DeRaError, first_line
 from dera_peft.rewards.metrics import LIST
 
@@ -104,28 +105,20 @@ class RewardModel:
             )
         while fitting:
             chosen = fitting[: self.batch_size]
-            values = self._score([tokens[index] for index in chosen])
-            if values is None:
+            error = None
+            if len(chosen) == 1:
+                error = f"reward={self.name!r}: out of memory for a single text of {len(tokens[chosen[0]])} tokens."
+            with Attempt(error) as attempt:
+                batch = self.tokenizer.pad({"input_ids": [tokens[index] for index in chosen]}, return_tensors="pt")
+                values = self.model(**batch.to(self.model.device)).logits[:, 0].tolist()
+            if attempt.failed:
                 self.batch_size = len(chosen) // 2
-                torch.accelerator.empty_cache()
-                print(f"{self.name}: out of memory, going on with {self.batch_size} texts at once", file=sys.stderr)
+                go_on_with_half(f"{self.name}: out of memory, going on with {self.batch_size} texts at once")
                 continue
             fitting = fitting[len(chosen) :]
             for index, value in zip(chosen, values, strict=True):
                 rewards[index] = value
         return rewards
-
-    def _score(self, tokens: list[list[int]]) -> list[float] | None:
-        """None where memory runs out; for a single text that is an error."""
-        batch = self.tokenizer.pad({"input_ids": tokens}, return_tensors="pt")
-        try:
-            return self.model(**batch.to(self.model.device)).logits[:, 0].tolist()
-        except torch.OutOfMemoryError as error:
-            if len(tokens) > 1:
-                return None
-            raise DeRaError(
-                f"reward={self.name!r}: out of memory for a single text of {len(tokens[0])} tokens."
-            ) from error
 
     def _encode(self, prompt: str | list[dict], completion: str) -> list[int]:
         if self.tokenizer.chat_template:
