@@ -1,4 +1,4 @@
-"""The sweep: its settings, what it makes and keeps, and what it says, on a tiny model."""
+"""The sweep: what it measures, keeps and refuses, and several processes, on a tiny model."""
 
 import json
 import math
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from tiny_models import make_adapter
 from two_models import load_two
 
@@ -17,8 +16,7 @@ from dera_peft import DeRaError
 from dera_peft.checkpoint.record import Record
 from dera_peft.evaluate import SweepConfig, run, sweep, worker
 from dera_peft.evaluate.arms import fine_grid
-from dera_peft.evaluate.lock import hold
-from dera_peft.evaluate.rows import CompletionRow, Key, open_log
+from dera_peft.evaluate.rows import Key
 from dera_peft.evaluate.run import _own_indices
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,73 +74,6 @@ def read(file: Path) -> list[dict]:
 
 def by_key(rows: list[dict]) -> dict[Key, dict]:
     return {Key(row["arm"], row["prompt_index"], row["lambda"], row["sample"]): row for row in rows}
-
-
-# -- settings ---------------------------------------------------------------------------------------------------------
-
-REQUIRED = {"prompts": "p.txt", "rewards": ["r.py:reward"], "output_dir": "out"}
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"lambdas": 0.5}, "lambdas=0.5 must be a list of finite numbers"),
-        ({"lambdas": []}, r"lambdas=\[\] must be a list of finite numbers"),
-        ({"lambdas": "0,1"}, "lambdas='0,1' must be a list of finite numbers"),
-        ({"lambdas": [float("nan")]}, r"lambdas=\[nan\] must be a list of finite numbers"),
-        ({"lambdas": [0, 1e39]}, r"lambdas=\[0, 1e\+39\] must be a list of finite numbers"),
-        ({"samples": "4"}, "samples='4' must be an integer of at least 1"),
-        ({"samples": None}, "samples=None must be an integer of at least 1"),
-        ({"batch_size": True}, "batch_size=True must be an integer of at least 1"),
-        ({"max_prompts": 0}, "max_prompts=0 must be an integer of at least 1, or left out"),
-        ({"rewards": [3]}, "rewards: 3 is not one of what it may hold"),
-        ({"rewards": ["length", "length"]}, "rewards: 'length' is there twice"),
-        ({"prompts": None}, "prompts=None must name a file"),
-        ({"base": ["a"]}, r"base=\['a'\] must be a text, or left out"),
-        ({"chat": "yes"}, "chat='yes' must be true or false"),
-        ({"temperature": "hot"}, "temperature='hot' must be a finite number"),
-        ({"seed": -1}, "seed=-1 must be from 0"),
-        ({"mixing": ["weights"]}, r"mixing=\['weights'\] must contain 'logits'"),
-        ({"mixing": ["logits", "tokens"]}, "mixing: 'tokens' is not one of"),
-        ({"models": ["a"]}, r"models=\['a'\] must map names to adapters"),
-        ({"models": {"weights": "a"}}, "models: 'weights' is the name of another arm"),
-        ({"rule": "best"}, "rule='best' is not known; choose one of reward, lower_bound"),
-        ({"rule": "kl_budget"}, "a budget goes with the rule kl_budget alone"),
-        ({"kl_budget": 3}, "a budget goes with the rule kl_budget alone"),
-        ({"rule": "kl_budget", "kl_budget": -1}, "kl_budget=-1 must be a number of nats, 0 or more"),
-        ({"rule": "worst_group"}, "needs the column that tells the groups: set group"),
-        ({"reward": "x"}, "'reward' is not a key of a sweep; do you mean 'rewards'?"),
-    ],
-)
-def test_a_bad_value_is_told_with_its_key(tmp_path, values, message):
-    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**REQUIRED, **values}))
-    with pytest.raises(DeRaError, match=message):
-        SweepConfig.read(str(tmp_path / "sweep.yaml"))
-
-
-def test_lambdas_are_taken_once_in_their_order_and_one_value_is_a_list(tmp_path):
-    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**REQUIRED, "lambdas": [1, 0.5, -0.0, 1.0, 0], "seed": 0}))
-    config = SweepConfig.read(str(tmp_path / "sweep.yaml"), rewards="length")
-    assert str(config.lambdas) == "(1.0, 0.5, 0.0)"
-    assert (config.rewards, config.mixing) == (("length",), ("logits",))
-
-
-def test_another_rule_takes_the_place_of_the_files_rule_with_its_budget(tmp_path):
-    file = tmp_path / "sweep.yaml"
-    file.write_text(yaml.safe_dump({**REQUIRED, "rule": "kl_budget", "kl_budget": 3}))
-    config = SweepConfig.read(str(file), rule="reward")
-    assert (config.rule, config.kl_budget) == ("reward", None)
-    assert SweepConfig.read(str(file), rule="kl_budget").kl_budget == 3
-    with pytest.raises(DeRaError, match="a budget goes with the rule kl_budget alone"):
-        SweepConfig.read(str(file), rule="reward", kl_budget=2)
-
-
-def test_the_fine_grid_holds_the_lambdas_and_points_between():
-    assert fine_grid([1, 0]) == [0, 0.2, 0.4, 0.6, 0.8, 1]
-    assert fine_grid([0.3]) == [0.3]
-    many = [index / 7 for index in range(40)]
-    assert set(many) < set(fine_grid(many))
-    assert len(fine_grid(many)) <= 81
 
 
 def test_processes_share_the_prompts_by_length():
@@ -334,24 +265,6 @@ def test_where_the_first_reward_fails_everywhere_the_rest_is_still_shown(model, 
     assert {"samples.jsonl", "summary.csv"} < {path.name for path in tmp_path.iterdir()}
 
 
-def test_a_torn_line_is_made_again_and_a_damaged_file_is_told(tmp_path):
-    values = {"prompt": "p", "completion": "c", "token_ids": [3], "finish_reason": "eos"}
-    rows = [CompletionRow("a", *Key("logits", 0, 0.0, sample), **values) for sample in range(2)]
-    open_log(tmp_path, CompletionRow, 0).append(rows[:1])
-    open_log(tmp_path, CompletionRow, 1).append(rows[1:])
-    mine, other = (tmp_path / "parts" / f"completions.{rank}.jsonl" for rank in range(2))
-    whole = mine.read_text()
-    for file in (mine, other):
-        file.write_text(file.read_text() + whole[:20])
-    assert open_log(tmp_path, CompletionRow, 0).rows == rows
-    assert mine.read_text() == whole
-    assert other.read_text() != whole, "that one is another process's to mend"
-    for damaged in ("what?", whole.strip().replace('"token_ids"', '"ids"')):
-        mine.write_text(damaged + "\n")
-        with pytest.raises(DeRaError, match="line 1, is not a row of results"):
-            open_log(tmp_path, CompletionRow, 1)
-
-
 # -- what it refuses --------------------------------------------------------------------------------------------------
 
 
@@ -393,13 +306,6 @@ def test_bad_input_is_told_before_a_model_is_loaded(
         values[name] = places.get(value, value) if isinstance(value, str) else value
     with pytest.raises(DeRaError, match=message):
         sweep(**values)
-
-
-def test_two_sweeps_are_not_in_one_folder_at_once(tmp_path):
-    with hold(tmp_path), pytest.raises(DeRaError, match="another sweep is writing there"), hold(tmp_path):
-        pass
-    with hold(tmp_path):  # it was freed
-        pass
 
 
 def test_a_prompts_own_lambda_is_left_aside_and_that_is_said(model, tmp_path, capsys):

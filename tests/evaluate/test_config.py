@@ -1,0 +1,63 @@
+"""The settings of a sweep."""
+
+import pytest
+import yaml
+
+from dera_peft import DeRaError
+from dera_peft.evaluate import SweepConfig
+
+REQUIRED = {"prompts": "p.txt", "rewards": ["r.py:reward"], "output_dir": "out"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lambdas": 0.5}, "lambdas=0.5 must be a list of finite numbers"),
+        ({"lambdas": []}, r"lambdas=\[\] must be a list of finite numbers"),
+        ({"lambdas": "0,1"}, "lambdas='0,1' must be a list of finite numbers"),
+        ({"lambdas": [float("nan")]}, r"lambdas=\[nan\] must be a list of finite numbers"),
+        ({"lambdas": [0, 1e39]}, r"lambdas=\[0, 1e\+39\] must be a list of finite numbers"),
+        ({"samples": "4"}, "samples='4' must be an integer of at least 1"),
+        ({"samples": None}, "samples=None must be an integer of at least 1"),
+        ({"batch_size": True}, "batch_size=True must be an integer of at least 1"),
+        ({"max_prompts": 0}, "max_prompts=0 must be an integer of at least 1, or left out"),
+        ({"rewards": [3]}, "rewards: 3 is not one of what it may hold"),
+        ({"rewards": ["length", "length"]}, "rewards: 'length' is there twice"),
+        ({"prompts": None}, "prompts=None must name a file"),
+        ({"base": ["a"]}, r"base=\['a'\] must be a text, or left out"),
+        ({"chat": "yes"}, "chat='yes' must be true or false"),
+        ({"temperature": "hot"}, "temperature='hot' must be a finite number"),
+        ({"seed": -1}, "seed=-1 must be from 0"),
+        ({"mixing": ["weights"]}, r"mixing=\['weights'\] must contain 'logits'"),
+        ({"mixing": ["logits", "tokens"]}, "mixing: 'tokens' is not one of"),
+        ({"models": ["a"]}, r"models=\['a'\] must map names to adapters"),
+        ({"models": {"weights": "a"}}, "models: 'weights' is the name of another arm"),
+        ({"rule": "best"}, "rule='best' is not known; choose one of reward, lower_bound"),
+        ({"rule": "kl_budget"}, "a budget goes with the rule kl_budget alone"),
+        ({"kl_budget": 3}, "a budget goes with the rule kl_budget alone"),
+        ({"rule": "kl_budget", "kl_budget": -1}, "kl_budget=-1 must be a number of nats, 0 or more"),
+        ({"rule": "worst_group"}, "needs the column that tells the groups: set group"),
+        ({"reward": "x"}, "'reward' is not a key of a sweep; do you mean 'rewards'?"),
+    ],
+)
+def test_a_bad_value_is_told_with_its_key(tmp_path, values, message):
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**REQUIRED, **values}))
+    with pytest.raises(DeRaError, match=message):
+        SweepConfig.read(str(tmp_path / "sweep.yaml"))
+
+
+def test_lambdas_are_taken_once_in_their_order_and_one_value_is_a_list(tmp_path):
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**REQUIRED, "lambdas": [1, 0.5, -0.0, 1.0, 0], "seed": 0}))
+    config = SweepConfig.read(str(tmp_path / "sweep.yaml"), rewards="length")
+    assert str(config.lambdas) == "(1.0, 0.5, 0.0)"
+    assert (config.rewards, config.mixing) == (("length",), ("logits",))
+
+
+def test_another_rule_takes_the_place_of_the_files_rule_with_its_budget(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump({**REQUIRED, "rule": "kl_budget", "kl_budget": 3}))
+    config = SweepConfig.read(str(file), rule="reward")
+    assert (config.rule, config.kl_budget) == ("reward", None)
+    assert SweepConfig.read(str(file), rule="kl_budget").kl_budget == 3
+    with pytest.raises(DeRaError, match="a budget goes with the rule kl_budget alone"):
+        SweepConfig.read(str(file), rule="reward", kl_budget=2)
