@@ -337,6 +337,9 @@ offloaded to the CPU or to disk (`device_map`) take plain LoRA on linear layers.
 
 LLM.int8() chooses its outlier columns over the whole batch, so the numbers of a row depend on the rows beside it: with
 int8, λ=0 in a mixed batch is the reference only to the precision of int8. The 4-bit types have no such dependence.
+
+On a CPU with AVX512-BF16, bitsandbytes decodes with a 4-bit kernel that computes in bf16 and has no backward. Training,
+and a model wrapped by `from_peft`, keep to the kernel of other CPUs.
 """
 
 

@@ -11,6 +11,8 @@ from peft import PeftModel
 from tiny_models import CORPUS, make_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from dera_peft.engine.quantized import keep_trainable
+
 COMMON = {
     "report_to": "none", "gradient_checkpointing": False, "logging_steps": 1, "save_strategy": "no",
     "per_device_train_batch_size": 4, "max_steps": 4, "max_length": 64, "lr_scheduler_type": "constant",
@@ -66,7 +68,10 @@ def merged(tiny_base, sft_adapter, tmp_path_factory) -> Path:
 
 
 def load_plainly(base: Path, *adapters: Path, nf4: bool = False):
-    """A base with adapters over it by PEFT alone, each merged into what is below it unless the base is quantized."""
+    """
+    A base with adapters over it by PEFT alone, each merged into what is below it unless the base is quantized. 4-bit
+    weights stay unpacked, as where they are trained through, so that both compute by the same kernel on every CPU.
+    """
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -76,6 +81,7 @@ def load_plainly(base: Path, *adapters: Path, nf4: bool = False):
     model = AutoModelForCausalLM.from_pretrained(
         base, dtype=torch.float32, quantization_config=quantization if nf4 else None
     )
+    keep_trainable(model)
     for adapter in adapters:
         model = PeftModel.from_pretrained(model, adapter)
         if not nf4:

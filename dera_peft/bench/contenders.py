@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
 
 from dera_peft.engine.fork import find_layers
+from dera_peft.engine.plan import ALIGNED, make_branches
 from dera_peft.errors import DeRaError
 from dera_peft.model import DeRaModel
 
@@ -167,6 +168,15 @@ def share(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})
 
 
+def make_dera(peft_model: PeftModel) -> DeRaModel:
+    """
+    A DeRaModel as `from_pretrained` makes it. `from_peft` makes one whose base can still be trained, for which it keeps
+    4-bit weights from the faster kernel that some CPUs decode with.
+    """
+    (adapter,) = peft_model.peft_config
+    return DeRaModel(peft_model, make_branches([], {ALIGNED: adapter})).eval()
+
+
 def make_contenders(peft_model: PeftModel, names: Sequence[str] = NAMES, engine: str = "dynamic") -> list[Contender]:
     """
     The contenders of `names`, over the weights of one PeftModel with one adapter; "two models" has a second copy.
@@ -190,7 +200,7 @@ def make_contenders(peft_model: PeftModel, names: Sequence[str] = NAMES, engine:
 
     def dera_pass(lam: float, behind: bool = False) -> Pass:
         if behind not in dera:
-            dera[behind] = DeRaModel.from_peft(share(peft_model)).eval()
+            dera[behind] = make_dera(share(peft_model))
             dera[behind].joins_before_head &= not behind
         return _dera_pass(dera[behind], lam)
 
@@ -204,7 +214,7 @@ def make_contenders(peft_model: PeftModel, names: Sequence[str] = NAMES, engine:
         elif name == DERA_JOIN_BEHIND:
             made.append(Contender(name, [dera_pass(LAM, behind=True)], engine=engine))
         elif name == DERA_TOP_HALF:
-            upper = DeRaModel.from_peft(_on_top_half(peft_model)).eval()
+            upper = make_dera(_on_top_half(peft_model))
             made.append(Contender(name, [_dera_pass(upper, LAM)], engine=engine))
         elif name == PEFT_ACTIVE:
             made.append(Contender(name, [Pass(share(peft_model))]))

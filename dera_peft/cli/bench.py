@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dera_peft.bench.contenders import NAMES, make_contenders
+from dera_peft.bench.contenders import NAMES, make_contenders, make_dera
 from dera_peft.bench.measure import Timings, copy_bandwidth, measure
 from dera_peft.bench.memory import measure_alone
 from dera_peft.bench.report import decoding_table, environment, figures, memory_table, peaks_table, plot, spread
@@ -18,7 +18,6 @@ from dera_peft.bench.shapes import Source
 from dera_peft.bench.sweep import SweepTimings, measure_sweep
 from dera_peft.cli.console import progress
 from dera_peft.errors import DeRaError
-from dera_peft.model import DeRaModel
 
 PEAKS = "memory of each contender alone in a process of its own (resident, less that of the libraries)"
 
@@ -103,7 +102,7 @@ def bench_sweep(
     timings = SweepTimings()
     interrupted = False
     with _threads(threads):
-        model = DeRaModel.from_peft(source.build()).eval()
+        model = make_dera(source.build())
         facts = environment(model.device)
         try:
             with progress("measuring", 2 * rounds) as advance:

@@ -28,6 +28,7 @@ from dera_peft.engine.plan import (
     make_branches,
     read_lam,
 )
+from dera_peft.engine.quantized import keep_trainable
 from dera_peft.engine.wiring import Wiring
 from dera_peft.errors import DeRaError
 
@@ -243,6 +244,8 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
         """
         Wraps what a trainer holds, with no second copy. Until `unwrap` the PeftModel itself must not be called.
 
+        On a CPU, 4-bit weights then stay in the form in which they can be trained through (see `keep_trainable`).
+
         Args:
             peft_model: a causal language model, or an encoder-decoder one, with LoRA adapters.
             adapter: the adapter that is the aligned model's, or a list of them, each an aligned branch of its own;
@@ -253,7 +256,8 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
             mixing: "logits" (DeRa), or "weights" to scale the adapters' weights by λ instead.
 
         Raises:
-            DeRaError: an adapter is not there, or is of a kind that can't be switched off row by row.
+            DeRaError: an adapter is not there, or is of a kind that can't be switched off row by row; or the model is
+                to be trained, and its 4-bit weights can't be trained through any more.
         """
         reference = [reference] if isinstance(reference, str) else list(reference)
         names = list(peft_model.peft_config)
@@ -268,6 +272,7 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
             check_adapter_kind(name, peft_model.peft_config[name])
         for name, config in peft_model.peft_config.items():  # also of those that are not used: they share the biases
             check_keeps_biases(name, config)
+        keep_trainable(peft_model)
         return cls(peft_model, make_branches(reference, aligned, stacked), lam, mixing)
 
     def unwrap(self) -> PeftModel:

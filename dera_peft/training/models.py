@@ -20,6 +20,7 @@ from dera_peft.checkpoint.fingerprint import cached_revision, file_fingerprint, 
 from dera_peft.checkpoint.record import Record
 from dera_peft.engine.adapter_kinds import check_adapter_kind, check_keeps_biases
 from dera_peft.engine.lora import find_adapted
+from dera_peft.engine.quantized import keep_trainable
 from dera_peft.errors import DeRaError, first_line
 from dera_peft.training.program import OutputFolder
 from dera_peft.user_code import is_object_path, load_object
@@ -138,6 +139,7 @@ def load_model(
         ) from error
     except (OSError, ValueError) as error:
         raise DeRaError(f"model_name_or_path={source.base!r} can't be loaded: {first_line(error)}") from error
+    keep_trainable(model)
     return model, load_tokenizer(source)
 
 

@@ -12,6 +12,7 @@ from dera_peft import DeRaError, DeRaModel
 from dera_peft.checkpoint.fingerprint import base_fingerprint
 from dera_peft.checkpoint.record import Record
 from dera_peft.decoding.datasets import read_dataset
+from dera_peft.engine.quantized import keep_trainable
 from dera_peft.training.data import dataset_fingerprint
 from dera_peft.training.models import check_adapter
 
@@ -86,6 +87,7 @@ def test_the_reference_is_the_sft_model(form, nf4, tiny_base, sft_adapter, merge
     # what is decoded from the saved folder
     quantization = {"quantization": "nf4", "dtype": torch.float32} if nf4 else {}
     model = DeRaModel.from_pretrained(adapter=folder, **quantization)
+    keep_trainable(model)  # compared with what was trained, by the kernel that it was trained with
     for lam, expected_now in ((0.0, expected), (1.0, spy.policy_after)):
         model.lam = lam
         torch.testing.assert_close(log_probs(model, spy.batch), expected_now, atol=1e-3, rtol=0)
