@@ -16,6 +16,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traine
 from transformers.utils import is_torch_bf16_gpu_available
 
 from dera_peft.errors import DeRaError
+from dera_peft.training.gradients import GradientCheck
 from dera_peft.training.program import say
 
 STATE = "trainer_state.json"  # of a checkpoint
@@ -194,6 +195,8 @@ def build(trainer_class: type[GuardedTrainer], **kwargs) -> GuardedTrainer:
     except (ValueError, RuntimeError) as error:
         raise DeRaError(str(error)) from error
     trainer.add_callback(Watch(trainer, args.stop_at_loss))
+    if not trainer.is_sharded:  # there a process has a part of the gradients at most, and not in the parameters
+        trainer.add_callback(GradientCheck())
     if args.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     return trainer
@@ -208,7 +211,7 @@ def run(trainer: GuardedTrainer) -> dict[str, float]:
         steps, in whichever runs they were made.
 
     Raises:
-        DeRaError: the loss is not finite or diverges, or a checkpoint can't be saved.
+        DeRaError: the loss is not finite or diverges, a LoRA factor gets no gradient, or a checkpoint can't be saved.
     """
     processes = trainer.args.world_size
     per_step = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps * processes
