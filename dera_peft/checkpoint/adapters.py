@@ -18,6 +18,7 @@ from transformers.utils.hub import cached_file
 
 from dera_peft.engine.adapter_kinds import check_adapter_kind, check_one_has_biases
 from dera_peft.engine.biases import drop_biases, keep_biases
+from dera_peft.engine.quantized import keep_packed
 from dera_peft.errors import DeRaError, first_line
 
 # Modules whose output is the sum of their bias and something else, so that a branch's bias can be added behind them.
@@ -124,7 +125,7 @@ def attach_adapter(model: PreTrainedModel | PeftModel, adapter: str, name: str, 
             "supported."
         )
     arguments = {"adapter_name": name, "low_cpu_mem_usage": offloaded}
-    with _device_map_hidden(base), keep_biases(base, name, trained):
+    with _device_map_hidden(base), keep_biases(base, name, trained), keep_packed(base):
         if isinstance(model, PeftModel):
             peft_model = model
             peft_model.load_adapter(adapter, **arguments)

@@ -14,6 +14,7 @@ from dera_peft.engine.biases import biases_at
 from dera_peft.engine.lora import check_scales
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.plan import WeightPlan, read_lam
+from dera_peft.engine.quantized import keep_packed
 from dera_peft.errors import DeRaError
 
 SECOND = re.compile(r"\.lora_(embedding_)?B(\.|$)")  # B of B·A, and its bias
@@ -91,7 +92,7 @@ def describe_fit(fit: dict) -> str:
 def _scale(model: MixtureModel, factors: dict[str, float]) -> tuple[dict[str, torch.Tensor], LoraConfig]:
     """One adapter: its second factors times λ, whatever its ranks and scalings are."""
     ((name, factor),) = factors.items()
-    with biases_at(model.base, factor):
+    with biases_at(model.base, factor), keep_packed(model.base):
         tensors = get_peft_model_state_dict(model.peft_model, adapter_name=name, save_embedding_layers=False)
         scaled = {key: tensor * factor if SECOND.search(key) else tensor.clone() for key, tensor in tensors.items()}
     return scaled, model.peft_model.peft_config[name]
@@ -127,7 +128,8 @@ def _combine(model: MixtureModel, factors: dict[str, float]) -> tuple[dict[str, 
     finally:
         peft_model.peft_config.update(configs)
     try:
-        tensors = get_peft_model_state_dict(peft_model, adapter_name=COMBINED, save_embedding_layers=False)
+        with keep_packed(model.base):
+            tensors = get_peft_model_state_dict(peft_model, adapter_name=COMBINED, save_embedding_layers=False)
         return {key: tensor.clone() for key, tensor in tensors.items()}, peft_model.peft_config[COMBINED]
     finally:
         peft_model.delete_adapter(COMBINED)

@@ -27,6 +27,7 @@ from dera_peft.checkpoint.record import Record
 from dera_peft.checkpoint.resolve import own_adapter
 from dera_peft.engine.biases import biases_at
 from dera_peft.engine.mixture import MixtureModel
+from dera_peft.engine.quantized import keep_packed
 from dera_peft.errors import DeRaError, first_line
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
@@ -232,7 +233,7 @@ def save(model: MixtureModel, record: Record | None, folder: str | os.PathLike) 
         record = Record(base, {}, {}, base_fingerprint=base_fingerprint(base), base_revision=cached_revision(base))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with biases_at(model.base):
+    with biases_at(model.base), keep_packed(model.base):
         peft_model.save_pretrained(folder, selected_adapters=adapters, save_embedding_layers=False)
     # PEFT writes the adapter "default" into the folder itself, any other into a folder of its name below it
     paths = {name: str(folder if name == "default" else folder / name) for name in adapters}

@@ -1,5 +1,8 @@
 """bitsandbytes' 4-bit layers, which it packs for inference on some CPUs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 
 from dera_peft.errors import DeRaError
@@ -31,6 +34,23 @@ def keep_trainable(model: nn.Module) -> None:
                 )
     for _, layer in layers:
         setattr(layer, PACKS, False)
+
+
+@contextmanager
+def keep_packed(model: nn.Module) -> Iterator[None]:
+    """
+    Packed 4-bit weights as they are, while PEFT reads the `state_dict` of a model to save or load an adapter.
+
+    bitsandbytes would unpack them for it, and pack them again at the next forward, with other scales than before.
+    """
+    packed = [module.weight.quant_state for module in model.modules() if PACKS in vars(module) and _is_packed(module)]
+    for state in packed:
+        state.packing_format_for_cpu = False
+    try:
+        yield
+    finally:
+        for state in packed:
+            state.packing_format_for_cpu = True
 
 
 def _is_packed(layer: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from cpu_packing import force_cpu_packing
 from peft import PeftModel
 from small_runs import load_plainly
 from torch import nn
+from transformers import BitsAndBytesConfig
 
 from dera_peft import DeRaError, DeRaModel
 from dera_peft.engine.quantized import keep_trainable
@@ -111,3 +112,19 @@ def test_what_is_loaded_to_decode_takes_the_packed_kernel(packing, tiny_base, ti
     assert all(are_packed(packed))
     assert not any(are_packed(unpacked))
     assert 0 < (logits - expected).abs().mean() < (rounded - expected).abs().mean(), "its products alone are in bf16"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
+def test_saving_and_loading_adapters_leaves_packed_weights_as_they_are(
+    double, packing, tiny_base, tiny_adapter, top_adapter, tmp_path
+):
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double)
+    model = DeRaModel.from_pretrained(tiny_base, tiny_adapter, quantization_config=quantization, dtype=torch.float32)
+    expected = model(IDS, lam=0.5).logits
+    assert all(are_packed(model))
+    model.save_pretrained(tmp_path / "saved")
+    model.export(0.5, tmp_path / "exported")
+    model.add_adapter("other", top_adapter)
+    model.export({"aligned": 0.5, "other": 0.5}, tmp_path / "combined")
+    assert torch.equal(model(IDS, lam={"aligned": 0.5, "other": 0.0}).logits, expected)
