@@ -1,4 +1,4 @@
-"""Numbers of bytes as people read them."""
+"""Sizes and times as people read them."""
 
 
 def format_bytes(count: float, digits: int = 3) -> str:
@@ -9,3 +9,12 @@ def format_bytes(count: float, digits: int = 3) -> str:
             return f"{count:.{digits}g} {unit}"
         count /= 1024
     return f"{count:.{digits}g} GiB"
+
+
+def format_duration(seconds: float) -> str:
+    """In the two largest units: 328 is "5 min 28 s"."""
+    whole = round(seconds)
+    for unit, size, smaller, smaller_size in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // smaller_size} {smaller}"
+    return f"{whole} s"

@@ -15,11 +15,17 @@ import torch
 from tiny_models import make_adapter, make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dera_peft import DeRaModel
+from dera_peft import DeRaModel, messages
 
 pytest_plugins = ["small_runs"]
 
 STORIES = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260k"
+
+
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch) -> None:
+    """What is told once in a process is told once in each test."""
+    monkeypatch.setattr(messages, "_said", set())
 
 
 @pytest.fixture(scope="session")

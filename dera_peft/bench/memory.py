@@ -44,7 +44,7 @@ def main() -> None:
     Path("/proc/self/clear_refs").write_text("5")  # what making the model took is not its peak
     decode_forced(one, tokens, prompt, chunk)
     found["peak"] = _status("VmHWM")
-    print(json.dumps(found))
+    json.dump(found, sys.stdout)
 
 
 def _status(name: str) -> int:

@@ -1,8 +1,8 @@
 """`dera.json`: which base, which adapters and which branches belong together, and how they were trained."""
 
 import json
+import logging
 import os
-import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,12 @@ from dera_peft.checkpoint.fingerprint import base_fingerprint, weights_fingerpri
 from dera_peft.engine.plan import LOGITS, REFERENCE, WEIGHTS
 from dera_peft.errors import DeRaError
 from dera_peft.files import write_atomically
+from dera_peft.messages import warn_once
 
 FILE_NAME = "dera.json"
 FORMAT = 1
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,11 @@ class Record:
             return
         trained = self.training.get("quantization")
         if trained != quantization:
-            warnings.warn(
+            warn_once(
+                logger,
                 f"the adapter was trained on a base {_quantized(trained)}, and this one is {_quantized(quantization)}: "
                 f"reference and aligned model differ slightly from those of the training (quantization={trained!r} "
                 "gives them).",
-                stacklevel=3,
             )
 
     def save(self, folder: str | os.PathLike) -> None:

@@ -10,6 +10,7 @@ import typer
 from dera_peft.cli import export, generate, info, score, sweep
 from dera_peft.cli.options import command
 from dera_peft.errors import DeRaError
+from dera_peft.messages import messages_on_stderr
 from dera_peft.quiet import be_quiet
 
 INTERRUPTED = 130  # the exit code that Typer makes of Ctrl-C, as shells do: 128 + SIGINT
@@ -230,7 +231,8 @@ def main(arguments: list[str] | None = None) -> None:
     debug = len(arguments) < len(given)
     be_quiet()
     try:
-        app(arguments, prog_name="dera")
+        with messages_on_stderr():
+            app(arguments, prog_name="dera")
     except (DeRaError, OSError) as error:
         if debug:
             traceback.print_exc()

@@ -16,8 +16,8 @@ from dera_peft.bench.memory import measure_alone
 from dera_peft.bench.report import decoding_table, environment, figures, memory_table, peaks_table, plot, spread
 from dera_peft.bench.shapes import Source
 from dera_peft.bench.sweep import SweepTimings, measure_sweep
-from dera_peft.cli.console import progress
 from dera_peft.errors import DeRaError
+from dera_peft.progress import show_progress
 
 PEAKS = "memory of each contender alone in a process of its own (resident, less that of the libraries)"
 
@@ -53,7 +53,7 @@ def bench(
         interrupted = False
         total = len(batch_sizes) * len(names) * (1 + rounds + memory)
         try:
-            with torch.cuda.device_of(weight), progress("measuring", total) as advance:
+            with torch.cuda.device_of(weight), show_progress("measuring", total) as advance:
                 for timings in measure(contenders, batch_sizes, prompt, new, rounds, chunk, lambda: advance(1)):
                     found[timings[0].batch_size] = timings
                 for batch_size in batch_sizes if memory else ():
@@ -105,7 +105,7 @@ def bench_sweep(
         model = make_dera(source.build())
         facts = environment(model.device)
         try:
-            with progress("measuring", 2 * rounds) as advance:
+            with show_progress("measuring", 2 * rounds) as advance:
                 measure_sweep(
                     model, lambdas, samples, prompts, prompt, new, batch_size, rounds, timings, lambda: advance(1)
                 )

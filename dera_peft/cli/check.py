@@ -3,15 +3,15 @@
 from rich.console import Console
 from rich.table import Table
 
-from dera_peft.cli.console import progress
 from dera_peft.evaluate.check import Check
 from dera_peft.evaluate.check import check as run_check
 from dera_peft.evaluate.config import SweepConfig
+from dera_peft.progress import show_progress
 
 
 def check(config: SweepConfig) -> None:
     """See `dera sweep --help`."""
-    found = run_check(config, progress)
+    found = run_check(config, show_progress)
     if found is None:  # of several processes the first one tells
         return
     console = Console()

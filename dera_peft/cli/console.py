@@ -1,27 +1,12 @@
 """What several commands share."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 MIN_COLUMN = 38  # characters; λ stand side by side where each gets at least so many
-
-
-@contextmanager
-def progress(description: str, total: int, done: int = 0) -> Iterator:
-    """A progress bar on stderr where that is a terminal; yields a function that advances it."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(description, total=total, completed=done)
-        yield lambda steps: bar.advance(task, steps)
 
 
 def format_lam(lam: float) -> str:

@@ -1,6 +1,8 @@
 """`dera generate`: prompts in, a completion per prompt, λ and sample out."""
 
+import logging
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +20,10 @@ from dera_peft.settings import COUNT, part, setting
 
 if TYPE_CHECKING:
     from dera_peft.decoding.prompts import Prompt
+
+SHORT = 5.0  # seconds of decoding
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,8 @@ class GenerateSettings(PromptSettings, Sampling, ModelSource):
 def generate(settings: GenerateSettings) -> None:
     """Decode prompts at one or several λ, in one batched pass.
 
-    Prompts come from --prompt, --prompts or the lines of standard input.
+    Prompts come from --prompt, --prompts or the lines of standard input. It ends with tokens/s on standard error; where
+    that is no terminal, only if it decoded for 5 seconds or longer.
 
     **Examples**
 
@@ -64,10 +71,10 @@ def generate(settings: GenerateSettings) -> None:
     `dera generate --adapter ./dpo --lambda=-0.5,0,1 --prompts prompts.jsonl --samples 4 --output out.jsonl`
     """
     from dera_peft.checkpoint.fingerprint import settings_fingerprint
-    from dera_peft.cli.console import progress
     from dera_peft.decoding.batching import decode
     from dera_peft.decoding.prompts import encode
     from dera_peft.model import DeRaModel
+    from dera_peft.progress import show_progress
 
     prompts = settings.read_prompts_or_lines()
     source, sampling = part(settings, ModelSource).placed(), settings.sampling
@@ -93,19 +100,22 @@ def generate(settings: GenerateSettings) -> None:
     todo = [request for request in requests if request not in finished]
     if len(todo) < len(requests):
         done = len(requests) - len(todo)
-        print(f"{output}: {done} of {len(requests)} completions are there already", file=sys.stderr)
+        logger.info(f"{output}: {done} of {len(requests)} completions are there already")
 
     if settings.json:
         _print_rows(finished[request] for request in requests if request in finished)
 
+    new_tokens, seconds = 0, 0.0
     if todo:
         tokenizer = source.tokenizer()
         tokens = encode(prompts, tokenizer, source.config, sampling.max_new_tokens, settings.chat)
         model = DeRaModel.from_source(source)
+        start = time.perf_counter()
         if settings.stream:
-            _stream(model, tokenizer, tokens[0], todo[0], sampling)
+            new_tokens = _stream(model, tokenizer, tokens[0], todo[0], sampling)
+            _tell_speed(new_tokens, time.perf_counter() - start)
             return
-        with progress("decoding", len(requests), len(requests) - len(todo)) as advance:
+        with show_progress("decoding", len(requests), len(requests) - len(todo)) as advance:
             for completions in decode(model, tokenizer, tokens, todo, sampling, settings.batch_size):
                 rows = [GeneratedRow.of(run, each, prompts[each.request.index]) for each in completions]
                 if log:
@@ -113,9 +123,12 @@ def generate(settings: GenerateSettings) -> None:
                 finished.update({row.request: row for row in rows})
                 if settings.json:
                     _print_rows(rows)
+                new_tokens += sum(row.num_tokens for row in rows)
                 advance(len(completions))
+        seconds = time.perf_counter() - start
     if not settings.json:
         _show(prompts, requests, finished)
+    _tell_speed(new_tokens, seconds)
 
 
 def _print_rows(rows: Iterable[GeneratedRow]) -> None:
@@ -136,11 +149,18 @@ def _show(prompts: "Sequence[Prompt]", requests: Sequence[Request], finished: di
         side_by_side(console, prompts[index].text, texts)
 
 
-def _stream(model, tokenizer, tokens: list[int], request: Request, sampling: Sampling) -> None:
+def _tell_speed(new_tokens: int, seconds: float) -> None:
+    """Of this run alone. A program that reads standard error of a short job is told nothing."""
+    if new_tokens and (sys.stderr.isatty() or seconds >= SHORT):
+        logger.info(f"{new_tokens:,} tokens in {seconds:.1f} s: {new_tokens / seconds:.1f} tokens/s")
+
+
+def _stream(model, tokenizer, tokens: list[int], request: Request, sampling: Sampling) -> int:
+    """Prints the tokens as they come; returns how many."""
     from transformers import TextStreamer
 
     from dera_peft.decoding.batching import decode
 
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    for _ in decode(model, tokenizer, [tokens], [request], sampling, batch_size=1, streamer=streamer):
-        pass
+    ((completion,),) = decode(model, tokenizer, [tokens], [request], sampling, batch_size=1, streamer=streamer)
+    return len(completion.tokens)

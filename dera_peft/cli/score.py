@@ -1,7 +1,7 @@
 """`dera score`: prompts and completions in, what each completion is worth at each λ out."""
 
+import logging
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 ENDS = {"eos": True, "length": False}  # whether the model ended it, by a row's "finish_reason"
 DIGITS = 6  # of nats, in rows
+
+logger = logging.getLogger(__name__)
 
 Key = tuple[int, float]  # of a row: which completion, at which λ
 
@@ -181,10 +183,10 @@ def score(settings: ScoreSettings) -> None:
     from rich.console import Console
 
     from dera_peft.checkpoint.fingerprint import settings_fingerprint
-    from dera_peft.cli.console import progress
     from dera_peft.decoding.prompts import encode
     from dera_peft.decoding.scoring import score_each
     from dera_peft.model import DeRaModel
+    from dera_peft.progress import show_progress
 
     given = read_completions(settings.completions)
     source = part(settings, ModelSource).placed()
@@ -211,7 +213,7 @@ def score(settings: ScoreSettings) -> None:
             missing[lacks].append(index)
     done = sum(key in finished for key in wanted)
     if done:
-        print(f"{output}: {done} of {len(wanted)} scores are there already", file=sys.stderr)
+        logger.info(f"{output}: {done} of {len(wanted)} scores are there already")
     if settings.json:
         _print_rows(finished[key] for key in wanted if key in finished)
 
@@ -221,7 +223,7 @@ def score(settings: ScoreSettings) -> None:
         completions = encode_completions(given, prompts, tokenizer, source.config, settings.end)
         _tell_of_other_splits(given, completions, settings.end)
         model = DeRaModel.from_source(source)
-        with progress("scoring", len(wanted), done) as advance:
+        with show_progress("scoring", len(wanted), done) as advance:
             for lacks, indices in missing.items():
                 of = [prompts[index] for index in indices], [completions[index] for index in indices]
                 for place, scored in score_each(model, *of, list(lacks), settings.temperature):
@@ -252,10 +254,9 @@ def _tell_of_other_splits(given: Sequence[Given], completions: Sequence[Sequence
     counts = [(each.num_tokens, len(ids)) for each, ids in zip(given, completions, strict=True)]
     counts = [(before, now) for before, now in counts if before is not None]
     if other := sum(before != now for before, now in counts):
-        print(
+        logger.warning(
             f"{other} of {len(counts)} completions are split into another number of tokens than they were decoded "
-            "with: their texts are scored as the tokenizer splits them",
-            file=sys.stderr,
+            "with: their texts are scored as the tokenizer splits them"
         )
 
 

@@ -49,11 +49,12 @@ def sweep(settings: SweepSettings) -> None:
     from rich.console import Console
 
     from dera_peft.checkpoint.devices import join_processes
-    from dera_peft.cli.console import printable, progress
+    from dera_peft.cli.console import printable
     from dera_peft.cli.sweep_tables import further_columns, main_columns, show_samples, tables, tell, tell_failures
     from dera_peft.evaluate.run import sweep as run_sweep
+    from dera_peft.progress import show_progress
 
-    result = run_sweep(config, progress=progress)
+    result = run_sweep(config, progress=show_progress)
     join_processes().destroy_process_group()
     if result is None:  # of several processes the first one tells
         return

@@ -1,7 +1,7 @@
 """What `dera sweep` prints: tables that a narrow terminal does not cut, and two prompts' texts."""
 
+import logging
 import math
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
@@ -17,6 +17,8 @@ SHOWN_PROMPTS = 2
 HEADING = 16  # characters; a longer heading is wrapped
 GAP = 2  # characters between columns
 
+logger = logging.getLogger(__name__)
+
 
 def tell(console: Console, text: str) -> None:
     """As it is: what the user named may look like markup."""
@@ -27,10 +29,9 @@ def tell_failures(result: SweepResult) -> None:
     failures = Counter(name for row in result.rows for name in row.get("errors", {}))
     for name, count in failures.items():
         example = next(row["errors"][name] for row in result.rows if name in row.get("errors", {}))
-        print(f"{name}: failed on {count} of {len(result.rows)} completions, as: {example}", file=sys.stderr)
-    print(
-        "those are left out of the numbers above and marked in samples.jsonl; the same command tries them again",
-        file=sys.stderr,
+        logger.warning(f"{name}: failed on {count} of {len(result.rows)} completions, as: {example}")
+    logger.warning(
+        "those are left out of the numbers above and marked in samples.jsonl; the same command tries them again"
     )
 
 

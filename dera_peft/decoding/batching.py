@@ -1,6 +1,6 @@
 """Decoding many requests, each with its own λ, in batches."""
 
-import sys
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -18,10 +18,13 @@ from dera_peft.engine.padding import pad
 from dera_peft.engine.plan import WEIGHTS
 from dera_peft.engine.prefill import Prefill, can_be_shared
 from dera_peft.errors import DeRaError
+from dera_peft.messages import warn_once
 
 BATCH_TOKENS = 32 * 1024  # 4 GiB of keys and values in one branch of a model of 8 billion parameters (GQA, bf16)
 GROUP_BATCHES = 8  # of a group: one of them may be short
 BOTH_BRANCHES = 0.5  # a λ that needs both
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -43,7 +46,7 @@ def decode(
     model's cache allows it (`prefill.can_be_shared`).
 
     Batches are made by length, longest prompts first, so that too little memory shows at once; then the tokens that are
-    held at once are halved, which is said on stderr.
+    held at once are halved, with a warning.
 
     Args:
         prompts: token ids by prompt index, from `prompts.encode`.
@@ -95,10 +98,10 @@ def _say_what_is_left_aside(model: PreTrainedModel) -> None:
     config = model.generation_config
     found = {name: (getattr(config, name, None), plain) for name, plain in PLAIN_GENERATION.items()}
     if own := [f"{name}={value!r}" for name, (value, plain) in found.items() if value not in (None, plain)]:
-        print(
+        warn_once(
+            logger,
             f"the base's generation config sets {', '.join(own)}: left aside, since tokens are drawn by the options of "
             "this command alone",
-            file=sys.stderr,
         )
 
 

@@ -1,10 +1,13 @@
 """What to do where a device's memory runs out: the same work again, on half as much at once."""
 
-import sys
+import logging
 
 import torch
 
 from dera_peft.errors import DeRaError
+from dera_peft.messages import warn_once
+
+logger = logging.getLogger(__name__)
 
 
 class Attempt:
@@ -36,6 +39,6 @@ class Attempt:
 
 
 def go_on_with_half(message: str) -> None:
-    """Frees what the failed work had reserved, and tells the user; to be called once its tensors are let go."""
+    """Frees what the failed work had reserved, and warns; to be called once its tensors are let go."""
     torch.accelerator.empty_cache()
-    print(message, file=sys.stderr)
+    warn_once(logger, message)

@@ -101,7 +101,7 @@ def score_each(
     """
     As `score`, but yields (index, scored) as they are ready, sequences of like lengths together.
 
-    Where there is too little memory for a slice of the sequences it is halved, which is said on stderr.
+    Where there is too little memory for a slice of the sequences it is halved, with a warning.
     """
     lam = _read_lambdas(lam, model.aligned)
     _check(model, prompts, completions, temperature, top)

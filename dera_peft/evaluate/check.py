@@ -13,7 +13,7 @@ from dera_peft.decoding.scoring import score_each
 from dera_peft.evaluate.arms import make_arms
 from dera_peft.evaluate.config import SweepConfig
 from dera_peft.evaluate.run import encode_prompts
-from dera_peft.evaluate.worker import Progress, no_progress
+from dera_peft.progress import Progress, no_progress
 from dera_peft.rewards.metrics import repetition
 
 PROMPTS, TOKENS = 8, 64  # at most so many prompts, and tokens a completion

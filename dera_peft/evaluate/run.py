@@ -1,7 +1,7 @@
 """A sweep over λ: decode held-out prompts, score the completions, recommend a λ, and write the report."""
 
 import json
-import sys
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -26,8 +26,9 @@ from dera_peft.evaluate.result import SweepResult
 from dera_peft.evaluate.retrain import FILE_NAME as RETRAIN
 from dera_peft.evaluate.retrain import retrain_command
 from dera_peft.evaluate.rows import Key, RewardRow
-from dera_peft.evaluate.worker import Progress, SweepWorker, no_progress
+from dera_peft.evaluate.worker import SweepWorker
 from dera_peft.files import write_atomically
+from dera_peft.progress import Progress, no_progress
 from dera_peft.rewards.functions import NamedReward, check_columns, load_rewards
 from dera_peft.rewards.judges import NamedJudge, load_judge
 from dera_peft.rewards.metrics import Measured, is_better_low
@@ -35,6 +36,8 @@ from dera_peft.rewards.metrics import Measured, is_better_low
 FILES = ("report.html", "sweep.png", "sweep.svg", "pareto.png", "pareto.svg", "summary.csv", "samples.jsonl")
 PACKAGES = ("dera-peft", "torch", "transformers", "peft")
 IN_MEMORY = ("log_p", "kl_grid", "token_views")  # of a row, what samples.jsonl does without
+
+logger = logging.getLogger(__name__)
 
 
 def sweep(config: SweepConfig | None = None, *, progress: Progress = no_progress, **keys) -> SweepResult | None:
@@ -50,7 +53,7 @@ def sweep(config: SweepConfig | None = None, *, progress: Progress = no_progress
 
     Args:
         config: or its keys, as in `SweepConfig`; keys come before a config.
-        progress: shows how far the sweep is; see `worker.Progress`.
+        progress: shows how far the sweep is; `dera_peft.progress.show_progress` does it on stderr.
 
     Returns:
         The results; None in all processes but the first one.
@@ -108,14 +111,13 @@ def sweep(config: SweepConfig | None = None, *, progress: Progress = no_progress
 def _warn(config: SweepConfig, reused: int, count: int) -> None:
     """Tells, before anything is decoded, what a user may not expect of the `count` completions."""
     if config.temperature == 0 and config.samples > 1:
-        print(
+        logger.warning(
             f"temperature=0, samples={config.samples}: greedy decoding gives all samples of a prompt the same text; "
-            "one is enough",
-            file=sys.stderr,
+            "one is enough"
         )
     if reused:
         some = "all" if reused == count else f"{reused} of"
-        print(f"{config.output_dir}: {some} {count} completions are there already", file=sys.stderr)
+        logger.info(f"{config.output_dir}: {some} {count} completions are there already")
 
 
 def encode_prompts(config: SweepConfig, arm: Arm, prompts: Sequence[Prompt]) -> tuple[Any, list[list[int]]]:
@@ -138,10 +140,9 @@ def _read_prompts(config: SweepConfig, rewards: Sequence[NamedReward], warns: bo
     prompts = read_prompts(config.prompts, config.prompt_column, config.split, config.subset, config.max_prompts)
     where = config.prompts if isinstance(config.prompts, str) else "prompts"
     if warns and (own := sum(prompt.lam is not None for prompt in prompts)):
-        print(
+        logger.warning(
             f"{where}: {own} of {len(prompts)} prompts have a lambda of their own, which a sweep leaves aside: it "
-            "decodes each at all of its lambdas",
-            file=sys.stderr,
+            "decodes each at all of its lambdas"
         )
     if config.group is not None:
         for prompt in prompts:

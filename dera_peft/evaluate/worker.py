@@ -1,7 +1,6 @@
 """One process of a sweep: decodes, scores and rewards its prompts, and keeps every row in the sweep's folder."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,20 +23,13 @@ from dera_peft.evaluate.report.samples import sample_rows
 from dera_peft.evaluate.report.token_views import token_views
 from dera_peft.evaluate.rows import CompletionRow, Key, RewardRow, ScoreRow, open_log
 from dera_peft.model import DeRaModel
+from dera_peft.progress import Progress
 from dera_peft.rewards.functions import NamedReward, call_reward_or_mark, columns_of
 from dera_peft.rewards.judges import NamedJudge, judge_or_mark
 from dera_peft.rewards.models import RewardModel
 
 TOP = 3  # tokens of each branch that the report names
 DIGITS = 6  # of what is kept: nats
-
-# (description, total, done before) -> a context whose function is called with each number of finished items
-Progress = Callable[[str, int, int], AbstractContextManager[Callable[[int], None]]]
-
-
-@contextmanager
-def no_progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    yield lambda steps: None
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """Reward models: sequence-classification models whose one logit is the reward of a completion."""
 
+import logging
 import math
 import os
-import sys
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from dera_peft.checkpoint.devices import free_memory, read_device_map
 from dera_peft.decoding.memory import Attempt, go_on_with_half
 from dera_peft.errors import DeRaError, first_line
+from dera_peft.messages import warn_once
 from dera_peft.rewards.metrics import LIST
+
+logger = logging.getLogger(__name__)
 
 
 class RewardModel:
@@ -24,7 +27,7 @@ class RewardModel:
 
     It reads prompt and completion as a chat where its tokenizer has a chat template (a text prompt becomes a user
     message), and else as one text. Nothing is cut: a text that is longer than its context gets no reward, with a
-    warning on stderr. Its weights are loaded at the first call.
+    warning. Its weights are loaded at the first call.
 
     Args:
         name: hub id or folder.
@@ -98,10 +101,11 @@ class RewardModel:
             (i for i, ids in enumerate(tokens) if len(ids) <= self.max_length), key=lambda i: len(tokens[i])
         )
         if len(fitting) < len(tokens):
-            print(
+            warn_once(
+                logger,
                 f"{self.name}: {len(tokens) - len(fitting)} of {len(tokens)} completions get no reward: with their "
-                f"prompts they are longer than its context of {self.max_length} tokens",
-                file=sys.stderr,
+                f"prompts they are longer than its context of {self.max_length} tokens; further ones are not reported",
+                topic=f"{self.name}: longer than its context",
             )
         while fitting:
             chosen = fitting[: self.batch_size]

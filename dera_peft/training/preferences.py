@@ -256,16 +256,16 @@ def sample(
 
     Args:
         source: the SFT model, from `find_source`.
-        there: how many completions an earlier run has made, for the progress bar.
+        there: how many completions an earlier run has made, for the progress shown.
         log, reward: a `RowLog` and a `Reward`.
         run: fingerprint of the settings.
     """
     from dera_peft.checkpoint.loading import load_config, load_tokenizer
-    from dera_peft.cli.console import progress
     from dera_peft.decoding.batching import decode
     from dera_peft.decoding.prompts import PromptTooLong, column_names, encode
     from dera_peft.decoding.rows import RewardedRow
     from dera_peft.decoding.sampling import Sampling
+    from dera_peft.progress import show_progress
     from dera_peft.rewards.functions import call_reward, columns_of
     from dera_peft.training.sampler import load_sft_model
 
@@ -286,7 +286,7 @@ def sample(
         return
     names = column_names(prompts)
     model = load_sft_model(source, args.quantization, args.dtype, device_map)
-    with progress("sampling", there + len(todo), there) as advance:
+    with show_progress("sampling", there + len(todo), there) as advance:
         for completions in decode(model, tokenizer, tokens, todo, sampling, args.batch_size):
             of = [prompts[completion.request.index] for completion in completions]
             texts = [completion.text for completion in completions]

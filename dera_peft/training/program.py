@@ -13,6 +13,7 @@ from typing import Any
 
 from dera_peft.errors import DeRaError
 from dera_peft.files import write_atomically
+from dera_peft.messages import messages_on_stderr
 
 FILE_NAME = "run.json"
 # What the programs write, beside a tokenizer, which every run writes anew; with --overwrite it goes.
@@ -65,7 +66,8 @@ def parse(parser, arguments: list[str] | None = None) -> tuple:
 def start(main: Callable[[], None]) -> None:
     """Runs a program. An error that a user can mend is one line and exit code 2; `--traceback` shows where it arose."""
     try:
-        main()
+        with messages_on_stderr():
+            main()
         from accelerate import PartialState
 
         PartialState().destroy_process_group()

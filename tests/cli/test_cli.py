@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from two_models import TwoModels, load_two
 
-from dera_peft.cli import app
+from dera_peft.cli import app, generate
 
 DERA = [sys.executable, "-m", "dera_peft.cli"]
 
@@ -142,6 +142,20 @@ def test_output_is_continued(dera, model, tmp_path):
     code, _, err = dera(*arguments, "--output", output, "--seed", 1)
     assert code == 2
     assert "other settings" in err
+
+
+def test_a_long_run_ends_with_its_speed(dera, model, tmp_path, monkeypatch):
+    output = tmp_path / "out.jsonl"
+    arguments = ["generate", *model, "--lambda", "0,1", "--max-new-tokens", 6, "--output", output, "--prompt", "Rain"]
+    assert "tokens/s" not in dera(*arguments)[2], "it took less than 5 seconds"
+    monkeypatch.setattr(generate, "SHORT", 0.0)
+    code, out, err = dera(*arguments, "--prompt", "A fox", "--json")
+    assert code == 0
+    new = sum(row["num_tokens"] for row in rows(out) if row["prompt"] == "A fox")
+    assert re.search(rf"^{new} tokens in [\d.]+ s: [\d.]+ tokens/s$", err.splitlines()[-1]), "those of this run"
+    assert "tokens/s" not in dera(*arguments, "--prompt", "A fox")[2], "nothing was decoded"
+    code, _, err = dera("generate", *model, "--max-new-tokens", 6, "--prompt", "Rain", "--stream")
+    assert re.search(r"^\d tokens in [\d.]+ s: [\d.]+ tokens/s$", err.splitlines()[-1])
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])

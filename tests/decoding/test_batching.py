@@ -62,9 +62,9 @@ def test_padding_is_no_text_to_the_repetition_penalty(tiny_model):
     assert run(32) == alone
 
 
-def test_the_bases_generation_config_changes_no_draws(run, tiny_model, capsys):
+def test_the_bases_generation_config_changes_no_draws(run, tiny_model, caplog):
     plain = run()
-    assert not capsys.readouterr().err
+    assert not caplog.text
     text = max(plain.values(), key=len)
     config = tiny_model.generation_config
     config.bad_words_ids, config.no_repeat_ngram_size, config.min_new_tokens = [[text[0]]], 1, 12
@@ -72,7 +72,7 @@ def test_the_bases_generation_config_changes_no_draws(run, tiny_model, capsys):
         assert run() == plain
     finally:
         config.bad_words_ids = config.no_repeat_ngram_size = config.min_new_tokens = None
-    said = capsys.readouterr().err
+    said = caplog.text
     assert "the base's generation config sets min_new_tokens=12, no_repeat_ngram_size=1, bad_words_ids=" in said
 
 
@@ -211,7 +211,7 @@ def test_a_batch_holds_no_more_tokens_than_its_budget(tiny_model, monkeypatch):
     assert {size for size, _ in sizes} == {1}
 
 
-def test_too_little_memory_halves_the_tokens_and_says_so(tiny_model, monkeypatch, capsys):
+def test_too_little_memory_halves_the_tokens_and_says_so(tiny_model, monkeypatch, caplog):
     expected, real, sizes = decode_all(tiny_model, FEW), batching._decode_batch, []
 
     def short_of_memory(model, tokenizer, prompts, batch, *args):
@@ -224,7 +224,7 @@ def test_too_little_memory_halves_the_tokens_and_says_so(tiny_model, monkeypatch
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     assert decode_all(tiny_model, FEW) == expected
     assert max(sizes) > 2
-    assert "out of memory: going on with half as many tokens at once" in capsys.readouterr().err
+    assert "out of memory: going on with half as many tokens at once" in caplog.text
 
 
 def test_too_little_memory_to_keep_prompts(tiny_model, monkeypatch):

@@ -112,7 +112,7 @@ def test_totals(two, tiny_model):
     assert whole.best == {}
 
 
-def test_too_little_memory_halves_the_slice_and_says_so(tiny_model, monkeypatch, capsys):
+def test_too_little_memory_halves_the_slice_and_says_so(tiny_model, monkeypatch, caplog):
     expected, real, sizes = score(tiny_model, PROMPTS, COMPLETIONS, LAM), scoring._score_slice, []
 
     def short_of_memory(model, prompts, *args):
@@ -127,7 +127,7 @@ def test_too_little_memory_halves_the_slice_and_says_so(tiny_model, monkeypatch,
     for scored, same in zip(score(tiny_model, PROMPTS, COMPLETIONS, LAM), expected, strict=True):
         close(scored.log_p, same.log_p.double())
     assert sum(sizes) == len(PROMPTS)
-    assert "out of memory for 5 sequences: going on with half as many" in capsys.readouterr().err
+    assert "out of memory for 5 sequences: going on with half as many" in caplog.text
     monkeypatch.setattr(scoring, "_score_slice", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
     with pytest.raises(DeRaError, match="out of memory for a single sequence of 1 tokens"):
         score(tiny_model, PROMPTS, COMPLETIONS, LAM)

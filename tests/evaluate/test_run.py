@@ -308,7 +308,7 @@ def test_bad_input_is_told_before_a_model_is_loaded(
         sweep(**values)
 
 
-def test_a_prompts_own_lambda_is_left_aside_and_that_is_said(model, tmp_path, capsys):
+def test_a_prompts_own_lambda_is_left_aside_and_that_is_said(model, tmp_path, caplog):
     rows = [{"prompt": "Rain fell", "lambda": 2}, {"prompt": "A fox"}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = sweep(
@@ -316,7 +316,7 @@ def test_a_prompts_own_lambda_is_left_aside_and_that_is_said(model, tmp_path, ca
         max_new_tokens=2, **model,
     )  # fmt: skip
     assert {(row["prompt_index"], row["lambda"]) for row in result.rows} == {(0, 0), (0, 1), (1, 0), (1, 1)}
-    assert "p.jsonl: 1 of 2 prompts have a lambda of their own, which a sweep leaves aside" in capsys.readouterr().err
+    assert "p.jsonl: 1 of 2 prompts have a lambda of their own, which a sweep leaves aside" in caplog.text
 
 
 # -- processes --------------------------------------------------------------------------------------------------------

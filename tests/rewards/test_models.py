@@ -54,7 +54,7 @@ def test_a_reward_model_without_a_template_reads_one_text(tmp_path, tokenizer):
         call_reward(reward, [[{"role": "user", "content": "Hi!"}]], [" Hello."])
 
 
-def test_out_of_memory_halves_the_batch(tmp_path, tokenizer, capsys, monkeypatch):
+def test_out_of_memory_halves_the_batch(tmp_path, tokenizer, caplog, monkeypatch):
     monkeypatch.setattr("torch.accelerator.empty_cache", lambda: None)
     reward = load_reward(str(make_reward_model(tmp_path / "model", tokenizer)))
     expected = call_reward(reward, PROMPTS, COMPLETIONS)
@@ -69,7 +69,7 @@ def test_out_of_memory_halves_the_batch(tmp_path, tokenizer, capsys, monkeypatch
     monkeypatch.setattr(reward.model, "forward", lambda input_ids, **inputs: limited(input_ids, 1, **inputs))
     assert call_reward(reward, PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-5)
     assert sizes == [3, 1, 1, 1]
-    assert "out of memory, going on with 1 texts at once" in capsys.readouterr().err
+    assert "out of memory, going on with 1 texts at once" in caplog.text
     monkeypatch.setattr(reward.model, "forward", lambda input_ids, **inputs: limited(input_ids, 0, **inputs))
     with pytest.raises(DeRaError, match="out of memory for a single text of"):
         call_reward(reward, PROMPTS, COMPLETIONS)
@@ -84,7 +84,7 @@ def test_a_freed_reward_model_is_loaded_again(tmp_path, tokenizer):
     assert call_reward(reward, PROMPTS, COMPLETIONS) == expected
 
 
-def test_what_is_too_long_gets_no_reward(tmp_path, tokenizer, capsys):
+def test_what_is_too_long_gets_no_reward(tmp_path, tokenizer, caplog):
     tokenizer.chat_template = None
     folder = make_reward_model(tmp_path / "model", tokenizer, context=16)
     reward = load_reward(str(folder))
@@ -92,7 +92,7 @@ def test_what_is_too_long_gets_no_reward(tmp_path, tokenizer, capsys):
     assert len(tokenizer(fits)["input_ids"]) <= 16 < len(tokenizer(long)["input_ids"])
     values = call_reward(reward, ["Rain"] * 2, [long[4:], fits[4:]])
     assert values == [None, pytest.approx(reward_alone(folder, tokenizer(fits)["input_ids"]), abs=1e-5)]
-    assert "1 of 2 completions get no reward" in capsys.readouterr().err
+    assert "1 of 2 completions get no reward" in caplog.text
 
 
 def test_what_is_not_a_reward_model(tmp_path, tokenizer, tiny_base):

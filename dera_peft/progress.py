@@ -1,0 +1,100 @@
+"""How far a long job is: a bar on a terminal, a line every half minute in a log file."""
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+from dera_peft.formatting import format_duration
+from dera_peft.messages import is_main_process
+
+EVERY = 30.0  # seconds from one line to the next, and to the first
+
+logger = logging.getLogger(__name__)
+
+Advance = Callable[[int], None]
+
+
+class Progress(Protocol):
+    """How a job shows how far it is."""
+
+    def __call__(self, description: str, total: int, done: int = 0) -> AbstractContextManager[Advance]:
+        """
+        Args:
+            description: what is being done, as "decoding".
+            total: how many items there are.
+            done: how many of them an earlier run has finished.
+
+        Returns:
+            A context; its function is called with each number of items that were finished.
+        """
+
+
+@contextmanager
+def no_progress(description: str, total: int, done: int = 0) -> Iterator[Advance]:
+    """Shows nothing."""
+    yield lambda items: None
+
+
+def show_progress(description: str, total: int, done: int = 0) -> AbstractContextManager[Advance]:
+    """A bar on stderr where that is a terminal, else messages of the logger; of several processes the main one's."""
+    if not is_main_process():
+        return no_progress(description, total, done)
+    show = _show_bar if sys.stderr.isatty() else log_progress
+    return show(description, total, done)
+
+
+@contextmanager
+def log_progress(
+    description: str, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Advance]:
+    """
+    Logs how much is done, how fast, and how long the rest will take: when items are finished, but not within `EVERY`
+    seconds of the start or of the last message.
+
+    Args:
+        clock: gives seconds.
+    """
+    start = last = clock()
+    finished = 0
+
+    def advance(items: int) -> None:
+        nonlocal finished, last
+        finished += items
+        now = clock()
+        if now - last >= EVERY and finished:
+            last = now
+            logger.info(_line(description, total, done, finished, now - start))
+
+    yield advance
+
+
+def _line(description: str, total: int, done: int, finished: int, seconds: float) -> str:
+    """The rate is of the `finished` items of this run; those `done` before took no time."""
+    rate = finished / seconds
+    pace = f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
+    there = done + finished
+    left = format_duration((total - there) / rate)
+    return f"{description}: {there} of {total} ({there / total:.1%}), {pace}, about {left} left"
+
+
+@contextmanager
+def _show_bar(description: str, total: int, done: int) -> Iterator[Advance]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(description, total=total, completed=done)
+        yield lambda items: bar.advance(task, items)
