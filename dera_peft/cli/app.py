@@ -11,7 +11,6 @@ from dera_peft.cli import export, generate, info, score, sweep
 from dera_peft.cli.options import command
 from dera_peft.errors import DeRaError
 from dera_peft.messages import messages_on_stderr
-from dera_peft.quiet import be_quiet
 
 INTERRUPTED = 130  # the exit code that Typer makes of Ctrl-C, as shells do: 128 + SIGINT
 CONTEXT = {
@@ -229,7 +228,6 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     arguments = [argument for argument in given if argument != "--debug"]
     debug = len(arguments) < len(given)
-    be_quiet()
     try:
         with messages_on_stderr():
             app(arguments, prog_name="dera")

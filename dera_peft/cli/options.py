@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
+from dera_peft.quiet import be_quiet
 from dera_peft.settings import option_name, setting_of, type_hints
 
 PANELS = ("Model", "Prompts", "Sampling", "What is measured", "Measuring", "Output")  # in this order on a help page
@@ -31,6 +32,7 @@ def command(app: typer.Typer, settings: type, name: str | None = None) -> Callab
         @functools.wraps(function)
         def run(config: Path | None = None, **options: Any) -> None:
             given = {name: value for name, value in options.items() if value not in (None, [])}
+            be_quiet()
             function(settings.read(config, **{name: _parsed(by_name[name], value) for name, value in given.items()}))
 
         shown = shown_fields(settings)
