@@ -6,13 +6,11 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from dera_peft.bench.shapes import Source
+from dera_peft.bench.config import StepSettings
 from dera_peft.errors import DeRaError
 
 
-def measure_alone(
-    source: Source, contender: str, batch_size: int, prompt: int, new: int, chunk: int | None, threads: int | None
-) -> dict[str, int]:
+def measure_alone(settings: StepSettings, contender: str, batch_size: int) -> dict[str, int]:
     """
     Runs one contender once in a fresh Python.
 
@@ -20,7 +18,7 @@ def measure_alone(
         In bytes: `libraries`, resident when all is imported and no model made; `model`, when it is made; `peak`, the
         most that was resident while it ran.
     """
-    arguments = json.dumps([asdict(source), contender, batch_size, prompt, new, chunk, threads])
+    arguments = json.dumps([asdict(settings), contender, batch_size], default=str)
     process = subprocess.run([sys.executable, "-m", __name__, arguments], capture_output=True, text=True)
     if process.returncode:
         raise DeRaError(f"{contender}, measured alone, failed: {process.stderr.strip().splitlines()[-1]}")
@@ -33,16 +31,18 @@ def main() -> None:
     from dera_peft.bench.contenders import make_contenders
     from dera_peft.bench.measure import decode_forced, make_tokens
 
-    source, contender, batch_size, prompt, new, chunk, threads = json.loads(sys.argv[1])
-    if threads is not None:
-        torch.set_num_threads(threads)
+    values, contender, batch_size = json.loads(sys.argv[1])
+    settings = StepSettings(**values)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
     found = {"libraries": _status("VmRSS")}
-    peft_model = Source(**source).build()
+    length = settings.prompt + settings.new
+    peft_model = settings.build(length)
     (one,) = make_contenders(peft_model, [contender])
-    tokens = make_tokens(peft_model.config.vocab_size, batch_size, prompt + new, peft_model.device)
+    tokens = make_tokens(peft_model.config.vocab_size, batch_size, length, peft_model.device)
     found["model"] = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # what making the model took is not its peak
-    decode_forced(one, tokens, prompt, chunk)
+    decode_forced(one, tokens, settings.prompt, settings.prefill_chunk)
     found["peak"] = _status("VmHWM")
     json.dump(found, sys.stdout)
 

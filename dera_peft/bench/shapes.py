@@ -1,6 +1,4 @@
-"""What is measured: a known shape with random weights and a random adapter, or a base and an adapter as loaded."""
-
-from dataclasses import dataclass
+"""The models that are measured: a known shape with random weights and adapter, or a base and an adapter as loaded."""
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -8,7 +6,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
 from dera_peft.checkpoint.adapters import place_adapter
-from dera_peft.checkpoint.devices import STRATEGIES, read_device_map
+from dera_peft.checkpoint.loading import read_dtype
 from dera_peft.checkpoint.source import ModelSource
 from dera_peft.engine.plan import REFERENCE
 from dera_peft.errors import DeRaError
@@ -93,14 +91,12 @@ def read_config(shape: str, context: int, layers: int | None = None) -> PreTrain
         raise DeRaError(f"--shape: {shape!r} is not known; choose one of {', '.join(SHAPES)}.")
     kind, settings = SHAPES[shape]
     depth = settings["num_hidden_layers"] if layers is None else layers
-    if depth < 1:
-        raise DeRaError(f"--layers must be at least 1; got {layers}.")
     return kind(**{**settings, "num_hidden_layers": depth}, max_position_embeddings=max(context, 8192))
 
 
 def make_random(
     config: PreTrainedConfig,
-    dtype: torch.dtype,
+    dtype: str | None,
     device: torch.device,
     quantization: str | None = None,
     top: float = 1.0,
@@ -110,17 +106,17 @@ def make_random(
     A model of random weights with a random LoRA adapter of rank 16 on all linear layers.
 
     Args:
+        dtype: of the weights; bfloat16 on a CUDA device and float32 on others, unless given.
         quantization: None, "nf4" or "fp4", of all linear layers but the head. The weights are then made on the CPU and
             quantized layer by layer on their way to the device.
         top: the share of the layers, from the top, that the adapter is on.
     """
-    if not 0 < top <= 1:
-        raise DeRaError(f"--top must be in (0, 1]; got {top:g}.")
     torch.manual_seed(seed)
+    weights_dtype = read_dtype(dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     with torch.device("cpu" if quantization else device):
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        base = AutoModelForCausalLM.from_config(config, dtype=weights_dtype)
     if quantization:
-        _quantize(base, quantization, dtype, device)
+        _quantize(base, quantization, weights_dtype, device)
     base.to(device).eval()
     depth = config.num_hidden_layers
     adapted = max(1, round(depth * top))
@@ -162,14 +158,14 @@ def _quantize(base: PreTrainedModel, quantization: str, dtype: torch.dtype, devi
     base.is_loaded_in_4bit = True  # what PEFT asks a base for that transformers loaded
 
 
-def load_for_bench(base: str | None, adapter: str | None, **kwargs) -> PeftModel:
+def load_for_bench(source: ModelSource) -> PeftModel:
     """
     A base and its adapter as `DeRaModel.from_pretrained` loads them.
 
     Raises:
         DeRaError: they are something that the ways to be compared with can't do.
     """
-    model = DeRaModel.from_source(ModelSource(base=base, adapter=adapter, **kwargs))
+    model = DeRaModel.from_source(source)
     names = model.adapters
     if model.config.is_encoder_decoder:
         raise DeRaError("dera bench measures decoder-only models; this base has an encoder.")
@@ -182,64 +178,3 @@ def load_for_bench(base: str | None, adapter: str | None, **kwargs) -> PeftModel
     if model.peft_model.peft_config[name].bias != "none":
         raise DeRaError("dera bench can't measure an adapter with trained biases: PEFT can't switch them off.")
     return model.unwrap().requires_grad_(False)
-
-
-@dataclass(frozen=True)
-class Source:
-    """
-    What is measured: a shape, or a base and an adapter.
-
-    Args:
-        context: tokens that the positions of a shape have to reach.
-        top: the share of a shape's layers, from the top, that the adapter is on.
-        layers: instead of a shape's own number.
-        device: one device, as `torch.device` takes it; the accelerator, if there is one, unless given.
-
-    Raises:
-        DeRaError: both or neither are given, an option is for the other, or the device is not here.
-    """
-
-    shape: str | None = None
-    base: str | None = None
-    adapter: str | None = None
-    quantization: str | None = None
-    dtype: str | None = None
-    device: str | None = None
-    context: int = 0
-    top: float = 1.0
-    layers: int | None = None
-
-    def __post_init__(self):
-        is_loaded = self.base is not None or self.adapter is not None
-        if is_loaded == (self.shape is not None):
-            raise DeRaError("say what to measure: --base and --adapter, or --shape.")
-        if self.quantization == "int8":
-            raise DeRaError(
-                "--quantization int8: its layers keep their weights in a state of their own, which the ways that are "
-                "compared can't share; measure nf4 or fp4."
-            )
-        if self.device is not None:
-            read_device_map(self.device)  # whether it is here
-        if self.device in STRATEGIES:
-            raise DeRaError(f"--device {self.device}: what is measured is on one device; name it, as cuda:0.")
-        if is_loaded and (self.top != 1.0 or self.layers is not None):
-            raise DeRaError("--top and --layers make a random model of a --shape; a loaded one is as it is.")
-
-    def build(self) -> PeftModel:
-        """The model with its adapter."""
-        device = torch.device(self.device or torch.accelerator.current_accelerator() or "cpu")
-        if self.shape is None:
-            options = {"quantization": self.quantization, "dtype": self.dtype, "device_map": str(device)}
-            return load_for_bench(self.base, self.adapter, **options)
-        dtype = getattr(torch, self.dtype) if self.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
-        config = read_config(self.shape, self.context, self.layers)
-        return make_random(config, dtype, device, self.quantization, self.top)
-
-    @property
-    def title(self) -> str:
-        parts = [self.shape or self.adapter or self.base, self.quantization, self.dtype]
-        if self.layers is not None:
-            parts.append(f"{self.layers} layers")
-        if self.top != 1.0:
-            parts.append(f"adapter on the top {self.top:.0%} of the layers")
-        return ", ".join(part for part in parts if part)

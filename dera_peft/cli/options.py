@@ -10,9 +10,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
+from dera_peft.errors import DeRaError
 from dera_peft.quiet import be_quiet
 from dera_peft.settings import option_name, setting_of, type_hints
 
+INTERRUPTED = 130  # the exit code that Typer makes of Ctrl-C, as shells do: 128 + SIGINT
 PANELS = ("Model", "Prompts", "Sampling", "What is measured", "Measuring", "Output")  # in this order on a help page
 
 Config = Annotated[
@@ -29,27 +31,51 @@ def command(app: typer.Typer, settings: type, name: str | None = None) -> Callab
     """
 
     def register(function: Callable[[Any], None]) -> Callable[[Any], None]:
-        @functools.wraps(function)
-        def run(config: Path | None = None, **options: Any) -> None:
-            given = {name: value for name, value in options.items() if value not in (None, [])}
-            be_quiet()
-            function(settings.read(config, **{name: _parsed(by_name[name], value) for name, value in given.items()}))
-
-        shown = shown_fields(settings)
-        by_name = {each.name: each for each in shown}
-        hints = type_hints(settings)
-        keyword = inspect.Parameter.KEYWORD_ONLY
-        parameters = [inspect.Parameter("config", keyword, default=None, annotation=Config)]
-        parameters += [
-            inspect.Parameter(each.name, keyword, default=None, annotation=_annotation(each, hints[each.name]))
-            for each in shown
-        ]
-        run.__signature__ = inspect.Signature(parameters)
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        app.command(name)(run)
+        app.command(name)(_with_options(function, settings))
         return function
 
     return register
+
+
+def group(app: typer.Typer, settings: type) -> Callable:
+    """As `command`, of what `app` does where none of its own commands is given."""
+
+    def register(function: Callable[[Any], None]) -> Callable[[Any], None]:
+        app.callback(invoke_without_command=True)(_with_options(function, settings))
+        return function
+
+    return register
+
+
+def _with_options(function: Callable[[Any], None], settings: type) -> Callable[..., None]:
+    """The function with a signature of which Typer makes the options."""
+    shown = shown_fields(settings)
+    by_name = {each.name: each for each in shown}
+
+    @functools.wraps(function)
+    def run(context: typer.Context, config: Path | None = None, **options: Any) -> None:
+        given = {name: value for name, value in options.items() if value not in (None, [])}
+        if context.invoked_subcommand is not None:
+            if given or config is not None:
+                place = f"{context.command_path} {context.invoked_subcommand}"
+                raise DeRaError(f"options of {place!r} stand behind it.")
+            return
+        be_quiet()
+        function(settings.read(config, **{name: _parsed(by_name[name], value) for name, value in given.items()}))
+
+    hints = type_hints(settings)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter("context", keyword, annotation=typer.Context),
+        inspect.Parameter("config", keyword, default=None, annotation=Config),
+    ]
+    parameters += [
+        inspect.Parameter(each.name, keyword, default=None, annotation=_annotation(each, hints[each.name]))
+        for each in shown
+    ]
+    run.__signature__ = inspect.Signature(parameters)
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
 
 
 def shown_fields(settings: type) -> list[Field]:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from dera_peft import DeRaError
 from dera_peft.bench import measure as measuring
+from dera_peft.bench.config import BenchedModel, StepSettings
 from dera_peft.bench.contenders import (
     BASE,
     BASE_TWICE,
@@ -26,17 +27,16 @@ from dera_peft.bench.contenders import (
 )
 from dera_peft.bench.memory import measure_alone
 from dera_peft.bench.report import figures, spread
-from dera_peft.bench.shapes import SHAPES, Source, read_config
-from dera_peft.cli import bench as command
+from dera_peft.bench.shapes import SHAPES, read_config
 from dera_peft.cli.app import app
 
 PROMPT, NEW = 6, 3
-TINY = Source(shape="tiny", dtype="float32", device="cpu", context=PROMPT + NEW)
+TINY = {"shape": "tiny", "dtype": "float32", "device_map": "cpu"}
 
 
 @pytest.fixture(scope="module")
 def contenders():
-    return {one.name: one for one in make_contenders(TINY.build())}
+    return {one.name: one for one in make_contenders(BenchedModel(**TINY).build())}
 
 
 def logits_of(contender, tokens, chunk=None):
@@ -100,7 +100,7 @@ def test_quartiles():
 def test_the_adapter_on_the_top_half_forks_there(contenders):
     assert contenders[DERA].passes[0].model.fork_layer == 0
     assert contenders[DERA_TOP_HALF].passes[0].model.fork_layer == 2
-    source = Source(shape="tiny", dtype="float32", device="cpu", context=9, top=0.5)
+    source = BenchedModel(**TINY, top=0.5)
     (contender,) = make_contenders(source.build(), [DERA])
     assert contender.passes[0].model.fork_layer == 2
 
@@ -108,7 +108,7 @@ def test_the_adapter_on_the_top_half_forks_there(contenders):
 @pytest.mark.parametrize("quantization", ["nf4", "fp4"])
 def test_a_quantized_shape(quantization):
     pytest.importorskip("bitsandbytes")
-    source = Source(shape="tiny", dtype="bfloat16", device="cpu", quantization=quantization, context=9)
+    source = BenchedModel(**{**TINY, "dtype": "bfloat16"}, quantization=quantization)
     base, dera = make_contenders(source.build(), [BASE, DERA])
     tokens = measuring.make_tokens(512, 2, PROMPT + NEW, torch.device("cpu"))
     assert (logits_of(dera, tokens) - logits_of(base, tokens)).abs().max() > 0
@@ -150,6 +150,19 @@ def test_the_command(tmp_path):
     assert "equal within" in table
 
 
+def test_a_config_and_the_command_line_before_it(tmp_path):
+    config = tmp_path / "bench.yaml"
+    config.write_text(f"{{shape: tiny, prompt: 4, new: 3, rounds: 1, batch: [1, 2], only: {BASE!r}}}")
+    found = json.loads(run("--config", str(config), "--new", "2", "--json").stdout)
+    assert [(row["batch"], row["contender"]) for row in found["results"]] == [(1, BASE), (2, BASE)]
+    assert (found["settings"]["prompt"], found["settings"]["new"]) == (4, 2)
+    config.write_text("{shape: tiny, prompt: 4, new: 2, samples: 1, prompts: 2, lambdas: [0.5]}")
+    assert json.loads(run("sweep", "--config", str(config), "--json").stdout)["settings"]["lambdas"] == [0.5]
+    config.write_text("{shape: tiny, pormpt: 4}")
+    with pytest.raises(DeRaError, match="'pormpt' is not a key of dera bench; do you mean 'prompt'"):
+        run("--config", str(config))
+
+
 def test_a_loaded_adapter(tiny_base, tiny_adapter):
     options = ("--prompt", "4", "--new", "2", "--rounds", "1", "--batch", "2", "--only", DERA, "--only", TWO_MODELS)
     found = json.loads(run("--base", str(tiny_base), "--adapter", str(tiny_adapter), *options, "--json").stdout)
@@ -157,13 +170,15 @@ def test_a_loaded_adapter(tiny_base, tiny_adapter):
 
 
 def test_interrupted_it_shows_what_was_measured(monkeypatch):
+    measure = measuring.measure
+
     def two_rounds_of_the_first(*arguments, **options):
-        for count, timings in enumerate(measuring.measure(*arguments, **options)):
+        for count, timings in enumerate(measure(*arguments, **options)):
             yield timings
             if count == 2:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "measure", two_rounds_of_the_first)
+    monkeypatch.setattr(measuring, "measure", two_rounds_of_the_first)
     result = run(*SMALL[:-6], "--rounds", "3", "--batch", "1,2", "--only", DERA, "--json")
     assert result.exit_code == 130
     found = json.loads(result.stdout)
@@ -182,6 +197,10 @@ def test_interrupted_it_shows_what_was_measured(monkeypatch):
         (("--shape", "tiny", "--batch", "0"), "--batch"),
         (("--shape", "tiny", "--quantization", "int8"), "int8"),
         (("--shape", "tiny", "--only", "nothing"), "nothing"),
+        (("--shape", "tiny", "--device-map", "auto"), "--device-map auto: what is measured is on one device"),
+        (("--shape", "tiny", "--device-map", "cuda:9"), "device_map='cuda:9': there is no such device here"),
+        (("--shape", "tiny", "sweep"), "options of 'dera bench sweep' stand behind it"),
+        (("sweep",), "--shape"),
     ],
 )
 def test_refused(arguments, said):
@@ -211,7 +230,7 @@ def test_a_sweep_against_separate_calls():
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_peak_memory_alone():
-    found = measure_alone(TINY, DERA, 1, PROMPT, NEW, None, 1)
+    found = measure_alone(StepSettings(**TINY, prompt=PROMPT, new=NEW, threads=1), DERA, 1)
     assert 0 < found["libraries"] <= found["model"] <= found["peak"]
 
 
@@ -221,7 +240,7 @@ def test_the_static_engine(monkeypatch, quantization):
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda forward, mode, **kwargs: compile_(forward, backend="eager", **kwargs))
     names = [BASE, DERA]
-    source = Source(shape="tiny", dtype="float32", device="cpu", context=9, layers=1, quantization=quantization)
+    source = BenchedModel(**TINY, layers=1, quantization=quantization)
     tokens = measuring.make_tokens(512, 2, PROMPT + NEW, torch.device("cpu"))
     peft_model = source.build()
     for static, eager in zip(
@@ -235,7 +254,7 @@ def test_the_static_engine(monkeypatch, quantization):
 def test_no_step_of_the_static_engine_is_compiled_in_a_measured_round(monkeypatch):
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda forward, mode, **kwargs: compile_(forward, backend="eager", **kwargs))
-    source = Source(shape="tiny", dtype="float32", device="cpu", context=9, layers=1)
+    source = BenchedModel(**TINY, layers=1)
     contenders = make_contenders(source.build(), [DERA, DERA_ALIGNED, ON_OFF], engine="static")
     before = counters["stats"]["unique_graphs"]
     graphs = []  # after the warm-up and the round of each batch size
