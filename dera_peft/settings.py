@@ -9,7 +9,7 @@ import math
 import os
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from dera_peft.errors import DeRaError
 T = TypeVar("T")
 KEY = "setting"  # in a field's metadata
 WRONG = object()  # what `_convert` makes of a value of another type
+MOST_NAMES = 60  # that a message lists
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,12 @@ def setting(default: Any = MISSING, help: str = "", **values: Any) -> Any:
     return field(**factory, metadata={KEY: Setting(help, **values)})
 
 
+def setting_like(kind: type, name: str, default: Any = MISSING, **changes: Any) -> Any:
+    """A field as `kind` declares it, perhaps with another default. `changes` are attributes of `Setting`."""
+    found = next(each for each in fields(kind) if each.name == name)
+    return setting(found.default if default is MISSING else default, **vars(replace(setting_of(found), **changes)))
+
+
 class Settings:
     """Base of the settings' dataclasses: every field is checked, and converted to its type."""
 
@@ -93,18 +100,7 @@ class Settings:
         Raises:
             DeRaError: no such file, not a mapping, a key that is not one (with the nearest name), or a missing one.
         """
-        values = {} if file is None else read_yaml(file)
-        names = [each.name for each in fields(cls)]
-        settings: dict[str, Any] = {}
-        for key, value in values.items():
-            name = str(key).replace("-", "_")
-            if name not in names:
-                raise DeRaError(
-                    f"config={os.fspath(file)!r}: {key!r} is not a key of {cls.called}; {nearest(name, names)}"
-                )
-            if name in settings:
-                raise DeRaError(f"config={os.fspath(file)!r}: {name!r} is there twice.")
-            settings[name] = value
+        settings = {} if file is None else read_keys(file, [each.name for each in fields(cls)], cls.called)
         settings = cls.merge(settings, {name: value for name, value in given.items() if value is not None})
         for each in fields(cls):
             if each.default is MISSING and each.default_factory is MISSING and each.name not in settings:
@@ -243,15 +239,38 @@ def read_yaml(file: str | os.PathLike) -> dict[str, Any]:
     return values
 
 
+def read_keys(file: str | os.PathLike, names: Sequence[str], called: str) -> dict[str, Any]:
+    """
+    The values in a YAML file by the names of their settings. A key may have hyphens.
+
+    Args:
+        names: of the settings that there are.
+        called: whose settings they are, for messages.
+
+    Raises:
+        DeRaError: no such file, not a mapping, or a key that is not one (with the nearest name) or is there twice.
+    """
+    values: dict[str, Any] = {}
+    for key, value in read_yaml(file).items():
+        name = str(key).replace("-", "_")
+        if name not in names:
+            raise DeRaError(f"config={os.fspath(file)!r}: {key!r} is not a key of {called}; {nearest(name, names)}")
+        if name in values:
+            raise DeRaError(f"config={os.fspath(file)!r}: {name!r} is there twice.")
+        values[name] = value
+    return values
+
+
 def option_name(each: Field) -> str:
     """`max_new_tokens` -> `--max-new-tokens`, unless the setting names its option."""
     return setting_of(each).option or "--" + each.name.replace("_", "-")
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """A hint at the known name that was meant, or all of them."""
-    close = get_close_matches(name, known, n=1)
-    return f"do you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(known))}."
+    """A hint at the known name that was meant, or all of them, unless they are very many."""
+    if close := get_close_matches(name, known, n=1):
+        return f"do you mean {close[0]!r}?"
+    return f"there are {', '.join(sorted(known))}." if len(known) <= MOST_NAMES else "see --help."
 
 
 def read_pairs(option: str, texts: Sequence[str]) -> dict[str, str]:

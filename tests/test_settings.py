@@ -1,7 +1,7 @@
 """Settings: declared once, checked once, from Python, a YAML file and the command line alike."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -9,10 +9,21 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from dera_peft.checkpoint.source import ModelSource
 from dera_peft.cli.options import command
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate.config import SweepConfig
-from dera_peft.settings import AT_LEAST_1, COUNT, Check, Settings, part, read_pairs, setting
+from dera_peft.settings import (
+    AT_LEAST_1,
+    COUNT,
+    Check,
+    Settings,
+    part,
+    read_pairs,
+    setting,
+    setting_like,
+    setting_of,
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,24 @@ def test_a_bad_value_is_told_with_its_name_and_what_is_wanted(values, message):
 
 def test_a_part_of_the_settings():
     assert part(Example(name="a", rank=3), Weights) == Weights(rank=3)
+
+
+def test_further_arguments_of_a_base_are_kept_as_they_are():
+    arguments = {"attn_implementation": "eager", "quantization_config": None, "key_mapping": {"a": "b"}}
+    assert ModelSource(base="x", base_arguments=arguments).base_arguments == arguments
+
+
+def test_a_setting_like_another_has_its_help_and_check_and_a_default_of_its_own():
+    @dataclass(frozen=True)
+    class Larger(Weights):
+        rank: int = setting_like(Weights, "rank", 64)
+        bias: bool = setting(False, "Too.")
+
+    assert Larger().rank == 64
+    assert [each.name for each in fields(Larger)] == ["rank", "scale", "bias"]
+    assert setting_of(fields(Larger)[0]) == setting_of(fields(Weights)[0])
+    with pytest.raises(DeRaError, match="rank=0 must be at least 1"):
+        Larger(rank=0)
 
 
 def test_a_file_and_what_comes_before_it(tmp_path):

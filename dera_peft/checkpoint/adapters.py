@@ -32,9 +32,35 @@ FACTORS = re.compile(
 )
 
 
-def check_adapter(adapter: str, base: str, skeleton: PreTrainedModel) -> set[str]:
+def read_adapter_config(adapter: str, argument: str = "adapter") -> PeftConfig:
+    """
+    An adapter's config, of a kind that can be kept to a branch.
+
+    Args:
+        argument: what names the adapter for the user, for messages.
+
+    Raises:
+        DeRaError: there is no such adapter, its config can't be read, or it is of another kind.
+    """
+    check_exists(argument, adapter)
+    if os.path.isdir(adapter) and not is_adapter(adapter):
+        raise DeRaError(f"{argument}={adapter!r} is a folder without an adapter_config.json, not a PEFT adapter.")
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+    except (OSError, ValueError, TypeError, KeyError, HFValidationError) as error:
+        raise DeRaError(
+            f"{argument}={adapter!r}: its adapter_config.json can't be read: {first_line(error)}"
+        ) from error
+    check_adapter_kind(adapter, config, argument)
+    return config
+
+
+def check_adapter(adapter: str, base: str, skeleton: PreTrainedModel, argument: str = "adapter") -> set[str]:
     """
     Checks an adapter's config, and each of its tensors against the base's modules, from the file's header.
+
+    Args:
+        argument: what names the adapter for the user, for messages.
 
     Returns:
         The names of the modules that it adapts by LoRA.
@@ -42,35 +68,27 @@ def check_adapter(adapter: str, base: str, skeleton: PreTrainedModel) -> set[str
     Raises:
         DeRaError: not a readable safetensors LoRA adapter, or one for another base.
     """
-    check_exists("adapter", adapter)
-    if os.path.isdir(adapter) and not is_adapter(adapter):
-        raise DeRaError(f"adapter={adapter!r} is a folder without an adapter_config.json, not a PEFT adapter.")
-    try:
-        config = PeftConfig.from_pretrained(adapter)
-    except (OSError, ValueError, TypeError, KeyError, HFValidationError) as error:
-        raise DeRaError(f"adapter={adapter!r}: its adapter_config.json can't be read: {first_line(error)}") from error
-    check_adapter_kind(adapter, config)
+    config = read_adapter_config(adapter, argument)
+    named, shapes = f"{argument}={adapter!r}", _tensor_shapes(adapter, argument)
     modules = dict(skeleton.named_modules())
     factors: dict[str, set[str]] = {}
     others: set[str] = set()
     biases: set[str] = set()
-    for key, shape in _tensor_shapes(adapter).items():
+    for key, shape in shapes.items():
         found = FACTORS.fullmatch(_module_key(key))
         if found is None and config.bias != "none" and key.endswith(".bias"):
-            biases.add(_check_bias(adapter, base, key, shape, modules))
+            biases.add(_check_bias(named, base, key, shape, modules))
             continue
         if found is None:
-            others.add(_check_other_weight(adapter, base, key, config, skeleton))
+            others.add(_check_other_weight(named, base, key, config, skeleton))
             continue
         name = found["module"]
         if name not in modules:
-            raise DeRaError(f"adapter={adapter!r} is for another base: {base!r} has no module {name!r}.")
+            raise DeRaError(f"{named} is for another base: {base!r} has no module {name!r}.")
         features = _features(modules[name])
         if features is None:
             kind = type(modules[name]).__name__
-            raise DeRaError(
-                f"adapter={adapter!r} adapts {name!r}, a {kind}; linear layers and embeddings are supported."
-            )
+            raise DeRaError(f"{named} adapts {name!r}, a {kind}; linear layers and embeddings are supported.")
         factor = found["factor"]
         if factor is None or found["kind"] == "bias":
             continue
@@ -78,31 +96,36 @@ def check_adapter(adapter: str, base: str, skeleton: PreTrainedModel) -> set[str
         expected, width = features[0 if side == "inputs" else 1], shape[1 if side == "inputs" else 0]
         if width != expected:
             raise DeRaError(
-                f"adapter={adapter!r} is for another base: its {name!r} has {width} {side}, "
-                f"in {base!r} it has {expected}."
+                f"{named} is for another base: its {name!r} has {width} {side}, in {base!r} it has {expected}."
             )
         factors.setdefault(name, set()).add(f"lora_{factor}")
     for name, found in factors.items():
         if len(found) < 2:
-            raise DeRaError(f"adapter={adapter!r} is incomplete: of {name!r} it holds only {found.pop()}.")
+            raise DeRaError(f"{named} is incomplete: of {name!r} it holds only {found.pop()}.")
     if config.bias != "none":
         expected = {name.removesuffix(".bias") for name, _ in skeleton.named_parameters() if name.endswith(".bias")}
         if missing := sorted((expected if config.bias == "all" else expected & set(factors)) - biases):
-            raise DeRaError(f"adapter={adapter!r} with bias={config.bias!r} is incomplete: no bias of {missing[0]!r}.")
+            raise DeRaError(f"{named} with bias={config.bias!r} is incomplete: no bias of {missing[0]!r}.")
     for part in config.modules_to_save or ():
         if not any(_is_in(name, part) for name in others):
             raise DeRaError(
-                f"adapter={adapter!r} is incomplete: its config has modules_to_save={config.modules_to_save!r}, and "
+                f"{named} is incomplete: its config has modules_to_save={config.modules_to_save!r}, and "
                 f"its file has no weights for {part!r}."
             )
-    if config.trainable_token_indices and not any("trainable_tokens_delta" in key for key in _tensor_shapes(adapter)):
-        raise DeRaError(
-            f"adapter={adapter!r} is incomplete: its config has trainable_token_indices, and its file no such tokens."
-        )
+    if config.trainable_token_indices and not any("trainable_tokens_delta" in key for key in shapes):
+        raise DeRaError(f"{named} is incomplete: its config has trainable_token_indices, and its file no such tokens.")
     return set(factors)
 
 
-def attach_adapter(model: PreTrainedModel | PeftModel, adapter: str, name: str, modules: set[str]) -> PeftModel:
+def attach_adapter(
+    model: PreTrainedModel | PeftModel,
+    adapter: str,
+    name: str,
+    modules: set[str],
+    *,
+    dtype: torch.dtype | None = None,
+    trainable: bool = False,
+) -> PeftModel:
     """
     Loads an adapter that `check_adapter` passed into a base, or into a PeftModel that has others.
 
@@ -110,6 +133,8 @@ def attach_adapter(model: PreTrainedModel | PeftModel, adapter: str, name: str, 
         adapter: hub id or folder.
         name: its name in the PeftModel.
         modules: what `check_adapter` returned.
+        dtype: of its weights, where its layers run on an accelerator; the base's unless given.
+        trainable: whether it is to be trained on.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     _check_copies(base, adapter)
@@ -124,7 +149,7 @@ def attach_adapter(model: PreTrainedModel | PeftModel, adapter: str, name: str, 
             f"adapter={adapter!r} holds biases of the base's own modules; where layers are offloaded that is not "
             "supported."
         )
-    arguments = {"adapter_name": name, "low_cpu_mem_usage": offloaded}
+    arguments = {"adapter_name": name, "low_cpu_mem_usage": offloaded, "is_trainable": trainable}
     with _device_map_hidden(base), keep_biases(base, name, trained), keep_packed(base):
         if isinstance(model, PeftModel):
             peft_model = model
@@ -142,7 +167,7 @@ def attach_adapter(model: PreTrainedModel | PeftModel, adapter: str, name: str, 
         )
     if offloaded:
         _materialize(base, name, adapter)
-    place_adapter(base, name, base.dtype)
+    place_adapter(base, name, dtype or base.dtype)
     peft_model.eval()
     return peft_model
 
@@ -215,7 +240,7 @@ def _module_key(key: str) -> str:
     return key
 
 
-def _check_other_weight(adapter: str, base: str, key: str, config: LoraConfig, skeleton: PreTrainedModel) -> str:
+def _check_other_weight(named: str, base: str, key: str, config: LoraConfig, skeleton: PreTrainedModel) -> str:
     """
     A tensor that is no LoRA factor: of a module in modules_to_save, of trainable tokens, or a copy of the base's
     embeddings. Returns the module's name.
@@ -226,24 +251,22 @@ def _check_other_weight(adapter: str, base: str, key: str, config: LoraConfig, s
     is_saved = any(_is_in(name, part) for part in config.modules_to_save or ())
     is_token = parameter == "trainable_tokens_delta" and config.trainable_token_indices
     if not (is_saved or is_token or (name in modules and modules[name] in _embeddings(skeleton))):
-        raise DeRaError(f"adapter={adapter!r} holds {key!r}, which is not a LoRA factor; not supported.")
+        raise DeRaError(f"{named} holds {key!r}, which is not a LoRA factor; not supported.")
     if name not in modules:
-        raise DeRaError(f"adapter={adapter!r} is for another base: {base!r} has no module {name!r}.")
+        raise DeRaError(f"{named} is for another base: {base!r} has no module {name!r}.")
     return name
 
 
-def _check_bias(adapter: str, base: str, key: str, shape: Sequence[int], modules: Mapping[str, nn.Module]) -> str:
+def _check_bias(named: str, base: str, key: str, shape: Sequence[int], modules: Mapping[str, nn.Module]) -> str:
     """A bias of one of the base's own modules. Returns the module's name."""
     name = _bias_owner(key)
     own = dict(modules[name].named_parameters(recurse=False)).get("bias") if name in modules else None
     if own is None or list(own.shape) != list(shape):
-        raise DeRaError(
-            f"adapter={adapter!r} is for another base: {base!r} has no bias of {name!r} with shape {list(shape)}."
-        )
+        raise DeRaError(f"{named} is for another base: {base!r} has no bias of {name!r} with shape {list(shape)}.")
     if not isinstance(modules[name], BIASED):
         kind = type(modules[name]).__name__
         raise DeRaError(
-            f"adapter={adapter!r} has a trained bias of {name!r}, a {kind}; those of linear layers and layer norms are "
+            f"{named} has a trained bias of {name!r}, a {kind}; those of linear layers and layer norms are "
             "supported. Train with bias='lora_only' or 'none'."
         )
     return name
@@ -308,15 +331,15 @@ def _open(adapter: str):
     return safe_open(cached_file(adapter, "adapter_model.safetensors"), framework="pt")
 
 
-def _tensor_shapes(adapter: str) -> dict[str, list[int]]:
+def _tensor_shapes(adapter: str, argument: str = "adapter") -> dict[str, list[int]]:
     try:
         with _open(adapter) as tensors:
             return {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
-        raise DeRaError(f"adapter={adapter!r}: adapter_model.safetensors is corrupt: {error}") from error
+        raise DeRaError(f"{argument}={adapter!r}: adapter_model.safetensors is corrupt: {error}") from error
     except (OSError, HFValidationError) as error:
         raise DeRaError(
-            f"adapter={adapter!r} has no adapter_model.safetensors that can be read ({first_line(error)}); "
+            f"{argument}={adapter!r} has no adapter_model.safetensors that can be read ({first_line(error)}); "
             "other formats are not loaded, since they may run code."
         ) from error
 

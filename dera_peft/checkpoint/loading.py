@@ -34,11 +34,52 @@ HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "trust_re
 
 
 @dataclass(frozen=True)
+class Checked:
+    """
+    What was read of a base and its adapters to see that they fit each other.
+
+    Attributes:
+        skeleton: see `make_skeleton`.
+        modules: of each adapter, by its name, what `check_adapter` returned.
+    """
+
+    config: PreTrainedConfig
+    skeleton: PreTrainedModel
+    modules: dict[str, set[str]]
+
+
+@dataclass(frozen=True)
 class Loaded:
     """A base with its adapters, and the record that tells which is which; for `DeRaModel.from_source`."""
 
     peft_model: PeftModel
     record: Record
+
+
+def check(
+    record: Record,
+    base_arguments: Mapping[str, Any] = {},
+    *,
+    base_argument: str = "base",
+    adapter_argument: str = "adapter",
+) -> Checked:
+    """
+    Checks that the base and the adapters of a record are there and fit each other; reads no weights.
+
+    Args:
+        base_arguments: of transformers' `from_pretrained`.
+        base_argument, adapter_argument: what names them for the user, for messages.
+
+    Raises:
+        DeRaError: one of them can't be read, or does not fit the other.
+    """
+    config = load_config(record.base, base_arguments, base_argument)
+    skeleton = make_skeleton(config, base_arguments.get("trust_remote_code"), base_argument)
+    modules = {
+        name: check_adapter(folder, record.base, skeleton, adapter_argument) for name, folder in record.adapters.items()
+    }
+    record.check_base(base_arguments.get("revision"))
+    return Checked(config, skeleton, modules)
 
 
 def load(record: Record, quantization: str | None, dtype: str | None, device_map: Any, **base_arguments) -> Loaded:
@@ -55,25 +96,23 @@ def load(record: Record, quantization: str | None, dtype: str | None, device_map
     if record.base_revision is not None:
         base_arguments.setdefault("revision", record.base_revision)
     revision = base_arguments.get("revision")
-    config = load_config(base, base_arguments)
-    skeleton = make_skeleton(config, base_arguments.get("trust_remote_code"))
-    modules = {name: check_adapter(folder, base, skeleton) for name, folder in record.adapters.items()}
-    record.check_base(revision)
-    if quantization is None:
-        own = base_arguments.get("quantization_config", vars(config).get("quantization_config"))
-        record.check_quantization(quantization_name(own))
-    else:
-        record.check_quantization(quantization)
+    checked = check(record, base_arguments)
+    record.check_quantization(quantization or configured_quantization(checked.config, base_arguments))
     model: PreTrainedModel | PeftModel = load_base(
-        base, config, quantization, dtype, device_map, skeleton=skeleton, **base_arguments
+        base, checked.config, quantization, dtype, device_map, skeleton=checked.skeleton, **base_arguments
     )
     record.check_base(revision)  # again: a hub model's weights may be here only now
     for name, folder in record.adapters.items():
-        model = attach_adapter(model, folder, name, modules[name])
+        model = attach_adapter(model, folder, name, checked.modules[name])
     record = replace(
         record, base_fingerprint=base_fingerprint(base, revision), base_revision=cached_revision(base, revision)
     )
     return Loaded(model, record)
+
+
+def configured_quantization(config: PreTrainedConfig, base_arguments: Mapping[str, Any]) -> str | None:
+    """By its name, the quantization that a `quantization_config` asks for, the caller's or the base's own."""
+    return quantization_name(base_arguments.get("quantization_config", vars(config).get("quantization_config")))
 
 
 def load_base(
@@ -105,19 +144,20 @@ def load_base(
     if quantization is not None:
         if base_arguments.get("quantization_config") is not None:
             raise DeRaError("give quantization or quantization_config, not both.")
-        skeleton = make_skeleton(config, base_arguments.get("trust_remote_code")) if skeleton is None else skeleton
+        if skeleton is None:
+            skeleton = make_skeleton(config, base_arguments.get("trust_remote_code"), argument)
         check_quantization(quantization, base, skeleton, device_map)
         base_arguments["quantization_config"] = quantization_config(quantization, dtype, config)
     try:
         return _auto_class(config).from_pretrained(
-            base, use_safetensors=True, dtype=dtype, device_map=device_map, **base_arguments
+            base, dtype=dtype, device_map=device_map, **{"use_safetensors": True, **base_arguments}
         )
     except SafetensorError as error:
         raise DeRaError(f"{argument}={base!r}: a safetensors file is corrupt: {first_line(error)}") from error
     except torch.OutOfMemoryError as error:
         raise DeRaError(
-            f"{argument}={base!r} does not fit into the device's memory: quantize it (quantization), or name another "
-            f"device (device_map). {first_line(error)}"
+            f"{argument}={base!r} does not fit into the device's memory: quantize it (quantization), or take another "
+            f"device or a smaller model. {first_line(error)}"
         ) from error
     except (OSError, ValueError, HFValidationError) as error:
         raise DeRaError(f"{argument}={base!r} can't be loaded: {first_line(error)}") from error
@@ -168,29 +208,33 @@ def load_config(base: str, base_arguments: Mapping[str, Any] = {}, argument: str
         raise DeRaError(f"{argument}={base!r} can't be loaded: {first_line(error)}") from error
 
 
-def load_tokenizer(*names: str, revision: str | None = None, padding_side: str = "left") -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    *names: str, revision: str | None = None, padding_side: str | None = "left"
+) -> PreTrainedTokenizerBase:
     """
     The tokenizer of the first of `names` (hub ids or folders) that has one: an adapter's, which may have a chat
     template of its own, before the base's.
 
     Args:
         revision: of the last name, the base, where it is of the hub.
+        padding_side: its own if None.
 
     Raises:
         DeRaError: none has one.
     """
+    arguments = {} if padding_side is None else {"padding_side": padding_side}
     errors = []
     for name in names:
         try:
-            return AutoTokenizer.from_pretrained(
-                name, padding_side=padding_side, revision=revision if name == names[-1] else None
-            )
+            return AutoTokenizer.from_pretrained(name, revision=revision if name == names[-1] else None, **arguments)
         except (OSError, ValueError, HFValidationError) as error:
             errors.append(f"{name!r}: {first_line(error)}")
     raise DeRaError("no tokenizer can be loaded: " + "; ".join(errors))
 
 
-def make_skeleton(config: PreTrainedConfig, trust_remote_code: bool | None = None) -> PreTrainedModel:
+def make_skeleton(
+    config: PreTrainedConfig, trust_remote_code: bool | None = None, argument: str = "base"
+) -> PreTrainedModel:
     """The base's modules without its weights, on the meta device."""
     arguments = {} if trust_remote_code is None else {"trust_remote_code": trust_remote_code}
     try:
@@ -198,7 +242,7 @@ def make_skeleton(config: PreTrainedConfig, trust_remote_code: bool | None = Non
             return _auto_class(config).from_config(config, **arguments)
     except ValueError as error:
         raise DeRaError(
-            f"base={config.name_or_path!r} is not a language model that generates: {first_line(error)}"
+            f"{argument}={config.name_or_path!r} is not a language model that generates: {first_line(error)}"
         ) from error
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dera_peft.checkpoint.record import Record
 
 PANEL = "Model"
+Quantization = Literal["nf4", "fp4", "int8"]  # bitsandbytes' kinds, 4 bits with double quantization
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class ModelSource(Settings):
         None, "Commit, branch or tag of a base on the hub; the one that dera.json names, or the newest.",
         metavar="REVISION", panel=PANEL,
     )  # fmt: skip
-    quantization: Literal["nf4", "fp4", "int8"] | None = setting(
+    quantization: Quantization | None = setting(
         None, "Load the base in 4 bits (nf4, fp4) or 8 bits (int8) with bitsandbytes.", metavar="KIND", panel=PANEL
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] | None = setting(

@@ -22,48 +22,55 @@ ADVICE = {
 }
 
 
-def check_adapter_kind(adapter: str, config: PeftConfig) -> None:
+def check_adapter_kind(adapter: str, config: PeftConfig, argument: str = "adapter") -> None:
     """
     Refuses adapters for which "adapter off" is not the base, or that are not LoRA.
+
+    Args:
+        argument: what names the adapter for the user, for messages.
 
     Raises:
         DeRaError: names the adapter, the setting and what would work.
     """
+    named = f"{argument}={adapter!r}"
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         kind = getattr(config.peft_type, "value", config.peft_type)
         advice = ADVICE.get(config.peft_type, "train a LoRA adapter")
-        raise DeRaError(f"adapter={adapter!r} is of type {kind}; only LoRA is supported: {advice}.")
+        raise DeRaError(f"{named} is of type {kind}; only LoRA is supported: {advice}.")
     check_one_has_biases(adapter, [config])
     if config.init_lora_weights not in INITS_THAT_KEEP_THE_BASE:
         raise DeRaError(
-            f"adapter={adapter!r} was initialised with {config.init_lora_weights!r}, which changes the base's weights, "
+            f"{named} was initialised with {config.init_lora_weights!r}, which changes the base's weights, "
             "so the base alone is not its reference; convert it to plain LoRA when saving (save_pretrained's "
             "path_initial_model_for_weight_conversion)."
         )
     if config.target_parameters:
         raise DeRaError(
-            f"adapter={adapter!r} uses target_parameters={config.target_parameters!r}, as for a mixture's experts, in "
+            f"{named} uses target_parameters={config.target_parameters!r}, as for a mixture's experts, in "
             "whose batches the rows of all branches are mixed; adapt modules (target_modules), as those of attention."
         )
     if config.alora_invocation_tokens:
         raise DeRaError(
-            f"adapter={adapter!r} is an activated LoRA (alora_invocation_tokens={config.alora_invocation_tokens!r}), "
+            f"{named} is an activated LoRA (alora_invocation_tokens={config.alora_invocation_tokens!r}), "
             "which is only on behind its invocation; train a LoRA that is always on."
         )
 
 
-def check_keeps_biases(adapter: str, config: LoraConfig) -> None:
+def check_keeps_biases(adapter: str, config: LoraConfig, argument: str = "adapter") -> None:
     """
     Refuses adapters that, in a PeftModel, have replaced the base's own biases.
+
+    Args:
+        argument: what names the adapter for the user, for messages.
 
     Raises:
         DeRaError: names the adapter, the setting and what would work.
     """
     if config.bias != "none":
         raise DeRaError(
-            f"adapter={adapter!r} has bias={config.bias!r}: PEFT writes its biases over the base's own, so switching "
-            "it off does not give the reference back. Load it from its folder (DeRaModel.from_pretrained), which keeps "
-            "both, or train with bias='none' (lora_bias=True is supported)."
+            f"{argument}={adapter!r} has bias={config.bias!r}: PEFT writes its biases over the base's own, so "
+            "switching it off does not give the reference back. Load it from its folder (DeRaModel.from_pretrained), "
+            "which keeps both, or train with bias='none' (lora_bias=True is supported)."
         )
 
 
