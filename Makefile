@@ -10,9 +10,9 @@ SETUP := $(VENV)/.complete
 .PHONY: demo test lint setup clean
 
 demo: $(SETUP)
-	$(RUN) -m training.sft --config configs/tiny/sft.yaml
-	$(RUN) -m training.preferences --config configs/tiny/preferences.yaml
-	$(RUN) -m training.dpo --config configs/tiny/dpo.yaml
+	$(VENV)/bin/dera sft --config configs/tiny/sft.yaml
+	$(VENV)/bin/dera preferences --config configs/tiny/preferences.yaml
+	$(VENV)/bin/dera dpo --config configs/tiny/dpo.yaml
 	$(VENV)/bin/dera sweep --config configs/tiny/sweep.yaml
 
 test: $(SETUP)

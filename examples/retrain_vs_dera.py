@@ -22,6 +22,7 @@ completion, that is there already is reused.
 import argparse
 import csv
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,12 +38,13 @@ from rich.console import Console
 from rich.table import Table
 
 from dera_peft.checkpoint.devices import read_device_map
+from dera_peft.cli.program import run_program
 from dera_peft.engine.plan import LOGITS
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate import SweepConfig, SweepResult, sweep
 from dera_peft.evaluate.analysis.summary import Estimate, LambdaSummary, Resamples
 from dera_peft.training import dpo, preferences, sft
-from dera_peft.training.program import start
+from dera_peft.messages import messages_on_stderr
 
 LAMBDAS = (0.25, 0.5, 0.75, 1.5, 2.0, 4.0)
 AGREE = 2.0  # standard errors of the paired difference
@@ -96,7 +98,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--output-dir", type=Path, default=Path("runs/retrain_vs_dera"), metavar="DIR",
         help="gets the adapters, the completions, table.csv and retrain_vs_dera.png (default: runs/retrain_vs_dera)",
     )  # fmt: skip
-    parser.add_argument("--traceback", action="store_true", help="show where an error arose")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(arguments)
     for name in ("beta", "temperature", "steps", "learning_rate", "samples"):
         if not 0 < getattr(args, name) < math.inf:
@@ -364,5 +366,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Comparison]:
     return comparisons
 
 
+def run() -> None:
+    with messages_on_stderr():
+        main()
+
+
 if __name__ == "__main__":
-    start(main)
+    run_program(run, debug="--debug" in sys.argv)

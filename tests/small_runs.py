@@ -12,6 +12,7 @@ from tiny_models import CORPUS, make_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from dera_peft.engine.quantized import keep_trainable
+from dera_peft.messages import messages_on_stderr
 
 COMMON = {
     "report_to": "none", "gradient_checkpointing": False, "logging_steps": 1, "save_strategy": "no",
@@ -22,13 +23,14 @@ LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj
 
 
 def train(program: str, output_dir: Path, **settings) -> Path:
-    """Runs `training.<program>` in this process; returns its folder."""
+    """Runs `dera <program>` in this process; returns its folder."""
     settings = {**COMMON, **(LORA if program == "dpo" else {}), **settings}
     arguments = ["--output_dir", str(output_dir)]
     for name, value in settings.items():
         values = value if isinstance(value, list) else [value]
         arguments += [f"--{name}", *map(str, values)]
-    importlib.import_module(f"dera_peft.training.{program}").main(arguments)
+    with messages_on_stderr():
+        importlib.import_module(f"dera_peft.training.{program}").main(arguments)
     return output_dir
 
 

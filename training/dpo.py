@@ -1,7 +1,8 @@
-"""`python -m training.dpo`: see dera_peft/training/dpo.py."""
+"""`python -m training.dpo`, the same as `dera dpo`."""
 
-from dera_peft.training.dpo import main
-from dera_peft.training.program import start
+import sys
+
+from dera_peft.cli.app import main
 
 if __name__ == "__main__":
-    start(main)
+    main(["dpo", *sys.argv[1:]])

@@ -1,7 +1,8 @@
-"""`python -m training.preferences`: see dera_peft/training/preferences.py."""
+"""`python -m training.preferences`, the same as `dera preferences`."""
 
-from dera_peft.training.preferences import main
-from dera_peft.training.program import start
+import sys
+
+from dera_peft.cli.app import main
 
 if __name__ == "__main__":
-    start(main)
+    main(["preferences", *sys.argv[1:]])

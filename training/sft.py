@@ -1,7 +1,8 @@
-"""`python -m training.sft`: see dera_peft/training/sft.py."""
+"""`python -m training.sft`, the same as `dera sft`."""
 
-from dera_peft.training.program import start
-from dera_peft.training.sft import main
+import sys
+
+from dera_peft.cli.app import main
 
 if __name__ == "__main__":
-    start(main)
+    main(["sft", *sys.argv[1:]])

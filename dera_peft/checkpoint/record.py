@@ -32,7 +32,7 @@ class Record:
         mixing: "logits", or "weights": what λ mixes.
         base_fingerprint: of the base's weights, see `fingerprint.base_fingerprint`; None if unknown.
         base_revision: the commit of a hub base; None for a folder, or if unknown.
-        training: how the adapter was trained, empty if unknown. `training.dpo` and `training.sft` write: method, beta,
+        training: how the adapter was trained, empty if unknown. `dera dpo` and `dera sft` write: method, beta,
             loss_type, quantization ("nf4", "int8", another name, or null), dtype, mixed_precision, dataset,
             dataset_fingerprint, rows, steps, metrics, processes and versions.
     """

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 PANEL = "Model"
 Quantization = Literal["nf4", "fp4", "int8"]  # bitsandbytes' kinds, 4 bits with double quantization
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class ModelSource(Settings):
     quantization: Quantization | None = setting(
         None, "Load the base in 4 bits (nf4, fp4) or 8 bits (int8) with bitsandbytes.", metavar="KIND", panel=PANEL
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] | None = setting(
+    dtype: Dtype | None = setting(
         None, "float32, bfloat16 or float16; the base's own by default.", metavar="DTYPE", panel=PANEL
     )
     device_map: Any = setting(

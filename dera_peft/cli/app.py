@@ -1,14 +1,13 @@
 """The `dera` command."""
 
 import sys
-import traceback
 from typing import Annotated
 
 import typer
 
-from dera_peft.cli import bench, export, generate, info, score, sweep
-from dera_peft.cli.options import INTERRUPTED, command, group
-from dera_peft.errors import DeRaError
+from dera_peft.cli import bench, export, generate, info, score, sweep, train
+from dera_peft.cli.options import command, group
+from dera_peft.cli.program import run_program, split_debug
 from dera_peft.messages import messages_on_stderr
 
 CONTEXT = {
@@ -53,6 +52,8 @@ command(app, score.ScoreSettings)(score.score)
 command(app, info.InfoSettings)(info.info)
 command(app, export.ExportSettings)(export.export)
 command(app, sweep.SweepSettings)(sweep.sweep)
+for program in (train.sft, train.preferences, train.dpo):
+    app.command(**train.PASSED_ON)(program)
 
 bench_app = typer.Typer(rich_markup_mode="markdown", context_settings=CONTEXT)
 app.add_typer(bench_app, name="bench")
@@ -61,23 +62,11 @@ command(bench_app, bench.SweepTimingSettings, "sweep")(bench.bench_sweep)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Errors that a user can mend: one line, exit code 2. Any other is a defect and shows its traceback."""
-    given = sys.argv[1:] if arguments is None else arguments
-    arguments = [argument for argument in given if argument != "--debug"]
-    debug = len(arguments) < len(given)
-    try:
+    """The `dera` command; see `run_program` for how it ends."""
+    arguments, debug = split_debug(sys.argv[1:] if arguments is None else arguments)
+
+    def program() -> None:
         with messages_on_stderr():
             app(arguments, prog_name="dera")
-    except (DeRaError, OSError) as error:
-        if debug:
-            traceback.print_exc()
-        else:
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except SystemExit as end:
-        if end.code == INTERRUPTED:
-            print(
-                "interrupted; an output file keeps what it has, and the command that writes it continues it",
-                file=sys.stderr,
-            )
-        raise
+
+    run_program(program, debug)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from dera_peft.bench.config import StepSettings, SweepTimingSettings
-from dera_peft.cli.options import INTERRUPTED
+from dera_peft.cli.program import INTERRUPTED
 from dera_peft.errors import DeRaError
 
 if TYPE_CHECKING:

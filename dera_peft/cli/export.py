@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dera_peft.checkpoint.source import ModelSource
-from dera_peft.cli.inputs import PromptSettings
 from dera_peft.decoding.lambdas import read_lambda_by_name
+from dera_peft.decoding.prompt_settings import PromptSettings
 from dera_peft.settings import part, setting
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dera_peft.checkpoint.source import ModelSource
-from dera_peft.cli.inputs import PromptSettings, resolve_one_aligned
+from dera_peft.cli.inputs import resolve_one_aligned
 from dera_peft.decoding.lambdas import check_lambdas, read_lambdas
+from dera_peft.decoding.prompt_settings import PromptSettings
 from dera_peft.decoding.requests import Request
 from dera_peft.decoding.rows import GeneratedRow, RowLog, expect_prompts, to_line
 from dera_peft.decoding.sampling import Sampling

@@ -14,7 +14,6 @@ from dera_peft.errors import DeRaError
 from dera_peft.quiet import be_quiet
 from dera_peft.settings import option_name, setting_of, type_hints
 
-INTERRUPTED = 130  # the exit code that Typer makes of Ctrl-C, as shells do: 128 + SIGINT
 PANELS = ("Model", "Prompts", "Sampling", "What is measured", "Measuring", "Output")  # in this order on a help page
 
 Config = Annotated[

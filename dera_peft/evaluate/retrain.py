@@ -19,7 +19,7 @@ def retrain_command(adapter: str, record: Record, beta: float, folder: Path) -> 
     """
     The command that trains again, at `beta`.
 
-    Where the adapter's folder has the settings of its training (`run.json`, which `training.dpo` writes), all of them
+    Where the adapter's folder has the settings of its training (`run.json`, which `dera dpo` writes), all of them
     are taken, and written to `folder/retrain.yaml`; else those that its record knows.
 
     Args:
@@ -27,7 +27,7 @@ def retrain_command(adapter: str, record: Record, beta: float, folder: Path) -> 
         folder: of the sweep.
 
     Returns:
-        None where it was not `training.dpo` that trained it.
+        None where it was not `dera dpo` that trained it.
     """
     if record.training.get("method") != "dpo":
         return None
@@ -36,11 +36,11 @@ def retrain_command(adapter: str, record: Record, beta: float, folder: Path) -> 
     settings = _settings(adapter)
     if settings is None:
         known = " ".join(f"--{key} {shlex.quote(str(value))}" for key, value in {**_known(record), **new}.items())
-        return f"python -m training.dpo {known}  # and its other settings, which its record does not hold"
+        return f"dera dpo {known}  # and its other settings, which its record does not hold"
     processes = settings.pop("processes", 1)
-    start = "python" if processes == 1 else f"torchrun --nproc_per_node {processes}"
+    program = "dera" if processes == 1 else f"torchrun --nproc_per_node {processes} -m dera_peft.cli"
     file = folder / FILE_NAME
-    command = f"{start} -m training.dpo --config {shlex.quote(str(file))}"
+    command = f"{program} dpo --config {shlex.quote(str(file))}"
     write_atomically(
         file,
         f"# The training of {adapter}, at the β that the sweep in this folder recommends:\n#   {command}\n\n"
@@ -50,7 +50,7 @@ def retrain_command(adapter: str, record: Record, beta: float, folder: Path) -> 
 
 
 def _settings(adapter: str) -> dict | None:
-    """What `training.dpo` was told, if its folder still says so."""
+    """What `dera dpo` was told, if its folder still says so."""
     try:
         settings = json.loads((Path(adapter) / "run.json").read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -6,11 +6,11 @@ from dera_peft.checkpoint.fingerprint import settings_fingerprint
 from dera_peft.decoding.datasets import read_dataset
 
 
-def read_splits(script_args) -> tuple[Dataset, Dataset | None]:
+def read_splits(settings) -> tuple[Dataset, Dataset | None]:
     """The rows to train on, and those to evaluate on if there are any, as a program's arguments name them."""
-    name, config = script_args.dataset_name, script_args.dataset_config
-    rows = read_dataset(name, script_args.dataset_train_split, config)
-    held_out = script_args.dataset_test_split
+    name, config = settings.dataset_name, settings.dataset_config
+    rows = read_dataset(name, settings.dataset_train_split, config)
+    held_out = settings.dataset_test_split
     return rows, None if held_out is None else read_dataset(name, held_out, config)
 
 

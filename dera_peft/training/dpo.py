@@ -1,9 +1,9 @@
 """
 Aligns an SFT model with a LoRA adapter, by TRL's DPOTrainer. The reference is the SFT model.
 
-    python -m training.dpo --config configs/tiny/dpo.yaml
-    python -m training.dpo --config configs/tiny/dpo.yaml --beta 0.05 --output_dir runs/beta-0.05
-    torchrun --nproc_per_node 4 -m training.dpo --config configs/tiny/dpo.yaml
+    dera dpo --config configs/tiny/dpo.yaml
+    dera dpo --config configs/tiny/dpo.yaml --beta 0.05 --output_dir runs/beta-0.05
+    torchrun --nproc_per_node 4 -m dera_peft.cli dpo --config configs/tiny/dpo.yaml
 
 The SFT model, and with it the reference, is one of
 
@@ -11,8 +11,8 @@ The SFT model, and with it the reference, is one of
     model_name_or_path: B, sft_adapter: A   a base B and a LoRA adapter A over it, which stays as it is; or, with
                                             continue_sft_adapter: true, of which a copy is trained on
 
-In place of B and A, model_name_or_path may be A alone, which names its base. With load_in_4bit or load_in_8bit the base
-is quantized (QLoRA).
+In place of B and A, model_name_or_path may be A alone, which names its base. With `quantization: nf4` the base is
+quantized (QLoRA).
 
 Every key of the config is a key of this program, of TRL's DPOConfig or of its ModelConfig, and can be set on
 the command line, which comes first. Run again, it reuses a finished adapter, and goes on from the last checkpoint of an
@@ -21,130 +21,107 @@ The folder gets a PEFT adapter, and a dera.json that names base, reference and �
 no more.
 """
 
-import shutil
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from dera_peft.checkpoint.source import ModelSource, Quantization
 from dera_peft.errors import DeRaError
-from dera_peft.quiet import be_quiet
-from dera_peft.training.program import (
-    DataArguments,
-    HelpFormatter,
-    OutputFolder,
-    check_processes,
-    is_main_process,
-    parse,
-    say,
-    settings_of,
-    start,
-)
+from dera_peft.messages import is_main_process
+from dera_peft.settings import setting, setting_like
+from dera_peft.training.program import DataSettings, OutputFolder, check_processes, log, settings_of
 
 KEEPS_BETA = {"sigmoid", "robust"}  # losses whose optimum is π_ref·exp(r/β)/Z, on which DeRa's β/λ stands
 
 
-@dataclass
-class DPOArguments(DataArguments):
-    """The data, and the SFT adapter."""
+@dataclass(frozen=True)
+class DPOSettings(DataSettings):
+    """The data, the base's quantization, and the SFT adapter."""
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Preferences: a hub id, a folder, a .jsonl/.csv/.parquet file, or path.py:function. Columns as "
-            "TRL's DPOTrainer takes them: prompt, chosen and rejected, as texts or as chats."
-        },
+    dataset_name: str | None = setting(
+        None,
+        "Preferences: a hub id, a folder, a .jsonl/.csv/.parquet file, or path.py:function. Columns as TRL's "
+        "DPOTrainer takes them: prompt, chosen and rejected, as texts or as chats.",
+        metavar="DATA",
     )
-    sft_adapter: str | None = field(
-        default=None,
-        metadata={
-            "help": "LoRA adapter (hub id or folder) that makes the base the SFT model, where it is not merged. It is "
-            "part of the reference, and stays as it is."
-        },
+    quantization: Quantization | None = setting_like(ModelSource, "quantization")
+    sft_adapter: str | None = setting(
+        None,
+        "LoRA adapter (hub id or folder) that makes the base the SFT model, where it is not merged. It is part of the "
+        "reference, and stays as it is.",
+        metavar="LORA",
     )
-    continue_sft_adapter: bool = field(
-        default=False,
-        metadata={
-            "help": "Train a copy of the SFT adapter on, instead of a new adapter on top of it. The reference is the "
-            "base with the SFT adapter all the same; r, alpha and modules are the SFT adapter's."
-        },
+    continue_sft_adapter: bool = setting(
+        False,
+        "Train a copy of the SFT adapter on, instead of a new adapter on top of it. The reference is the base with the "
+        "SFT adapter all the same; r, alpha and modules are the SFT adapter's.",
     )
 
 
-def make_parser():
-    from trl import TrlParser
-
-    from dera_peft.training.trainer import DPOConfig, ModelConfig
-
-    return TrlParser(
-        (DPOArguments, DPOConfig, ModelConfig),
-        prog="python -m training.dpo",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=HelpFormatter,
-    )
-
-
-def main(arguments: list[str] | None = None) -> None:
-    be_quiet()
-    script_args, training_args, model_args = parse(make_parser(), arguments)
-
+def main(arguments: Sequence[str] | None = None) -> None:
+    """
+    Raises:
+        DeRaError: an argument is not known or can't be, or the training fails in a way that a user can mend.
+    """
     from trl import get_peft_config
 
-    from dera_peft.checkpoint.record import Record
-    from dera_peft.training.data import dataset_fingerprint, read_splits
-    from dera_peft.training.describe import describe, quantization_of, record_of
-    from dera_peft.training.models import (
+    from dera_peft.training.adapters import (
         check_decodable,
-        continue_adapter,
         copy_adapter,
-        find_source,
         freeze_adapter,
-        load_model,
-        load_tokenizer,
+        remove_copy_of_reference,
         train_in_float32,
     )
+    from dera_peft.training.data import dataset_fingerprint, read_splits
+    from dera_peft.training.parser import Parser
+    from dera_peft.training.record import adapter_record, quantization_of, training_record
     from dera_peft.training.rows import check_columns, preference_fault, usable_rows
-    from dera_peft.training.trainer import DPOTrainer, build, run, save
+    from dera_peft.training.sft_model import find_sft_model_to_train
+    from dera_peft.training.trainer import DPOConfig, DPOTrainer, ModelConfig, build, run, save
 
-    check_arguments(script_args, training_args, model_args)
-    processes = check_processes(script_args.num_processes)
-    rows, held_out = read_splits(script_args)
-    source = find_source(model_args, script_args.sft_adapter)
-    if source.is_function:
-        raise DeRaError(f"model_name_or_path={source.base!r} has no weights that dera.json could name: save it first.")
-    if script_args.continue_sft_adapter:
-        if source.adapter is None:
+    parser = Parser("dera dpo", __doc__, DPOSettings, DPOConfig, ModelConfig)
+    settings, training_args, model_args = parser.read(arguments)
+    check_arguments(settings, training_args, model_args)
+    processes = check_processes(settings.num_processes)
+    rows, held_out = read_splits(settings)
+    sft_model = find_sft_model_to_train(
+        model_args, settings.quantization, training_args.model_init_kwargs, settings.sft_adapter
+    )
+    if sft_model.is_function:
+        raise DeRaError(
+            f"model_name_or_path={sft_model.base!r} has no weights that dera.json could name: save it first."
+        )
+    if settings.continue_sft_adapter:
+        if sft_model.adapter is None:
             raise DeRaError("continue_sft_adapter=True needs the adapter: set sft_adapter.")
-        check_lora_settings(model_args, source.adapter)
+        check_lora_settings(model_args, sft_model.adapter)
     output = OutputFolder(
         training_args.output_dir,
         {
-            **settings_of(script_args, training_args, model_args, ignore=training_args.watching()),
+            **settings_of(settings, training_args, model_args, ignore=training_args.watching()),
             "processes": processes,
         },
-        {**source.fingerprint(), "dataset": dataset_fingerprint(rows)},
-        script_args.overwrite,
+        {**sft_model.fingerprint(), "dataset": dataset_fingerprint(rows)},
+        settings.overwrite,
     )
     if output.is_complete:
-        output.say_reused()
+        output.log_reused()
         return
 
-    name, has_template = script_args.dataset_name, bool(load_tokenizer(source).chat_template)
+    name, has_template = settings.dataset_name, bool(sft_model.own_tokenizer().chat_template)
     check_columns(name, rows, ("chosen", "rejected"), has_template)
     usable, count = usable_rows(name, rows, preference_fault)
-    count.check(script_args.max_bad_rows)
+    count.check(settings.max_bad_rows)
     if held_out is not None:
         held_out, held_out_count = usable_rows(f"{name}, to evaluate on", held_out, preference_fault)
-        held_out_count.check(script_args.max_bad_rows)
-        say(str(held_out_count))
+        held_out_count.check(settings.max_bad_rows)
+        log(str(held_out_count))
 
-    init_kwargs, training_args.model_init_kwargs = training_args.model_init_kwargs, None
-    model, tokenizer = load_model(source, model_args, init_kwargs)
-    if source.adapter is not None and Record.is_in(source.adapter):
-        Record.load(source.adapter).check_quantization(quantization_of(model))
-    if script_args.continue_sft_adapter:
-        model = continue_adapter(model, source.adapter)
-    elif source.adapter is not None:
-        model = freeze_adapter(model, source.adapter)
+    training_args.model_init_kwargs = None
+    model, tokenizer = sft_model.load_to_train(settings.continue_sft_adapter)
+    if sft_model.adapter is not None and not settings.continue_sft_adapter:
+        model = freeze_adapter(model, sft_model.adapter)
     trainer = build(
         DPOTrainer,
         model=model,
@@ -152,14 +129,14 @@ def main(arguments: list[str] | None = None) -> None:
         train_dataset=usable,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        peft_config=None if script_args.continue_sft_adapter else get_peft_config(model_args),
+        peft_config=None if settings.continue_sft_adapter else get_peft_config(model_args),
     )
     check_decodable(trainer.model)
     if quantization_of(trainer.model) is not None and not trainer.is_sharded:
         train_in_float32(trainer.model)
     count_cut(count, trainer.train_dataset, len(usable), training_args)
-    say(str(count))
-    count.check(script_args.max_bad_rows)
+    log(str(count))
+    count.check(settings.max_bad_rows)
 
     metrics = run(trainer)
     save(trainer)
@@ -168,24 +145,24 @@ def main(arguments: list[str] | None = None) -> None:
             "method": "dpo",
             "beta": training_args.beta,
             "loss_type": training_args.loss_type,
-            **describe(trainer, script_args, output.record["inputs"]["dataset"], count, metrics),
+            **training_record(trainer, settings, output.record["inputs"]["dataset"], count, metrics),
         }
         folder = Path(training_args.output_dir)
-        if source.adapter is not None:
-            copy_adapter(source.adapter, folder / "sft")
+        if sft_model.adapter is not None:
+            copy_adapter(sft_model.adapter, folder / "sft")
             remove_copy_of_reference(folder)
-        record_of(source, folder, script_args.continue_sft_adapter, training).save(folder)
+        adapter_record(sft_model, folder, settings.continue_sft_adapter, training).save(folder)
     output.complete()
 
 
-def check_arguments(script_args: DPOArguments, training_args, model_args) -> None:
+def check_arguments(settings: DPOSettings, training_args, model_args) -> None:
     """
     Warns where λ can no longer be read as β/λ.
 
     Raises:
         DeRaError: something is missing, or would have no effect.
     """
-    if not script_args.dataset_name or not model_args.model_name_or_path:
+    if not settings.dataset_name or not model_args.model_name_or_path:
         raise DeRaError("dataset_name and model_name_or_path must be set, in the config or on the command line.")
     if not model_args.use_peft:
         raise DeRaError("use_peft=False: DeRa needs the aligned model as a LoRA adapter; set use_peft: true.")
@@ -204,9 +181,10 @@ def check_arguments(script_args: DPOArguments, training_args, model_args) -> Non
         if getattr(training_args, name)
     ]
     if others:
-        say(
+        log(
             f"warning: with {', '.join(others)} the trained model is not the optimum that DeRa's mixture starts from: "
-            "λ still dials the strength, but that it stands for β/λ is only a heuristic."
+            "λ still dials the strength, but that it stands for β/λ is only a heuristic.",
+            logging.WARNING,
         )
 
 
@@ -215,10 +193,10 @@ def check_lora_settings(model_args, adapter: str) -> None:
     Raises:
         DeRaError: a setting of LoRA asks for something else than the adapter that is continued has.
     """
-    from dera_peft.training.models import check_adapter
+    from dera_peft.checkpoint.adapters import read_adapter_config
     from dera_peft.training.trainer import ModelConfig
 
-    config, default = check_adapter(adapter), ModelConfig()
+    config, default = read_adapter_config(adapter, "sft_adapter"), ModelConfig()
     found = {
         "lora_r": config.r,
         "lora_alpha": config.lora_alpha,
@@ -245,12 +223,3 @@ def count_cut(count, prepared, before: int, training_args) -> None:
     for row in prepared.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]):
         longest = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
         count.cut += longest > training_args.max_length
-
-
-def remove_copy_of_reference(folder: Path) -> None:
-    """PEFT saves TRL's "ref" too, which is the SFT adapter once more."""
-    shutil.rmtree(folder / "ref", ignore_errors=True)
-
-
-if __name__ == "__main__":
-    start(main)

@@ -1,19 +1,20 @@
-"""What the training programs share: how they are started, and how they treat what an earlier run left."""
+"""What the training programs share: settings, messages, and how they treat what an earlier run left."""
 
 import json
+import logging
 import os
 import shutil
-import sys
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from dera_peft.errors import DeRaError
 from dera_peft.files import write_atomically
-from dera_peft.messages import messages_on_stderr
+from dera_peft.messages import is_main_process
+from dera_peft.settings import COUNT, Settings, setting
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "run.json"
 # What the programs write, beside a tokenizer, which every run writes anew; with --overwrite it goes.
@@ -21,77 +22,32 @@ MODEL_FILES = ("adapter_config.json", "adapter_model.*", "config.json", "generat
 MODEL_FOLDERS = ("merged", "sft")
 
 
-@dataclass
-class ProgramArguments:
-    """Arguments of every program, beside those of TRL."""
+@dataclass(frozen=True)
+class ProgramSettings(Settings):
+    """Settings of every program, beside those of TRL."""
 
-    overwrite: bool = field(
-        default=False, metadata={"help": "Do the work again where its results are there already, and replace them."}
-    )
-    traceback: bool = field(default=False, metadata={"help": "Show where an error arose."})
-    num_processes: int | None = field(
-        default=None, metadata={"help": "Stop unless so many processes run, as a launcher was asked for."}
+    overwrite: bool = setting(False, "Do the work again where its results are there already, and replace them.")
+    num_processes: int | None = setting(
+        None, "Stop unless so many processes run, as a launcher was asked for.", check=COUNT, metavar="N"
     )
 
 
-@dataclass
-class DataArguments(ProgramArguments):
+@dataclass(frozen=True)
+class DataSettings(ProgramSettings):
     """The rows that a trainer is given; `dataset_name` is each program's own, for what it may hold."""
 
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on; a part, as train[:95%%]."})
-    dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on, if any."})
-    max_bad_rows: float = field(
-        default=0.5, metadata={"help": "Stop where a larger share of the rows is unusable or cut by max_length."}
+    dataset_config: str | None = setting(None, "Configuration of a hub dataset.", metavar="NAME")
+    dataset_train_split: str = setting("train", "Split to train on; a part, as train[:95%].", metavar="SPLIT")
+    dataset_test_split: str | None = setting(None, "Split to evaluate on, if any.", metavar="SPLIT")
+    max_bad_rows: float = setting(
+        0.5, "Stop where a larger share of the rows is unusable or cut by max_length.", metavar="SHARE"
     )
 
 
-class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Shows defaults, and a description as it is written."""
-
-
-def parse(parser, arguments: list[str] | None = None) -> tuple:
-    """
-    TRL's parser: command line over YAML (`--config`) over defaults.
-
-    Raises:
-        DeRaError: the YAML can't be read, or has a key that there is not.
-    """
-    try:
-        return parser.parse_args_and_config(args=arguments)
-    except (OSError, ValueError, TypeError) as error:
-        raise DeRaError(str(error)) from error
-
-
-def start(main: Callable[[], None]) -> None:
-    """Runs a program. An error that a user can mend is one line and exit code 2; `--traceback` shows where it arose."""
-    try:
-        with messages_on_stderr():
-            main()
-        from accelerate import PartialState
-
-        PartialState().destroy_process_group()
-    except (DeRaError, OSError) as error:
-        if "--traceback" in sys.argv:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what is saved", file=sys.stderr)
-        sys.exit(130)
-
-
-def is_main_process() -> bool:
-    """Whether this is the process that writes and prints."""
-    from accelerate import PartialState
-
-    return PartialState().is_main_process
-
-
-def say(text: str) -> None:
-    """A line for the user, once however many processes there are."""
+def log(message: str, level: int = logging.INFO) -> None:
+    """Logs a message, once however many processes there are."""
     if is_main_process():
-        print(text, file=sys.stderr, flush=True)
+        logger.log(level, message, stacklevel=2)
 
 
 def check_processes(expected: int | None) -> int:
@@ -110,7 +66,7 @@ def check_processes(expected: int | None) -> int:
         processes = "is 1 process" if running == 1 else f"are {running} processes"
         raise DeRaError(
             f"num_processes={asked}, but there {processes}. On the CPU accelerate's launcher starts only one; "
-            f"torchrun starts them: torchrun --nproc_per_node {asked} -m training.… --config …"
+            f"torchrun starts them: torchrun --nproc_per_node {asked} -m dera_peft.cli …"
         )
     return running
 
@@ -135,7 +91,7 @@ def settings_of(*arguments: Any, ignore: tuple[str, ...] = ()) -> dict[str, Any]
             value = getattr(group, f.name)  # to_dict would mask an eos_token as it does the hub's
             if f.init and value != (f.default if f.default_factory is MISSING else f.default_factory()):
                 settings[f.name] = value
-    for name in (*ignore, "output_dir", "overwrite", "traceback", "num_processes", "hub_token"):
+    for name in (*ignore, "output_dir", "overwrite", "num_processes", "hub_token"):
         settings.pop(name, None)
     for name, value in settings.items():
         if isinstance(value, dict):  # model_init_kwargs may hold a secret of the hub's
@@ -232,9 +188,8 @@ class OutputFolder:
         text = json.dumps({"complete": complete, **self.record}, indent=2, ensure_ascii=False) + "\n"
         write_atomically(self.file, text)
 
-    def say_reused(self) -> None:
-        if is_main_process():
-            print(f"{self.folder} is complete: reusing it (--overwrite true makes it again)")
+    def log_reused(self) -> None:
+        log(f"{self.folder} is complete: reusing it (--overwrite true makes it again)")
 
     def complete(self) -> None:
         """Marks the results as whole; to be called last."""

@@ -1,12 +1,12 @@
 """
 Fine-tunes a base with TRL's SFTTrainer: the model that alignment starts from, and DeRa's reference.
 
-    python -m training.sft --config configs/tiny/sft.yaml
-    python -m training.sft --config configs/tiny/sft.yaml --learning_rate 1e-3 --output_dir runs/other
-    torchrun --nproc_per_node 4 -m training.sft --config configs/tiny/sft.yaml
+    dera sft --config configs/tiny/sft.yaml
+    dera sft --config configs/tiny/sft.yaml --learning_rate 1e-3 --output_dir runs/other
+    torchrun --nproc_per_node 4 -m dera_peft.cli sft --config configs/tiny/sft.yaml
 
-All weights are trained, or with use_peft a LoRA adapter, over a quantized base with load_in_4bit or load_in_8bit
-(QLoRA). training.dpo takes the adapter as it is; merge_adapter: true also merges it into the unquantized base, in
+All weights are trained, or with use_peft a LoRA adapter, over a quantized base with `quantization: nf4` (QLoRA).
+`dera dpo` takes the adapter as it is; merge_adapter: true also merges it into the unquantized base, in
 output_dir/merged.
 
 Every key of the config is a key of this program, of TRL's SFTConfig or of its ModelConfig, and can be set on
@@ -14,109 +14,93 @@ the command line, which comes first. Run again, it reuses a finished model, and 
 unfinished one.
 """
 
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from dera_peft.checkpoint.source import ModelSource, Quantization
 from dera_peft.errors import DeRaError
-from dera_peft.quiet import be_quiet
-from dera_peft.training.program import (
-    DataArguments,
-    HelpFormatter,
-    OutputFolder,
-    check_processes,
-    is_main_process,
-    parse,
-    say,
-    settings_of,
-    start,
-)
+from dera_peft.messages import is_main_process
+from dera_peft.settings import setting, setting_like
+from dera_peft.training.program import DataSettings, OutputFolder, check_processes, log, settings_of
 
 
-@dataclass
-class SFTArguments(DataArguments):
-    """The data, and what becomes of an adapter."""
+@dataclass(frozen=True)
+class SFTSettings(DataSettings):
+    """The data, the base's quantization, and what becomes of an adapter."""
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Texts to learn from: a hub id, a folder, a .jsonl/.csv/.parquet file, or path.py:function. "
-            "Columns as in TRL's SFTTrainer: text, prompt and completion (texts or chats), or messages."
-        },
+    dataset_name: str | None = setting(
+        None,
+        "Texts to learn from: a hub id, a folder, a .jsonl/.csv/.parquet file, or path.py:function. Columns as in "
+        "TRL's SFTTrainer: text, prompt and completion (texts or chats), or messages.",
+        metavar="DATA",
     )
-    merge_adapter: bool = field(
-        default=False,
-        metadata={"help": "Merge the trained adapter into the unquantized base, and save that in output_dir/merged."},
+    quantization: Quantization | None = setting_like(ModelSource, "quantization")
+    merge_adapter: bool = setting(
+        False, "Merge the trained adapter into the unquantized base, and save that in output_dir/merged."
     )
 
 
-def make_parser():
-    from trl import TrlParser
-
-    from dera_peft.training.trainer import ModelConfig, SFTConfig
-
-    return TrlParser(
-        (SFTArguments, SFTConfig, ModelConfig),
-        prog="python -m training.sft",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=HelpFormatter,
-    )
-
-
-def main(arguments: list[str] | None = None) -> None:
-    be_quiet()
-    script_args, training_args, model_args = parse(make_parser(), arguments)
-
+def main(arguments: Sequence[str] | None = None) -> None:
+    """
+    Raises:
+        DeRaError: an argument is not known or can't be, or the training fails in a way that a user can mend.
+    """
     from trl import get_peft_config
 
+    from dera_peft.training.adapters import merge, train_in_float32
     from dera_peft.training.data import dataset_fingerprint, read_splits
-    from dera_peft.training.describe import describe, quantization_of, record_of
-    from dera_peft.training.models import find_source, load_model, merge, train_in_float32
+    from dera_peft.training.parser import Parser
+    from dera_peft.training.record import adapter_record, quantization_of, training_record
     from dera_peft.training.rows import check_columns, text_columns, text_fault, usable_rows
-    from dera_peft.training.trainer import SFTTrainer, build, run, save
+    from dera_peft.training.sft_model import find_sft_model_to_train
+    from dera_peft.training.trainer import ModelConfig, SFTConfig, SFTTrainer, build, run, save
 
-    check_arguments(script_args, model_args)
-    processes = check_processes(script_args.num_processes)
-    rows, held_out = read_splits(script_args)
-    source = find_source(model_args)
-    if source.adapter is not None:
+    parser = Parser("dera sft", __doc__, SFTSettings, SFTConfig, ModelConfig)
+    settings, training_args, model_args = parser.read(arguments)
+    check_arguments(settings, model_args)
+    processes = check_processes(settings.num_processes)
+    rows, held_out = read_splits(settings)
+    base = find_sft_model_to_train(model_args, settings.quantization, training_args.model_init_kwargs)
+    if base.adapter is not None:
         raise DeRaError(
-            f"model_name_or_path={source.adapter!r} is an adapter: fine-tune a base, or merge it into one first."
+            f"model_name_or_path={base.adapter!r} is an adapter: fine-tune a base, or merge it into one first."
         )
-    if source.is_function and model_args.use_peft:
+    if base.is_function and model_args.use_peft:
         raise DeRaError(
-            f"use_peft=True: the adapter's base would be {source.base!r}, which nothing can load again; save the model "
+            f"use_peft=True: the adapter's base would be {base.base!r}, which nothing can load again; save the model "
             "that it makes first, or fine-tune all of it."
         )
     output = OutputFolder(
         training_args.output_dir,
         {
-            **settings_of(script_args, training_args, model_args, ignore=training_args.watching()),
+            **settings_of(settings, training_args, model_args, ignore=training_args.watching()),
             "processes": processes,
         },
-        {**source.fingerprint(), "dataset": dataset_fingerprint(rows)},
-        script_args.overwrite,
+        {**base.fingerprint(), "dataset": dataset_fingerprint(rows)},
+        settings.overwrite,
     )
     if output.is_complete:
-        output.say_reused()
+        output.log_reused()
         return
 
-    init_kwargs, training_args.model_init_kwargs = training_args.model_init_kwargs, None
-    model, tokenizer = load_model(source, model_args, init_kwargs)
-    name, columns = script_args.dataset_name, text_columns(rows, training_args.dataset_text_field)
+    training_args.model_init_kwargs = None
+    model, tokenizer = base.load_to_train()
+    name, columns = settings.dataset_name, text_columns(rows, training_args.dataset_text_field)
     check_columns(name, rows, columns, bool(tokenizer.chat_template or training_args.chat_template_path))
     usable, count = usable_rows(name, rows, partial(text_fault, columns=columns))
-    count.check(script_args.max_bad_rows)
+    count.check(settings.max_bad_rows)
     count.cut = count_cut(usable, columns, tokenizer, training_args)
-    say(str(count))
-    count.check(script_args.max_bad_rows)
+    log(str(count))
+    count.check(settings.max_bad_rows)
     if held_out is not None:
         held_out, held_out_count = usable_rows(
             f"{name}, to evaluate on", held_out, partial(text_fault, columns=columns)
         )
-        held_out_count.check(script_args.max_bad_rows)
-        say(str(held_out_count))
+        held_out_count.check(settings.max_bad_rows)
+        log(str(held_out_count))
 
     trainer = build(
         SFTTrainer,
@@ -137,35 +121,38 @@ def main(arguments: list[str] | None = None) -> None:
             "method": "sft",
             "beta": None,
             "loss_type": training_args.loss_type,
-            **describe(trainer, script_args, output.record["inputs"]["dataset"], count, metrics),
+            **training_record(trainer, settings, output.record["inputs"]["dataset"], count, metrics),
         }
         folder = Path(training_args.output_dir)
-        record_of(source, folder, False, training).save(folder)
-        if script_args.merge_adapter:
+        adapter_record(base, folder, False, training).save(folder)
+        if settings.merge_adapter:
             del trainer, model  # the unquantized base may need their memory
-            merge(source, folder, model_args.dtype, tokenizer, folder / "merged")
-            say(f"merged into {folder / 'merged'}")
+            merge(base.load_unquantized_base(), folder, tokenizer, folder / "merged")
+            log(f"merged into {folder / 'merged'}")
             if quantization is not None:
-                say(
+                log(
                     f"warning: the adapter was trained on a base quantized to {quantization}, and is merged into the "
                     "unquantized one: the merged model differs slightly from what was trained. As the start of DPO it "
-                    "is the reference all the same; the adapter itself, over the quantized base, is another one."
+                    "is the reference all the same; the adapter itself, over the quantized base, is another one.",
+                    logging.WARNING,
                 )
     output.complete()
 
 
-def check_arguments(script_args: SFTArguments, model_args) -> None:
+def check_arguments(settings: SFTSettings, model_args) -> None:
     """
     Raises:
         DeRaError: something is missing, or would have no effect.
     """
-    if not script_args.dataset_name or not model_args.model_name_or_path:
+    if not settings.dataset_name or not model_args.model_name_or_path:
         raise DeRaError("dataset_name and model_name_or_path must be set, in the config or on the command line.")
     if not model_args.use_peft:
-        for name in ("load_in_4bit", "load_in_8bit"):
-            if getattr(model_args, name):
-                raise DeRaError(f"{name}=True: quantized weights can't be trained; set use_peft: true for an adapter.")
-        if script_args.merge_adapter:
+        for group, name in ((settings, "quantization"), (model_args, "load_in_4bit"), (model_args, "load_in_8bit")):
+            if value := getattr(group, name):
+                raise DeRaError(
+                    f"{name}={value}: quantized weights can't be trained; set use_peft: true for an adapter."
+                )
+        if settings.merge_adapter:
             raise DeRaError("merge_adapter=True: there is no adapter; set use_peft: true, or leave it out.")
 
 
@@ -209,7 +196,3 @@ def chat_template(path: str | None, tokenizer) -> str | None:
         return AutoTokenizer.from_pretrained(path).chat_template
     except (OSError, ValueError) as error:
         raise DeRaError(f"chat_template_path={path!r} is neither a .jinja file nor a tokenizer: {error}") from error
-
-
-if __name__ == "__main__":
-    start(main)

@@ -17,7 +17,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from dera_peft.errors import DeRaError
 from dera_peft.training.gradients import GradientCheck
-from dera_peft.training.program import say
+from dera_peft.training.program import log
 
 STATE = "trainer_state.json"  # of a checkpoint
 # Settings that say how a run is watched and saved, not what comes out of it.
@@ -60,7 +60,7 @@ class RunArguments:
         self.logging_nan_inf_filter = False  # it would log the average of the losses before in place of NaN
         super().__post_init__()
         if self.n_gpu > 1:  # TRL refuses what transformers would do with them in one process
-            say(f"{self.n_gpu} GPUs are here, and one process trains on one: torchrun --nproc_per_node N uses N")
+            log(f"{self.n_gpu} GPUs are here, and one process trains on one: torchrun --nproc_per_node N uses N")
             self._n_gpu = 1
 
     def watching(self) -> tuple[str, ...]:
@@ -216,10 +216,10 @@ def run(trainer: GuardedTrainer) -> dict[str, float]:
     processes = trainer.args.world_size
     per_step = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps * processes
     running = f"{processes} process{'es' if processes > 1 else ''}"
-    say(f"training on {running} ({trainer.args.device.type}), {per_step} rows a step")
+    log(f"training on {running} ({trainer.args.device.type}), {per_step} rows a step")
     checkpoint = last_checkpoint(Path(trainer.args.output_dir))
     if checkpoint is not None:
-        say(f"going on from {checkpoint}")
+        log(f"going on from {checkpoint}")
     if checkpoint is not None and _is_finished(checkpoint) and not trainer.is_sharded:
         trainer.take(checkpoint)  # a sharded model's weights are loaded by `train` alone
         return final_metrics(trainer.state.log_history)
@@ -229,7 +229,7 @@ def run(trainer: GuardedTrainer) -> dict[str, float]:
     metrics = final_metrics(trainer.state.log_history)
     memory = peak_memory(trainer.args.device)
     tokens = metrics.get("num_tokens", 0)  # TRL counts those of this run
-    say(f"{trainer.state.global_step} steps; {tokens / seconds:,.0f} tokens/s; peak memory {memory / 2**30:.2f} GiB")
+    log(f"{trainer.state.global_step} steps; {tokens / seconds:,.0f} tokens/s; peak memory {memory / 2**30:.2f} GiB")
     return {**metrics, "tokens_per_second": tokens / seconds, "peak_memory_bytes": memory}
 
 
@@ -254,7 +254,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     for checkpoint in _checkpoints(folder):
         if _is_whole(checkpoint):
             return checkpoint
-        say(f"{checkpoint} is not whole: leaving it out")
+        log(f"{checkpoint} is not whole: leaving it out")
     return None
 
 

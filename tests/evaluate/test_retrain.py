@@ -28,7 +28,7 @@ def record(branches, training=TRAINING) -> Record:
 )
 def test_of_what_the_record_knows(tmp_path, branches, known):
     assert retrain_command("org/dpo", record(branches), 1 / 3, tmp_path) == (
-        f"python -m training.dpo --model_name_or_path org/base {known}--dataset_name pairs.jsonl --use_peft true "
+        f"dera dpo --model_name_or_path org/base {known}--dataset_name pairs.jsonl --use_peft true "
         "--beta 0.3333 --output_dir org/dpo-beta-0.3333  # and its other settings, which its record does not hold"
     )
     assert not list(tmp_path.iterdir())
@@ -39,7 +39,7 @@ def test_of_the_settings_of_the_training(tmp_path):
     settings = {"dataset_name": "p.jsonl", "beta": 0.5, "seed": 3, "debug": [], "processes": 2, "max_length": None}
     (tmp_path / "dpo" / "run.json").write_text(json.dumps({"settings": settings}))
     command = retrain_command(f"{tmp_path}/dpo/", record(ALONE), 0.25, tmp_path)
-    assert command == f"torchrun --nproc_per_node 2 -m training.dpo --config {tmp_path}/retrain.yaml"
+    assert command == f"torchrun --nproc_per_node 2 -m dera_peft.cli dpo --config {tmp_path}/retrain.yaml"
     assert yaml.safe_load((tmp_path / "retrain.yaml").read_text()) == {
         "dataset_name": "p.jsonl", "beta": 0.25, "seed": 3, "output_dir": f"{tmp_path}/dpo-beta-0.25",
     }  # fmt: skip

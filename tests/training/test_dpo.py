@@ -14,7 +14,7 @@ from dera_peft.checkpoint.record import Record
 from dera_peft.decoding.datasets import read_dataset
 from dera_peft.engine.quantized import keep_trainable
 from dera_peft.training.data import dataset_fingerprint
-from dera_peft.training.models import check_adapter
+from dera_peft.training.sft_model import find_sft_model
 
 IDS = torch.arange(3, 43).view(2, 20)
 
@@ -169,10 +169,10 @@ def test_settings_that_cannot_be(settings, message, tiny_base, sft_adapter, pref
         train("dpo", tmp_path / "dpo", **{"model_name_or_path": tiny_base, "dataset_name": preferences, **settings})
 
 
-def test_an_sft_adapter_with_trained_biases_is_refused(tmp_path):
+def test_an_sft_adapter_with_trained_biases_is_refused(tiny_base, tmp_path):
     LoraConfig(bias="lora_only").save_pretrained(tmp_path)
     with pytest.raises(DeRaError, match=r"bias='lora_only'.* does not give the reference back"):
-        check_adapter(str(tmp_path))
+        find_sft_model(str(tiny_base), str(tmp_path))
 
 
 def test_a_record_of_another_base_is_refused_before_training(tiny_base, merged, preferences, tmp_path):

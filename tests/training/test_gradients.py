@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dera_peft import DeRaError
-from dera_peft.training import models, trainer
+from dera_peft.training import sft_model, trainer
 from dera_peft.training.gradients import GradientCheck
 
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -51,7 +51,7 @@ def test_a_cpu_that_packs_4_bit_weights_to_evaluate_trains_as_any_other(modules,
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "gradient checkpointing"])
 def test_a_base_that_is_packed_already_stops_the_run(modules, message, checkpointing, settings, tmp_path, monkeypatch):
     force_cpu_packing(monkeypatch)
-    monkeypatch.setattr(models, "keep_trainable", lambda model: None)
+    monkeypatch.setattr(sft_model, "keep_trainable", lambda model: None)
     settings |= {"lora_target_modules": modules, "gradient_checkpointing": checkpointing}
     with pytest.raises(DeRaError, match=message):
         train("dpo", tmp_path / "dpo", **settings)

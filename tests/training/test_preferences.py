@@ -10,8 +10,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dera_peft import DeRaError
-from dera_peft.training import preferences, sampler
-from dera_peft.training.models import Source
+from dera_peft.training import preferences
+from dera_peft.training.sft_model import SFTModel
 
 ROOT = Path(__file__).resolve().parents[2]
 REWARD = """
@@ -84,7 +84,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(files, base, capsys):
 
 def test_ranked_anew_without_sampling_anew(files, base, monkeypatch):
     best = make(files, base)
-    monkeypatch.setattr(sampler, "load_sft_model", lambda *_: pytest.fail("nothing is to be sampled"))
+    monkeypatch.setattr(SFTModel, "load_to_sample", lambda _: pytest.fail("nothing is to be sampled"))
     every = make(files, base, "out", "--pairs", "all")
     assert len(every) > len(best)
     assert all(pair in every for pair in best)
@@ -231,7 +231,7 @@ def test_a_quantized_base_samples_other_texts(files, base):
     make(files, base, "full")
     make(files, base, "nf4", "--quantization", "nf4")
     assert completions(files / "full") != completions(files / "nf4")
-    model = sampler.load_sft_model(Source(str(base)), quantization="nf4")
+    model = SFTModel(base=str(base), quantization="nf4").load_to_sample()
     assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
 
 
@@ -246,7 +246,8 @@ def test_two_processes_make_what_one_makes(files, base):
     one = make(files, base, "one")
     done = subprocess.run(
         [
-            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "training.preferences",
+            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "dera_peft.cli",
+            "preferences",
             "--model_name_or_path", base, "--reward", f"{files}/reward.py:length", "--prompts", files / "prompts.jsonl",
             "--output_dir", files / "two", *OPTIONS,
         ],

@@ -61,8 +61,9 @@ def test_a_launcher_that_starts_one_process_in_silence_is_found_out(tmp_path):
     script = tmp_path / "check.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from dera_peft.training.program import check_processes, start\n"
-        "start(lambda: print('running', check_processes(None)))\n"
+        "from dera_peft.cli.program import run_program\n"
+        "from dera_peft.training.program import check_processes\n"
+        "run_program(lambda: print('running', check_processes(None)))\n"
     )
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]

@@ -8,6 +8,7 @@ import torch
 
 from dera_peft import DeRaError
 from dera_peft.decoding.datasets import read_dataset
+from dera_peft.messages import messages_on_stderr
 from dera_peft.training import trainer
 from dera_peft.training.data import dataset_fingerprint
 from dera_peft.training.program import OutputFolder, settings_of
@@ -121,7 +122,8 @@ def test_fingerprints_of_datasets(tmp_path):
 def test_one_process_trains_on_one_gpu(tmp_path, monkeypatch, capsys):
     """Several in one process would be transformers' DataParallel, which TRL refuses."""
     monkeypatch.setattr(SFTConfig, "n_gpu", property(lambda self: self._n_gpu if self._n_gpu > 0 else 2))
-    config = SFTConfig(output_dir=str(tmp_path))
+    with messages_on_stderr():
+        config = SFTConfig(output_dir=str(tmp_path))
     assert config.n_gpu == 1
     assert "2 GPUs are here" in capsys.readouterr().err
 

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from dera_peft import DeRaError, DeRaModel
 from dera_peft.checkpoint.record import Record
-from dera_peft.cli.app import app
+from dera_peft.cli.app import app, main
 from dera_peft.evaluate.retrain import retrain_command
+from dera_peft.messages import messages_on_stderr
 from dera_peft.training import dpo, preferences, sft
-from dera_peft.training.program import start
 from dera_peft.user_code import load_object
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,8 +99,9 @@ def test_the_loss_starts_at_log_2(recipe):
 def test_run_again_it_is_reused_and_other_settings_are_an_error(recipe, capsys):
     again = [sft, "sft.yaml", recipe / "sft", "--dataset_name", recipe / "stories.jsonl", *SFT]
     stamp = (recipe / "sft" / "model.safetensors").stat().st_mtime_ns
-    run(*again)
-    assert "is complete: reusing it" in capsys.readouterr().out
+    with messages_on_stderr():
+        run(*again)
+    assert "is complete: reusing it" in capsys.readouterr().err
     assert (recipe / "sft" / "model.safetensors").stat().st_mtime_ns == stamp
     with pytest.raises(DeRaError, match="made with seed=1, and now it is 77"):
         run(*again, "--seed", "77")
@@ -122,9 +123,8 @@ def test_run_again_it_is_reused_and_other_settings_are_an_error(recipe, capsys):
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, program, arguments, message):
     config = ["--config", f"configs/tiny/{program}.yaml", "--output_dir", str(tmp_path / "out")]
-    main = importlib.import_module(f"dera_peft.training.{program}").main
     with pytest.raises(SystemExit) as caught:
-        start(lambda: main([*config, *arguments]))
+        main([program, *config, *arguments])
     assert caught.value.code == 2
     error = capsys.readouterr().err
     assert message in error
@@ -150,8 +150,8 @@ def test_sweep_retraining_and_quickstart(recipe, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "sweep" / "sweep.png").stat().st_size > 10_000
 
     command = retrain_command(str(recipe / "dpo"), Record.load(recipe / "dpo"), 0.125, tmp_path)
-    assert command == f"python -m training.dpo --config {tmp_path}/retrain.yaml"
-    dpo.main([*command.split()[3:], "--output_dir", str(tmp_path / "again"), "--max_steps", "1"])
+    assert command == f"dera dpo --config {tmp_path}/retrain.yaml"
+    dpo.main([*command.split()[2:], "--output_dir", str(tmp_path / "again"), "--max_steps", "1"])
     first, again = (
         json.loads((folder / "run.json").read_text())["settings"] for folder in (recipe / "dpo", tmp_path / "again")
     )

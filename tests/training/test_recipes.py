@@ -197,8 +197,7 @@ def test_a_recipe_says_how_it_is_run_and_what_it_needs(recipe):
     assert {"dpo.yaml", "sweep.yaml"} <= {file.name for file in files}
     for file in files:
         head = file.read_text(encoding="utf-8").split("\n\n")[0]
-        command = "dera sweep" if file.stem == "sweep" else f"python -m training.{file.stem}"
-        assert f"#   {command} --config configs/{recipe}/{file.name}" in head
+        assert f"#   dera {file.stem} --config configs/{recipe}/{file.name}" in head
         for line in file.read_text(encoding="utf-8").splitlines():
             assert not line or line.startswith("#") or " # " in line, f"{file.name}: {line}"
         if recipe != "tiny":

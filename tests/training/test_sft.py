@@ -80,7 +80,26 @@ def test_an_adapter_and_its_merge(nf4, tiny_base, texts, tmp_path, capsys):
         torch.testing.assert_close(model(IDS).logits, expected, atol=1e-4, rtol=1e-5)
 
 
-def test_dpo_takes_the_adapter_where_a_model_is_named(tiny_base, texts, preferences, tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("kind", "trls"),
+    [
+        ("nf4", {"load_in_4bit": True}),
+        ("fp4", {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}),
+        ("int8", {"load_in_8bit": True}),
+    ],
+)
+def test_quantization_is_trls_by_the_name_that_decoding_has_for_it(kind, trls, tiny_base, texts, tmp_path):
+    settings = {"model_name_or_path": tiny_base, "dataset_name": texts, "max_steps": 2, **LORA}
+    ours = train("sft", tmp_path / "ours", quantization=kind, **settings)
+    theirs = train("sft", tmp_path / "theirs", **trls, **settings)
+    expected, found = (load_file(f / "adapter_model.safetensors") for f in (theirs, ours))
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    assert Record.load(ours).training["quantization"] == Record.load(theirs).training["quantization"] == kind
+    assert json.loads((ours / "run.json").read_text())["settings"]["quantization"] == kind
+
+
+def test_dpo_takes_the_adapter_where_a_model_is_named(tiny_base, texts, preferences, tmp_path, capsys):
     """The adapter names its base, which may have moved along with it."""
     tree = tmp_path / "a"
     (tree / "base").mkdir(parents=True)
@@ -102,7 +121,7 @@ def test_dpo_takes_the_adapter_where_a_model_is_named(tiny_base, texts, preferen
         "dpo", tmp_path / "nf4", model_name_or_path=tree / "sft", dataset_name=preferences, load_in_4bit=True,
         max_steps=1,
     )  # fmt: skip
-    assert "trained on a base unquantized, and this one is quantized to nf4" in caplog.text
+    assert "trained on a base unquantized, and this one is quantized to nf4" in capsys.readouterr().err
     with pytest.raises(DeRaError, match="stands on other adapters"):
         train("dpo", tmp_path / "again", model_name_or_path=tree / "dpo", dataset_name=preferences)
 
@@ -159,6 +178,15 @@ def test_packed_texts(tiny_base, texts, tmp_path, monkeypatch):
     ("settings", "message"),
     [
         ({"load_in_4bit": True}, "load_in_4bit=True: quantized weights can't be trained"),
+        ({"quantization": "nf4"}, "quantization=nf4: quantized weights can't be trained"),
+        (
+            {"quantization": "nf4", "load_in_8bit": True, **LORA},
+            "quantization='nf4' and load_in_8bit=True: give one of the two",
+        ),
+        (
+            {"quantization": "nf4", "use_bnb_nested_quant": False, **LORA},
+            "quantization='nf4' and use_bnb_nested_quant=False: give one of the two",
+        ),
         ({"merge_adapter": True}, "merge_adapter=True: there is no adapter"),
         ({"assistant_only_loss": True}, "not conversational"),
         ({"early_stopping_patience": 2, "save_strategy": "steps"}, "dataset_test_split"),

@@ -63,7 +63,7 @@ def written(tmp_path, title="A <sweep>", **changes) -> Page:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Page:
     folder = tmp_path_factory.mktemp("report")
-    made = written(folder, command="python -m training.dpo --beta 0.5 --x '<y>'")
+    made = written(folder, command="dera dpo --beta 0.5 --x '<y>'")
     assert [file.name for file in folder.iterdir()] == ["report.html"], "no temporary file is left"
     return made
 
@@ -118,7 +118,7 @@ def test_samples_reach_the_script_as_they_are(page):
 def test_recommendation_and_command(page):
     assert "λ* = 1 · β* = 0.5" in page.text
     assert "the highest mean reward" in page.text
-    assert "python -m training.dpo --beta 0.5 --x '<y>'" in page.text
+    assert "dera dpo --beta 0.5 --x '<y>'" in page.text
     assert "measure at λ=0.75 (between 0.5 and 1)." in page.text
 
 

@@ -10,14 +10,14 @@ from dera_peft.checkpoint.fingerprint import base_fingerprint
 from dera_peft.checkpoint.quantization import quantization_name
 from dera_peft.checkpoint.record import Record
 from dera_peft.engine.plan import ALIGNED, REFERENCE
-from dera_peft.training.models import Source
 from dera_peft.training.rows import RowCount
+from dera_peft.training.sft_model import SFTModel
 
 PACKAGES = ("dera-peft", "peft", "torch", "transformers", "trl")
 
 
-def describe(
-    trainer: Trainer, script_args: Any, dataset_fingerprint: str, count: RowCount, metrics: dict[str, float]
+def training_record(
+    trainer: Trainer, settings: Any, dataset_fingerprint: str, count: RowCount, metrics: dict[str, float]
 ) -> dict[str, Any]:
     """How an adapter was trained, beside its method and loss: see `Record.training`."""
     args = trainer.args
@@ -25,7 +25,7 @@ def describe(
         "quantization": quantization_of(trainer.model),
         "dtype": str(trainer.model.dtype).removeprefix("torch."),
         "mixed_precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else None,
-        "dataset": script_args.dataset_name,
+        "dataset": settings.dataset_name,
         "dataset_fingerprint": dataset_fingerprint,
         "rows": count.as_dict(),
         "steps": trainer.state.global_step,
@@ -40,7 +40,7 @@ def quantization_of(model: PreTrainedModel) -> str | None:
     return quantization_name(vars(model.config).get("quantization_config"))
 
 
-def record_of(source: Source, folder: Path, continues: bool, training: dict[str, Any]) -> Record:
+def adapter_record(sft_model: SFTModel, folder: Path, continues: bool, training: dict[str, Any]) -> Record:
     """
     The record of an adapter in `folder` over an SFT model.
 
@@ -48,14 +48,14 @@ def record_of(source: Source, folder: Path, continues: bool, training: dict[str,
     has it too, below the new one; or, where it was continued, has the new one in its place.
     """
     adapters, reference, aligned = {"default": str(folder)}, [], ["default"]
-    if source.adapter is not None:
+    if sft_model.adapter is not None:
         adapters = {"sft": str(folder / "sft"), **adapters}
         reference, aligned = ["sft"], ["default"] if continues else ["sft", "default"]
     return Record(
-        source.base,
+        sft_model.base,
         adapters,
         {REFERENCE: reference, ALIGNED: aligned},
-        base_fingerprint=base_fingerprint(source.base, source.revision),
-        base_revision=source.revision,
+        base_fingerprint=base_fingerprint(sft_model.base, sft_model.revision),
+        base_revision=sft_model.revision,
         training=training,
     )

@@ -1,0 +1,51 @@
+"""How a program ends: errors, and Ctrl-C."""
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from dera_peft.errors import DeRaError
+
+INTERRUPTED = 130  # the exit code of Ctrl-C, Typer's too, as shells have it: 128 + SIGINT
+DEBUG = "--debug"
+TRAINERS_DEBUG = ("underflow_overflow", "tpu_metrics_debug")  # what transformers' own --debug takes
+
+
+def split_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
+    """The arguments without `--debug`, wherever it stands, and whether it was there. A trainer's own --debug stays."""
+    followers = [*arguments[1:], ""]
+    rest = [
+        argument
+        for argument, follower in zip(arguments, followers, strict=True)
+        if argument != DEBUG or follower in TRAINERS_DEBUG
+    ]
+    return rest, len(rest) < len(arguments)
+
+
+def run_program(program: Callable[[], None], debug: bool = False) -> None:
+    """
+    Runs a program to its end. An error that a user can mend is one line and exit code 2; any other is a defect and
+    shows its traceback.
+
+    Args:
+        debug: show the traceback of the former too.
+    """
+    try:
+        program()
+    except (DeRaError, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _tell_interrupted()
+        sys.exit(INTERRUPTED)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            _tell_interrupted()
+        raise
+
+
+def _tell_interrupted() -> None:
+    print("interrupted; the same command goes on from what is saved", file=sys.stderr)

@@ -1,0 +1,120 @@
+"""The parser of the training programs: TRL's, for its own dataclasses and for this package's settings."""
+
+import os
+import types
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from dataclasses import Field, field, fields, make_dataclass
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+
+from trl import TrlParser
+
+from dera_peft.errors import DeRaError
+from dera_peft.settings import Settings, nearest, read_keys, setting_of, type_hints
+
+ENVIRONMENT = "env"  # TRL's key for variables of the environment
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows defaults, and a description as it is written."""
+
+
+class RaisingParser(ArgumentParser):
+    """Raises what a user did wrong, where argparse prints it under a page of usage and exits."""
+
+    def error(self, message: str) -> NoReturn:
+        raise DeRaError(message)
+
+
+class Parser(RaisingParser, TrlParser):
+    """
+    Command line over YAML (`--config`) over defaults. Keys may have hyphens or underscores.
+
+    Args:
+        command: as the user calls it, "dera sft".
+        description: stands at the head of its help page.
+        groups: dataclasses of TRL's, or of `Settings`.
+    """
+
+    def __init__(self, command: str, description: str, *groups: type):
+        self.groups = groups
+        super().__init__(
+            [argparse_form(group) if issubclass(group, Settings) else group for group in groups],
+            prog=command,
+            usage="%(prog)s [--config FILE] [--KEY VALUE ...]",
+            description=description,
+            allow_abbrev=False,
+            formatter_class=HelpFormatter,
+        )
+
+    def read(self, arguments: Sequence[str] | None = None) -> tuple:
+        """
+        An instance of each group.
+
+        Args:
+            arguments: of the command line; `sys.argv`'s unless given.
+
+        Raises:
+            DeRaError: an option or a key is not known (with the nearest name), or has an impossible value.
+        """
+        config = RaisingParser(prog=self.prog, add_help=False, allow_abbrev=False)
+        config.add_argument("--config")
+        found, arguments = config.parse_known_args(arguments)
+        names = sorted({action.dest for action in self._actions} - {"help"})
+        if found.config is not None:
+            self._set_defaults_from(found.config, names)
+        values, unknown = self.parse_known_args(arguments)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            if not name.startswith("-"):
+                raise DeRaError(f"{name!r} follows no option that takes it.")
+            raise DeRaError(
+                f"{name} is not an option of {self.prog}; {nearest(name.lstrip('-').replace('-', '_'), names)}"
+            )
+        try:
+            return tuple(
+                group(**{each.name: getattr(values, each.name) for each in fields(form) if each.init})
+                for group, form in zip(self.groups, self.dataclass_types, strict=True)
+            )
+        except (OSError, ValueError, TypeError) as error:
+            raise DeRaError(" ".join(str(error).split())) from error
+
+    def _set_defaults_from(self, file: str, names: Sequence[str]) -> None:
+        values = read_keys(file, [*names, ENVIRONMENT], self.prog)
+        variables = values.pop(ENVIRONMENT, {})
+        if not isinstance(variables, dict):
+            raise DeRaError(f"config={file!r}: {ENVIRONMENT} must hold names with values.")
+        os.environ.update({name: str(value) for name, value in variables.items()})
+        lists = {action.dest for action in self._actions if action.nargs == "+"}
+        for name in lists & values.keys():
+            if isinstance(values[name], (str, int, float)):
+                values[name] = [values[name]]  # as on the command line
+        self.set_defaults_with_config(**values)
+
+
+def argparse_form(settings: type[Settings]) -> type:
+    """
+    A dataclass with the fields of `settings` as TRL's parser reads them: types that it knows, and metadata that are
+    arguments of argparse.
+    """
+    hints = type_hints(settings)
+    shown = [each for each in fields(settings) if setting_of(each).on_command_line]
+    return make_dataclass(settings.__name__, [_argparse_field(each, hints[each.name]) for each in shown])
+
+
+def _argparse_field(each: Field, hint: Any) -> tuple[str, Any, Field]:
+    about = setting_of(each)
+    metadata = {"help": about.help.replace("%", "%%")}
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)] if _is_union(hint) else [hint]
+    if about.metavar is not None and not any(kind is bool or get_origin(kind) is Literal for kind in kinds):
+        metadata["metavar"] = about.metavar
+    if hint is Any:
+        hint = str | None
+    if get_origin(hint) is tuple:
+        default = each.default
+        return each.name, list[get_args(hint)[0]], field(default_factory=lambda: list(default), metadata=metadata)
+    return each.name, hint, field(default=each.default, metadata=metadata)
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) in (Union, types.UnionType)

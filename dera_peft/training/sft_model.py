@@ -1,0 +1,231 @@
+"""What training starts from: the SFT model, which is a base, or a base and an adapter over it."""
+
+import os
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from huggingface_hub.errors import HFValidationError
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
+
+from dera_peft.checkpoint.adapters import attach_adapter, read_adapter_config
+from dera_peft.checkpoint.fingerprint import cached_revision, file_fingerprint, weights_fingerprint
+from dera_peft.checkpoint.loading import Checked, check, configured_quantization, load_base, load_tokenizer
+from dera_peft.checkpoint.record import Record
+from dera_peft.checkpoint.resolve import resolve
+from dera_peft.checkpoint.source import ModelSource
+from dera_peft.engine.plan import ALIGNED, REFERENCE
+from dera_peft.engine.quantized import keep_trainable
+from dera_peft.errors import DeRaError
+from dera_peft.training.adapters import CONFIG_FILE, check_trains
+from dera_peft.training.program import OutputFolder
+from dera_peft.user_code import is_object_path, load_object
+
+if TYPE_CHECKING:
+    from trl import ModelConfig
+
+BASE, ADAPTER = "model_name_or_path", "sft_adapter"  # what the programs call them
+ADAPTER_NAME = "default"  # in a PeftModel
+TRLS_QUANTIZATION = (
+    "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_quant_storage", "use_bnb_nested_quant",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SFTModel(ModelSource):
+    """
+    The SFT model, by name; from `find_sft_model`.
+
+    `base` may also be a function that returns a new model and its tokenizer, as path.py:name. `adapter` is the LoRA
+    adapter over the base that makes it the SFT model; None if the base is that.
+    """
+
+    @property
+    def is_function(self) -> bool:
+        return is_object_path(self.base)
+
+    @cached_property
+    def _record(self) -> Record:
+        return Record(self.base, {}, {REFERENCE: []}) if self.adapter is None else resolve(self.base, self.adapter)
+
+    def fingerprint(self) -> dict[str, str]:
+        """Of local weights, or of the program that makes them; of a hub model its name and commit."""
+        if self.is_function:
+            return {"model": file_fingerprint(self.base.rpartition(":")[0])}
+        known = {"model": weights_fingerprint(self.base) or f"{self.base}@{self.revision}"}
+        if self.adapter is not None:
+            known[ADAPTER] = weights_fingerprint(self.adapter) or self.adapter
+        return known
+
+    def check(self) -> Checked:
+        """
+        Checks that base and adapter are there and fit each other.
+
+        Raises:
+            DeRaError: one of them can't be read, or does not fit the other.
+        """
+        return check(self._record, self._base_arguments(), base_argument=BASE, adapter_argument=ADAPTER)
+
+    def load_to_sample(self) -> PreTrainedModel:
+        """The SFT model in evaluation mode, its adapter attached."""
+        checked = self.check()
+        model = self._load_base(checked)
+        return model if self.adapter is None else self._attach(model, checked).get_base_model().eval()
+
+    def load_to_train(self, trainable: bool = False) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+        """
+        The SFT model, as a PeftModel if it has an adapter, and its tokenizer.
+
+        Args:
+            trainable: whether the adapter is trained on.
+        """
+        if self.is_function:
+            return load_object(self.base)()
+        checked = self.check()
+        model = self._load_base(checked)
+        keep_trainable(model)
+        return (model if self.adapter is None else self._attach(model, checked, trainable)), self.own_tokenizer()
+
+    def load_unquantized_base(self) -> PreTrainedModel:
+        """The base as it is without quantization, on the CPU, where there is more room."""
+        arguments = {key: value for key, value in self._base_arguments().items() if key != "quantization_config"}
+        return load_base(self.base, self.config, None, self.dtype, "cpu", argument=BASE, **arguments)
+
+    def own_tokenizer(self) -> PreTrainedTokenizerBase:
+        """As it is saved, where `tokenizer` is ready to decode."""
+        adapters = [] if self.adapter is None else [self.adapter]
+        return load_tokenizer(*adapters, self.base, revision=self._revision, padding_side=None)
+
+    def _load_base(self, checked: Checked) -> PreTrainedModel:
+        base_arguments = self._base_arguments()
+        self._record.check_quantization(self.quantization or configured_quantization(checked.config, base_arguments))
+        return load_base(
+            self.base, checked.config, self.quantization, self.dtype, self.device_map, skeleton=checked.skeleton,
+            argument=BASE, **base_arguments,
+        )  # fmt: skip
+
+    def _attach(self, model: PreTrainedModel, checked: Checked, trainable: bool = False) -> PeftModel:
+        ((folder, modules),) = [(self._record.adapters[name], modules) for name, modules in checked.modules.items()]
+        return attach_adapter(model, folder, ADAPTER_NAME, modules, dtype=torch.float32, trainable=trainable)
+
+
+def find_sft_model(name: str, adapter: str | None = None, revision: str | None = None, **loading: Any) -> SFTModel:
+    """
+    The SFT model that `model_name_or_path` names, checked. An adapter there is the SFT model, over the base that it
+    names.
+
+    Args:
+        adapter: the SFT adapter, where it is named separately.
+        revision: of a hub base.
+        loading: further fields of `ModelSource`; what is no field of it goes to transformers' `from_pretrained`.
+
+    Raises:
+        DeRaError: one of them does not exist, is unfinished, or is not what it should be.
+    """
+    known = {each.name for each in fields(ModelSource)}
+    arguments = {key: value for key, value in loading.items() if key not in known and value is not None}
+    loading = {key: value for key, value in loading.items() if key in known}
+    if is_object_path(name):
+        return SFTModel(base=name)
+    if _holds(BASE, name, CONFIG_FILE):
+        if _holds(BASE, name, "config.json"):
+            raise DeRaError(f"{BASE}={name!r} holds a model and an adapter; move the adapter into a folder of its own.")
+        if adapter is not None:
+            raise DeRaError(
+                f"{BASE}={name!r} is an adapter, and {ADAPTER}={adapter!r} another: merge one of them into its base "
+                "first (dera sft with merge_adapter: true), or name the base."
+            )
+        adapter, name, revision = name, _base_of(name), None
+    elif adapter is not None and not _holds(ADAPTER, adapter, CONFIG_FILE):
+        raise DeRaError(f"{ADAPTER}={adapter!r} is not an adapter: it has no {CONFIG_FILE}.")
+    if adapter is not None:
+        check_trains(adapter, read_adapter_config(adapter, ADAPTER), ADAPTER)
+        _check_stands_alone(adapter)
+    for argument, folder in ((BASE, name), (ADAPTER, adapter)):
+        if folder is not None and OutputFolder.is_unfinished(folder):
+            raise DeRaError(
+                f"{argument}={folder!r} is unfinished: the program that makes it was stopped. Run it to its end first."
+            )
+    model = SFTModel(base=name, adapter=adapter, revision=revision, base_arguments=arguments, **loading)
+    model.check()
+    if os.path.isdir(name):
+        return replace(model, revision=None)
+    return replace(model, revision=cached_revision(name, model._revision) or model._revision)
+
+
+def find_sft_model_to_train(
+    model_args: "ModelConfig", quantization: str | None, init_kwargs: dict | None, adapter: str | None = None
+) -> SFTModel:
+    """
+    `find_sft_model`, with TRL's settings of how it is loaded.
+
+    Args:
+        quantization: in place of TRL's load_in_4bit and load_in_8bit.
+        init_kwargs: further arguments of `from_pretrained`, which come first; TRL's `model_init_kwargs`.
+
+    Raises:
+        DeRaError: see `find_sft_model`; or two settings say how the base is quantized, or it has an encoder.
+    """
+    from trl import get_quantization_config
+
+    if quantization is not None:
+        for name in TRLS_QUANTIZATION:
+            value = getattr(model_args, name)
+            if value != getattr(type(model_args)(), name):
+                raise DeRaError(f"quantization={quantization!r} and {name}={value}: give one of the two.")
+    processes = PartialState()
+    is_alone_on_accelerator = processes.num_processes == 1 and processes.device.type not in ("cpu", "mps")
+    arguments = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        "quantization": quantization,
+        "quantization_config": get_quantization_config(model_args),
+        # one device: spread over several, each would wait for the others
+        "device_map": processes.device if is_alone_on_accelerator else None,
+        **(init_kwargs or {}),
+    }
+    model = find_sft_model(model_args.model_name_or_path, adapter, **arguments)
+    if not model.is_function and model.config.is_encoder_decoder:
+        raise DeRaError(f"{BASE}={model.base!r} has an encoder; these programs train models that are a decoder alone.")
+    return model
+
+
+def _holds(argument: str, name: str, file: str) -> bool:
+    """Whether a folder or a hub repository has a file."""
+    if os.path.isdir(name):
+        return os.path.isfile(os.path.join(name, file))
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise DeRaError(f"{argument}={name!r} can't be loaded: there is no such folder.")
+    try:
+        return cached_file(name, file) is not None
+    except (OSError, HFValidationError):
+        return False
+
+
+def _base_of(adapter: str) -> str:
+    """The base that an adapter names: its `dera.json`, or else what PEFT wrote down."""
+    if Record.is_in(adapter):
+        return Record.load(adapter).base
+    base = read_adapter_config(adapter, BASE).base_model_name_or_path
+    if not base:
+        raise DeRaError(
+            f"{BASE}={adapter!r} is an adapter that does not name its base: give the base as {BASE} and the adapter as "
+            f"{ADAPTER}."
+        )
+    return base
+
+
+def _check_stands_alone(adapter: str) -> None:
+    """Raises `DeRaError` where an adapter was trained on other adapters, not on a base alone."""
+    if Record.is_in(adapter):
+        branches = Record.load(adapter).branches
+        if branches[REFERENCE] or branches.get(ALIGNED) != ["default"]:
+            raise DeRaError(
+                f"{ADAPTER}={adapter!r} stands on other adapters ({branches}), not on a base alone: merge what it "
+                "stands on into the base first."
+            )
