@@ -7,7 +7,9 @@ from dera_peft.errors import DeRaError
 if TYPE_CHECKING:
     from dera_peft.model import DeRaModel
 
-__all__ = ["DeRaError", "DeRaModel"]
+    __version__: str
+
+__all__ = ["DeRaError", "DeRaModel", "__version__"]
 
 
 def __getattr__(name: str):
@@ -16,4 +18,8 @@ def __getattr__(name: str):
         from dera_peft.model import DeRaModel
 
         return DeRaModel
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("dera-peft")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
