@@ -34,3 +34,15 @@ def test_the_citation_names_this_version_and_the_paper():
     assert paper["title"] == "Decoding-time Realignment of Language Models"
     assert len(paper["authors"]) == 10
     assert {"type": "other", "value": "arXiv:2402.02992"} in paper["identifiers"]
+
+
+def test_hooks_and_workflow_run_what_the_makefile_runs():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    assert [repo["repo"] for repo in hooks] == ["local"]  # nothing is downloaded
+    lint = (ROOT / "Makefile").read_text(encoding="utf-8").replace("$(VENV)", ".venv")
+    for hook in hooks[0]["hooks"]:
+        assert hook["language"] == "system"
+        assert hook["entry"].removesuffix(" --force-exclude") in lint or hook["id"] == "ruff-format"
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    commands = [step["run"] for step in workflow["jobs"]["test"]["steps"] if "run" in step]
+    assert commands == [".ci/run", "make docs"]
