@@ -1,13 +1,15 @@
 # make demo   set up, then fine-tune, align, sweep and decode on an embedded tiny model
 # make test   set up, then run the tests
 # make lint   set up, then check style
+# make docs   set up, then build the documentation into site/; a broken link or reference fails
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 SETUP := $(VENV)/.complete
+DOCS_SETUP := $(VENV)/.docs-complete
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint docs setup clean
 
 demo: $(SETUP)
 	$(VENV)/bin/dera sft --config configs/tiny/sft.yaml
@@ -22,6 +24,10 @@ lint: $(SETUP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+docs: $(DOCS_SETUP)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict # with --quiet warnings would not be counted
+	@echo 'The pages are in site/: open site/index.html (to search: $(RUN) -m http.server --directory site)'
+
 setup: $(SETUP)
 
 $(SETUP): pyproject.toml constraints.txt
@@ -32,5 +38,9 @@ $(SETUP): pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+$(DOCS_SETUP): $(SETUP)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

@@ -43,7 +43,7 @@ class DeRaModel(MixtureModel):
         trust_remote_code: bool | None = None,
         lam: float | Mapping[str, float] | None = None,
         mixing: str | None = None,
-        **base_arguments,
+        **base_arguments: Any,
     ) -> Self:
         """
         Loads a base and its adapters, checked against each other.

@@ -43,8 +43,8 @@ from dera_peft.engine.plan import LOGITS
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate import SweepConfig, SweepResult, sweep
 from dera_peft.evaluate.analysis.summary import Estimate, LambdaSummary, Resamples
-from dera_peft.training import dpo, preferences, sft
 from dera_peft.messages import messages_on_stderr
+from dera_peft.training import dpo, preferences, sft
 
 LAMBDAS = (0.25, 0.5, 0.75, 1.5, 2.0, 4.0)
 AGREE = 2.0  # standard errors of the paired difference

@@ -325,8 +325,8 @@ Made by `python tests/compatibility.py` from the list that the tests run: do not
 Each base is built tiny, with random weights in fp32, and compared with two separate models whose logits are mixed by
 the formula: `forward`, and `generate` with a cache (greedy and 4 beams), on a padded batch with one λ a row.
 It is compared twice: with an adapter on all layers, and with one on the upper half, where the lower layers are computed
-and cached once ("forks above the input"). No base has code of its own; another that transformers has will do the same
-or fail with an error.
+and cached once ("forks above the input"). No base has code of its own in this package: other architectures of
+transformers work the same way, or fail with an error.
 """
 QUANTIZED = """## Quantized bases
 

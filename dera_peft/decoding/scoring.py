@@ -61,7 +61,7 @@ def score(
     model: MixtureModel,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
-    lam,
+    lam: Any,
     temperature: float = 1.0,
     top: int = 0,
 ) -> list[Scored]:
@@ -94,7 +94,7 @@ def score_each(
     model: MixtureModel,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
-    lam,
+    lam: Any,
     temperature: float = 1.0,
     top: int = 0,
 ) -> Iterator[tuple[int, Scored]]:

@@ -36,7 +36,7 @@ class MixtureGenerationMixin(GenerationMixin):
 
     def generate(self, inputs: torch.Tensor | None = None, *args, lam: Any = None, **kwargs):
         """
-        transformers' `generate`, at strength `lam` (see `MixtureModel`); every other argument as ever.
+        transformers' `generate` at strength `lam` (see `MixtureModel`). All other arguments are transformers' own.
 
         λ's count is checked against the prompts before beams and return sequences expand them.
 

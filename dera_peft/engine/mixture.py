@@ -128,13 +128,12 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
         **kwargs,
     ) -> MixtureOutput | tuple:
         """
-        The mixture's logits, and its loss with `labels`.
+        The mixture's logits, and its loss with `labels`. Further arguments are the base model's.
 
         Args:
             input_ids: `[B, S]`.
             lam: λ (see the class), or a `BatchPlan` from `plan`.
             output_branches: also return each branch's logits, all of them at any λ.
-            Others: as in the base model.
 
         Raises:
             DeRaError: λ does not fit the batch, the cache holds other rows, or an output is asked for that only the
