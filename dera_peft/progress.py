@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -10,7 +11,7 @@ from typing import Protocol
 from dera_peft.formatting import format_duration
 from dera_peft.messages import is_main_process
 
-EVERY = 30.0  # seconds from one line to the next, and to the first
+EVERY = 30.0  # seconds from one line of a log to the next, and to the first
 
 logger = logging.getLogger(__name__)
 
@@ -47,37 +48,46 @@ def show_progress(description: str, total: int, done: int = 0) -> AbstractContex
 
 
 @contextmanager
-def log_progress(
-    description: str, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic
-) -> Iterator[Advance]:
+def log_progress(description: str, total: int, done: int = 0, every: float = EVERY) -> Iterator[Advance]:
     """
-    Logs how much is done, how fast, and how long the rest will take: when items are finished, but not within `EVERY`
-    seconds of the start or of the last message.
-
-    Args:
-        clock: gives seconds.
+    Logs every `every` seconds how much is done, how fast, and how long the rest will take; also while a single batch
+    takes longer than that.
     """
-    start = last = clock()
+    start = time.monotonic()
     finished = 0
+    ended = threading.Event()
 
     def advance(items: int) -> None:
-        nonlocal finished, last
+        nonlocal finished
         finished += items
-        now = clock()
-        if now - last >= EVERY and finished:
-            last = now
-            logger.info(_line(description, total, done, finished, now - start))
 
-    yield advance
+    def report() -> None:
+        while not ended.wait(every):
+            logger.info(progress_line(description, total, done, finished, time.monotonic() - start))
+
+    reporter = threading.Thread(target=report, name="dera-progress", daemon=True)
+    reporter.start()
+    try:
+        yield advance
+    finally:
+        ended.set()
+        reporter.join()
 
 
-def _line(description: str, total: int, done: int, finished: int, seconds: float) -> str:
-    """The rate is of the `finished` items of this run; those `done` before took no time."""
+def progress_line(description: str, total: int, done: int, finished: int, seconds: float) -> str:
+    """
+    One line of the log. The rate is of the `finished` items of this run; those `done` before took no time.
+
+    Args:
+        seconds: since the start of this run.
+    """
+    there = done + finished
+    line = f"{description}: {there} of {total} ({there / total:.1%})"
+    if not finished:
+        return f"{line}, for {format_duration(seconds)}"
     rate = finished / seconds
     pace = f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
-    there = done + finished
-    left = format_duration((total - there) / rate)
-    return f"{description}: {there} of {total} ({there / total:.1%}), {pace}, about {left} left"
+    return f"{line}, {pace}, about {format_duration((total - there) / rate)} left"
 
 
 @contextmanager

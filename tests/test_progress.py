@@ -2,11 +2,12 @@
 
 import logging
 import sys
+import time
 
 import pytest
 
 from dera_peft.formatting import format_duration
-from dera_peft.progress import log_progress, show_progress
+from dera_peft.progress import log_progress, progress_line, show_progress
 
 
 @pytest.fixture
@@ -15,25 +16,35 @@ def lines(caplog):
     return lambda: caplog.messages
 
 
-def test_a_line_every_half_minute(lines):
-    now = 100.0
-    with log_progress("decoding", 8192, 200, clock=lambda: now) as advance:
-        for seconds, items in ((29.9, 600), (10.0, 400), (29.0, 100), (1.0, 100), (30.0, 1)):
-            now += seconds
-            advance(items)
-    assert lines() == [
-        "decoding: 1200 of 8192 (14.6%), 25.1/s, about 4 min 39 s left",  # 1000 in 39.9 s; 6992 are left
-        "decoding: 1400 of 8192 (17.1%), 17.2/s, about 6 min 36 s left",  # 1200 in 69.9 s; 6792 are left
-        "decoding: 1401 of 8192 (17.1%), 12.0/s, about 9 min 25 s left",  # 1201 in 99.9 s; 6791 are left
-    ]
+@pytest.mark.parametrize(
+    ("finished", "seconds", "line"),
+    [
+        (1000, 39.9, "decoding: 1200 of 8192 (14.6%), 25.1/s, about 4 min 39 s left"),  # 6992 are left
+        (1200, 69.9, "decoding: 1400 of 8192 (17.1%), 17.2/s, about 6 min 36 s left"),  # 6792 are left
+        (2, 90.0, "decoding: 202 of 8192 (2.5%), 45.0 s each, about 4 d 3 h left"),  # 7990 are left
+        (0, 60.0, "decoding: 200 of 8192 (2.4%), for 1 min 0 s"),
+    ],
+)
+def test_a_line_says_how_much_how_fast_and_how_long(finished, seconds, line):
+    assert progress_line("decoding", 8192, 200, finished, seconds) == line
 
 
-def test_slow_items_are_told_in_seconds_each(lines):
-    now = 0.0
-    with log_progress("scoring", 10, clock=lambda: now) as advance:
-        now = 90.0
-        advance(2)
-    assert lines() == ["scoring: 2 of 10 (20.0%), 45.0 s each, about 6 min 0 s left"]
+def test_lines_come_at_their_time_whether_items_are_finished_or_not(lines):
+    with log_progress("scoring", 10, every=0.05) as advance:
+        wait_for(lambda: len(lines()) >= 2)
+        advance(4)
+        wait_for(lambda: "4 of 10" in lines()[-1])
+    assert lines()[0].startswith("scoring: 0 of 10 (0.0%), for ")
+    count = len(lines())
+    time.sleep(0.2)
+    assert len(lines()) == count, "none after the end"
+
+
+def wait_for(condition) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_a_short_job_says_nothing(lines, capsys):
