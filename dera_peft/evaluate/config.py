@@ -6,9 +6,10 @@ from typing import Any, ClassVar, Literal
 
 from dera_peft.checkpoint.source import ModelSource
 from dera_peft.decoding.lambdas import is_lambda, read_lambdas
+from dera_peft.decoding.prompt_settings import PromptSettings
 from dera_peft.decoding.sampling import Sampling
 from dera_peft.errors import DeRaError
-from dera_peft.settings import COUNT, Check, part, read_pairs, setting
+from dera_peft.settings import COUNT, Check, part, read_pairs, setting, setting_like
 
 PROMPTS, SAMPLING, MEASURING = "Prompts", "Sampling", "Measuring"
 LOGITS, WEIGHTS = "logits", "weights"
@@ -42,7 +43,7 @@ class SweepConfig(Sampling, ModelSource):
         panel=PROMPTS,
     )
     max_prompts: int | None = setting(None, "Use the first so many.", check=COUNT, metavar="N", panel=PROMPTS)
-    chat: bool = setting(False, "Render prompts with the tokenizer's chat template.", panel=PROMPTS)
+    chat: bool = setting_like(PromptSettings, "chat")
     lambdas: tuple[float, ...] = setting(
         (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
         "Strengths to decode at, with commas or the option repeated.",

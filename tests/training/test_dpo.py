@@ -1,11 +1,12 @@
 """DPO's reference is the SFT model, in each of the forms that it comes in; and what is recorded of it."""
 
 import math
+import shutil
 
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_runs import load_plainly, log_probs, train
 
 from dera_peft import DeRaError, DeRaModel
@@ -173,6 +174,23 @@ def test_an_sft_adapter_with_trained_biases_is_refused(tiny_base, tmp_path):
     LoraConfig(bias="lora_only").save_pretrained(tmp_path)
     with pytest.raises(DeRaError, match=r"bias='lora_only'.* does not give the reference back"):
         find_sft_model(str(tiny_base), str(tmp_path))
+
+
+def test_an_sft_adapter_that_does_not_fit_its_base_is_refused_before_training(
+    tiny_base, sft_adapter, preferences, tmp_path
+):
+    shutil.copytree(sft_adapter, tmp_path / "sft")
+    factors = load_file(sft_adapter / "adapter_model.safetensors")
+    save_file(
+        {key: value[:, :32].contiguous() if "lora_A" in key else value for key, value in factors.items()},
+        tmp_path / "sft" / "adapter_model.safetensors",
+    )
+    settings = {"model_name_or_path": tiny_base, "dataset_name": preferences, "sft_adapter": tmp_path / "sft"}
+    with pytest.raises(
+        DeRaError, match=r"^sft_adapter='.*' is for another base: its '.*' has 32 inputs, in '.*' it has"
+    ):
+        train("dpo", tmp_path / "dpo", **settings)
+    assert not (tmp_path / "dpo").exists()
 
 
 def test_a_record_of_another_base_is_refused_before_training(tiny_base, merged, preferences, tmp_path):
