@@ -9,7 +9,7 @@ from dera_peft.errors import DeRaError
 # Initialisations that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, ...) change the base's own
 # weights when the adapter is created, so that "adapter off" would not be the reference.
 INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
-ADVICE = {
+ADVICE: dict[PeftType | str | None, str] = {
     PeftType.XLORA: "its gate mixes adapters by input; load them as several LoRA adapters and weight them by λ",
     PeftType.IA3: "IA3 rescales activations; train a LoRA adapter",
     PeftType.VERA: "train a LoRA adapter, or convert it (peft.convert_to_lora)",
@@ -22,9 +22,9 @@ ADVICE = {
 }
 
 
-def check_adapter_kind(adapter: str, config: PeftConfig, argument: str = "adapter") -> None:
+def check_adapter_kind(adapter: str, config: PeftConfig, argument: str = "adapter") -> LoraConfig:
     """
-    Refuses adapters for which "adapter off" is not the base, or that are not LoRA.
+    Refuses adapters for which "adapter off" is not the base, or that are not LoRA. Returns the config.
 
     Args:
         argument: what names the adapter for the user, for messages.
@@ -54,6 +54,7 @@ def check_adapter_kind(adapter: str, config: PeftConfig, argument: str = "adapte
             f"{named} is an activated LoRA (alora_invocation_tokens={config.alora_invocation_tokens!r}), "
             "which is only on behind its invocation; train a LoRA that is always on."
         )
+    return config
 
 
 def check_keeps_biases(adapter: str, config: LoraConfig, argument: str = "adapter") -> None:

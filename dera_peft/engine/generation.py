@@ -1,12 +1,13 @@
 """transformers' `generate` over branches: the rows are planned once per call, from λ, and fixed for the call."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from dera_peft.engine.plan import BatchPlan
+from dera_peft.engine.wiring import Wiring
 from dera_peft.errors import DeRaError
 
 # What a base's generation config may hold that changes the distribution, with the values at which it does not: a caller
@@ -32,7 +33,27 @@ PLAIN_GENERATION = {
 
 
 class MixtureGenerationMixin(GenerationMixin):
-    """What a `MixtureModel` does otherwise than other models when it generates."""
+    """
+    What a `MixtureModel` does otherwise than other models when it generates.
+
+    transformers declares the `self` of its own mixin as a protocol which no `PreTrainedModel` meets (its dtype and
+    device are properties), so a type checker is told to pass over each call of the mixin's methods.
+    """
+
+    if TYPE_CHECKING:  # what it needs of the class that it is mixed into
+        base: PreTrainedModel
+        config: PreTrainedConfig
+        _wiring: Wiring
+
+        @property
+        def device(self) -> torch.device: ...
+        @property
+        def dtype(self) -> torch.dtype: ...
+        @property
+        def fork_layer(self) -> int: ...
+        def plan(self, lam: Any, batch_size: int, every_branch: bool = False) -> BatchPlan: ...
+        def _check_cache(self, past_key_values: Cache | None, plan: BatchPlan) -> None: ...
+        def _check_wrapped(self) -> None: ...
 
     def generate(self, inputs: torch.Tensor | None = None, *args, lam: Any = None, **kwargs):
         """
@@ -44,12 +65,14 @@ class MixtureGenerationMixin(GenerationMixin):
             DeRaError: λ does not fit; or with `guidance_scale` or `assistant_model`, whose forward passes know no λ.
         """
         self._check_wrapped()
-        return super().generate(inputs, *args, lam=lam, **kwargs)
+        return super().generate(inputs, *args, lam=lam, **kwargs)  # pyrefly: ignore[bad-argument-type]
 
     def _prepare_generation_config(self, generation_config, **kwargs):
         # λ is taken out first: a generation config that has a `lam` of its own would swallow the argument
         lam = kwargs.pop("lam", None)
-        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        generation_config, model_kwargs = super()._prepare_generation_config(  # pyrefly: ignore[bad-argument-type]
+            generation_config, **kwargs
+        )
         model_kwargs["lam"] = getattr(generation_config, "lam", None) if lam is None else lam
         return generation_config, model_kwargs
 
@@ -59,15 +82,18 @@ class MixtureGenerationMixin(GenerationMixin):
             raise DeRaError(f"guidance_scale={scale!r} is not supported: its own forward pass is not given λ.")
         if generation_mode_kwargs.get("assistant_model") is not None:
             raise DeRaError("assistant_model is not supported: it is not given λ; prompt_lookup_num_tokens is.")
-        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+        super()._validate_generation_mode(  # pyrefly: ignore[bad-argument-type]
+            generation_mode, generation_config, generation_mode_kwargs
+        )
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        assert input_ids is not None  # as generate calls it
         plan = model_kwargs.pop("lam", None)
         if not isinstance(plan, BatchPlan):
             every_branch = bool(model_kwargs.get("output_branches"))
             plan = self.plan(plan, input_ids.shape[0], every_branch)
         self._check_cache(model_kwargs.get("past_key_values"), plan.expand(expand_size))
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # pyrefly: ignore[bad-argument-type]
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         model_kwargs["lam"] = plan.expand(expand_size)
@@ -82,16 +108,16 @@ class MixtureGenerationMixin(GenerationMixin):
         if not isinstance(plan, BatchPlan):
             plan = self.plan(plan, inputs_tensor.shape[0], bool(own.get("output_branches")))
         self._wiring.routing.start(plan, inputs_tensor.shape[1])
-        forked = super()._prepare_text_encoder_decoder_kwargs_for_generation(
+        forked = super()._prepare_text_encoder_decoder_kwargs_for_generation(  # pyrefly: ignore[bad-argument-type]
             plan.fork(inputs_tensor), self._wiring.fork(model_kwargs), model_input_name, generation_config
         )
         return {**model_kwargs, **own, "lam": plan, "encoder_outputs": forked["encoder_outputs"]}
 
-    def prepare_inputs_for_generation(self, input_ids, **kwargs):
-        return self.base.prepare_inputs_for_generation(input_ids, **kwargs)
+    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+        return self.base.prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
     def _reorder_cache(self, past_key_values: Cache, beam_idx: torch.LongTensor) -> Cache:
-        rows = self._wiring.routing.plan.reorder(beam_idx)
+        rows = cast("torch.LongTensor", self._wiring.routing.plan.reorder(beam_idx))
         if self.fork_layer == 0:  # an encoder-decoder's cache is two
             past_key_values.reorder_cache(rows)
             return past_key_values
@@ -107,7 +133,9 @@ class MixtureGenerationMixin(GenerationMixin):
         A cache is made with the first keys that it sees, of as many rows as these have. But a prefill in chunks may be
         compiled, and then there has to be one before: of B rows below the fork, and of the branches' above it.
         """
-        cache = super()._prepare_static_cache(*args, prefill_chunk_size=None, model_kwargs=model_kwargs, **kwargs)
+        cache = super()._prepare_static_cache(  # pyrefly: ignore[bad-argument-type]
+            *args, prefill_chunk_size=None, model_kwargs=model_kwargs, **kwargs
+        )
         if prefill_chunk_size is None or self.config.is_encoder_decoder:
             return cache
         shape = self.base._get_static_cache_init_shape()
@@ -119,6 +147,6 @@ class MixtureGenerationMixin(GenerationMixin):
             rows = plan.batch_size if index < self.fork_layer else plan.num_rows
             if layer.supports_early_init:
                 empty = torch.empty(rows, num_heads, 0, head_dim, dtype=self.dtype, device=self.device)
-                layer.lazy_initialization(empty, empty)
-        cache.dera_pattern = plan.pattern
+                layer.lazy_initialization(empty, empty)  # pyrefly: ignore[missing-attribute] # DummyLayer supports no such
+        cache.dera_pattern = plan.pattern  # pyrefly: ignore[missing-attribute] # our own mark on it
         return cache

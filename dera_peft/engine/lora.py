@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from peft.tuners.lora import Embedding as LoraEmbedding
@@ -29,8 +30,9 @@ class Routing:
         forked: the inputs forked so far, see `fork_inputs`.
     """
 
+    plan: BatchPlan  # not there before the first batch
+
     def __init__(self):
-        self.plan: BatchPlan | None = None
         self.length = 1
         self.keep_branches = False
         self.forked: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -78,11 +80,8 @@ class Adapted:
     @property
     def scales(self) -> bool:
         """Whether an adapter's share of the output is proportional to a scale, as plain LoRA's is."""
-        return not self.is_replaced and not (self.has_lora and self.adapters & set(self.module.lora_variant))
-
-    @property
-    def has_lora(self) -> bool:
-        return isinstance(self.module, LoraLayer)
+        varied = self.module.lora_variant if isinstance(self.module, LoraLayer) else ()
+        return not self.is_replaced and not self.adapters.intersection(varied)
 
 
 def find_adapted(base: nn.Module, adapters: Sequence[str]) -> list[Adapted]:
@@ -120,10 +119,10 @@ def _check(adapted: Adapted) -> None:
     if adapted.is_replaced:
         merged = layer.token_adapter.merged_adapters if isinstance(layer, TrainableTokensWrapper) else []
     else:
-        merged = layer.merged_adapters if adapted.has_lora else []
+        merged = layer.merged_adapters if isinstance(layer, LoraLayer) else []
     if merged:
         raise DeRaError(f"{name}: the adapter {merged} is merged into the base; call unmerge_adapter() first.")
-    if not adapted.has_lora:
+    if not isinstance(layer, LoraLayer):
         return
     for adapter in sorted(adapted.adapters.intersection(layer.r)):
         is_linear = (
@@ -181,19 +180,19 @@ def check_one_replaces(branches: Sequence[Branch], adapted: Sequence[Adapted]) -
 
 def branch_forward(adapted: Adapted, routing: Routing) -> Callable:
     """The `forward` of an adapted module under a plan."""
-    if adapted.is_replaced:
-        return _replaced_forward(adapted, routing)
-    forward = _lora_forward(adapted, routing) if adapted.has_lora else adapted.module.forward
-    return forward if adapted.bias is None else _biased_forward(adapted, routing, forward)
+    module = adapted.module
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return _replaced_forward(adapted, module, routing)
+    forward = _lora_forward(adapted, module, routing) if isinstance(module, LoraLayer) else module.forward
+    return forward if adapted.bias is None else _biased_forward(adapted.name, adapted.bias, routing, forward)
 
 
-def _lora_forward(adapted: Adapted, routing: Routing) -> Callable:
+def _lora_forward(adapted: Adapted, layer: LoraLayer, routing: Routing) -> Callable:
     """
     One base product over all rows, whatever the base layer is (quantized or not), then y[rows] += B(A(x[rows]))·s in
     place for the rows of the branches that have the adapter.
     """
-    name, layer = adapted.name, adapted.module
-    base_layer = layer.base_layer
+    name, base_layer = adapted.name, layer.base_layer
     adds = {adapter: _make_add(layer, adapter) for adapter in adapted.adapters.intersection(layer.r)}
 
     def forward(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
@@ -243,12 +242,15 @@ def _make_add_product(layer: LoraLayer, adapter: str) -> Callable[[torch.Tensor,
     The same in few operations, and in few steps of Python: while one token a row is decoded, their number costs more
     than the products themselves.
     """
-    lora_a, lora_b, dropout = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
+    lora_a, lora_b = cast("nn.Linear", layer.lora_A[adapter]), cast("nn.Linear", layer.lora_B[adapter])
+    dropout = layer.lora_dropout[adapter]
     rank, outputs, scaling = lora_b.in_features, lora_b.out_features, layer.scaling
+    # `lora_a.weight` would be found by nn.Module.__getattr__, which takes as long as the product
+    a_parameters = cast("dict[str, nn.Parameter]", lora_a._parameters)
+    b_parameters = cast("dict[str, nn.Parameter]", lora_b._parameters)
 
     def add_product(x: torch.Tensor, y: torch.Tensor, plan: BatchPlan) -> None:
-        # `lora_a.weight` would be found by nn.Module.__getattr__, which takes as long as the product
-        a, b = lora_a._parameters["weight"], lora_b._parameters["weight"]
+        a, b = a_parameters["weight"], b_parameters["weight"]
         if x.dtype != a.dtype:
             x = x.type(a.dtype)
         low = nn.functional.linear(dropout(x) if dropout.training else x, a)
@@ -263,9 +265,8 @@ def _make_add_product(layer: LoraLayer, adapter: str) -> Callable[[torch.Tensor,
     return add_product
 
 
-def _biased_forward(adapted: Adapted, routing: Routing, unbiased: Callable) -> Callable:
+def _biased_forward(name: str, bias: TrainedBias, routing: Routing, unbiased: Callable) -> Callable:
     """y[rows] += trained bias - own bias, behind everything else: DoRA's norms leave the bias out."""
-    name, bias = adapted.name, adapted.bias
 
     def forward(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         y = unbiased(x, *args, **kwargs)
@@ -290,19 +291,18 @@ def _delta(layer: LoraLayer, adapter: str, x: torch.Tensor) -> torch.Tensor:
     if not isinstance(layer, LoraEmbedding):
         lora_a, lora_b, dropout = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
         return lora_b(lora_a(dropout(_cast(layer, adapter, x))))
-    delta = layer._embed(x, layer.lora_embedding_A[adapter].T) @ layer.lora_embedding_B[adapter].T
+    delta: torch.Tensor = layer._embed(x, layer.lora_embedding_A[adapter].T) @ layer.lora_embedding_B[adapter].T
     scale = layer._get_embed_scale()  # Gemma's embeddings are scaled in their own forward
     return delta if scale is None else delta * scale.to(delta.dtype)
 
 
 def _cast(layer: LoraLayer, adapter: str, x: torch.Tensor) -> torch.Tensor:
-    return x if isinstance(layer, LoraEmbedding) else x.to(layer.lora_A[adapter].weight.dtype)
+    return x if isinstance(layer, LoraEmbedding) else x.to(cast("nn.Linear", layer.lora_A[adapter]).weight.dtype)
 
 
-def _replaced_forward(adapted: Adapted, routing: Routing) -> Callable:
+def _replaced_forward(adapted: Adapted, wrapper: AuxiliaryTrainingWrapper, routing: Routing) -> Callable:
     """Each branch's rows through the weights that its adapter brings, or through the base's own."""
-    name, wrapper = adapted.name, adapted.module
-    original = wrapper.original_module
+    name, original = adapted.name, cast("nn.Module", wrapper.original_module)
 
     def of(adapter: str | None) -> Callable:
         if adapter is None:

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -97,7 +97,7 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
     ):
         if mixing not in (LOGITS, WEIGHTS):
             raise DeRaError(f"mixing={mixing!r} is not known; choose {LOGITS!r} (DeRa) or {WEIGHTS!r}.")
-        base = peft_model.get_base_model()
+        base = cast("PreTrainedModel", peft_model.get_base_model())
         super().__init__(base.config)
         self.base = base
         self.generation_config = base.generation_config
@@ -187,7 +187,7 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
         )
         return output if return_dict else output.to_tuple()
 
-    def plan(self, lam, batch_size: int, every_branch: bool = False) -> BatchPlan:
+    def plan(self, lam: Any, batch_size: int, every_branch: bool = False) -> BatchPlan:
         """The rows for `batch_size` sequences at `lam`; can be given to `forward` as its `lam` any number of times."""
         lam = read_lam(self.lam if lam is None else lam, batch_size, self.aligned)
         kind = WeightPlan if self.mixing == WEIGHTS else BatchPlan
@@ -221,7 +221,7 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
                 "past_key_values was filled at a λ for which other branches were computed; go on with a λ that needs "
                 "the same branches for each sequence, or start with plan(lam, batch_size, every_branch=True)."
             )
-        past_key_values.dera_pattern = plan.pattern
+        past_key_values.dera_pattern = plan.pattern  # pyrefly: ignore[missing-attribute] # our own mark on it
 
     def _check_wrapped(self) -> None:
         if self.base is None:
@@ -270,6 +270,7 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
                 raise DeRaError(f"adapter={name!r} is not in the PeftModel; it has {names}.")
             check_adapter_kind(name, peft_model.peft_config[name])
         for name, config in peft_model.peft_config.items():  # also of those that are not used: they share the biases
+            assert isinstance(config, LoraConfig)  # as the ones that are used: a PeftModel's adapters are of one kind
             check_keeps_biases(name, config)
         keep_trainable(peft_model)
         return cls(peft_model, make_branches(reference, aligned, stacked), lam, mixing)
@@ -285,7 +286,7 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
         (peft_model,) = self._peft_model
         self._wiring.remove()
         hand_over_biases(self.base)
-        self.base = None
+        self.base = None  # pyrefly: ignore[bad-assignment] # what _check_wrapped looks for
         return peft_model
 
     def __deepcopy__(self, memo: dict) -> None:
@@ -344,7 +345,10 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
 
     # -- what transformers asks of a model: the base's answers ---------------------------------------------------------
 
-    def _check_and_adjust_experts_implementation(self, experts_implementation: str | None) -> str | None:
+    # None where the base has no experts
+    def _check_and_adjust_experts_implementation(  # pyrefly: ignore[bad-override]
+        self, experts_implementation: str | None
+    ) -> str | None:
         return experts_implementation  # the base's choice: they share one config
 
     def set_experts_implementation(self, experts_implementation: str | dict) -> None:
@@ -353,11 +357,11 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> nn.Module | None:
         return self.base.get_output_embeddings()
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         return self.base.get_encoder(modality)
 
-    def get_decoder(self) -> nn.Module:
+    def get_decoder(self) -> nn.Module | None:
         return self.base.get_decoder()

@@ -68,7 +68,10 @@ class Prefill:
             plan: the batch's, from `model.plan`.
         """
         by_sequence = torch.tensor(sequences)
-        by_row = by_sequence if plan is None else plan.rows_in(self.plan, by_sequence.to(plan.device))
+        by_row = by_sequence
+        if plan is not None:
+            assert self.plan is not None  # a model with λ has plans here and there
+            by_row = plan.rows_in(self.plan, by_sequence.to(plan.device))
         first_forked = self.model.fork_layer if isinstance(self.model, MixtureModel) else 0
         cache = _new_cache(self.model)
         for index, layer in enumerate(self.cache.layers):
@@ -78,5 +81,5 @@ class Prefill:
                 keys, values = (states[:, :, self.length - length : -1] for states in (layer.keys, layer.values))
                 cache.update(keys.index_select(0, rows), values.index_select(0, rows), index)
         if plan is not None:
-            cache.dera_pattern = plan.pattern
+            cache.dera_pattern = plan.pattern  # pyrefly: ignore[missing-attribute] # our own mark on it
         return cache

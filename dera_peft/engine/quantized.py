@@ -43,7 +43,8 @@ def keep_packed(model: nn.Module) -> Iterator[None]:
 
     bitsandbytes would unpack them for it, and pack them again at the next forward, with other scales than before.
     """
-    packed = [module.weight.quant_state for module in model.modules() if PACKS in vars(module) and _is_packed(module)]
+    layers = [module for module in model.modules() if PACKS in vars(module) and _is_packed(module)]
+    packed = [vars(layer.weight)["quant_state"] for layer in layers]
     for state in packed:
         state.packing_format_for_cpu = False
     try:

@@ -47,13 +47,16 @@ class Wiring:
             module.module.forward = branch_forward(module, self.routing)
         self._handles = []
         if self.fork_layer > 0:
-            _, layers = find_layers(base)
+            found = find_layers(base)
+            assert found is not None  # where the rows fork between layers, find_fork_layer knew them
+            _, layers = found
             for index, layer in enumerate(layers[self.fork_layer :]):
                 hook = self._fork_hidden_states if index == 0 else self._fork_side_inputs
                 self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         head = base.get_output_embeddings()
+        assert head is not None  # the base is a language model
         self._handles.append(head.register_forward_pre_hook(self._join_hidden_states))
-        base.is_in_dera = True
+        base.is_in_dera = True  # pyrefly: ignore[bad-argument-type] # a module's attribute may be anything
 
     def remove(self) -> None:
         """Leaves the base's modules as they were."""
@@ -73,8 +76,8 @@ class Wiring:
         return self.fork((args, kwargs))
 
     def _fork_side_inputs(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        hidden_states, *args = args  # already forked
-        args, kwargs = self.fork((tuple(args), kwargs))
+        hidden_states, *others = args  # already forked
+        args, kwargs = self.fork((tuple(others), kwargs))
         return (hidden_states, *args), kwargs
 
     def _join_hidden_states(self, head: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple:
