@@ -2,8 +2,9 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from huggingface_hub.errors import HFValidationError
@@ -32,7 +33,7 @@ FACTORS = re.compile(
 )
 
 
-def read_adapter_config(adapter: str, argument: str = "adapter") -> PeftConfig:
+def read_adapter_config(adapter: str, argument: str = "adapter") -> LoraConfig:
     """
     An adapter's config, of a kind that can be kept to a branch.
 
@@ -51,11 +52,10 @@ def read_adapter_config(adapter: str, argument: str = "adapter") -> PeftConfig:
         raise DeRaError(
             f"{argument}={adapter!r}: its adapter_config.json can't be read: {first_line(error)}"
         ) from error
-    check_adapter_kind(adapter, config, argument)
-    return config
+    return check_adapter_kind(adapter, config, argument)
 
 
-def check_adapter(adapter: str, base: str, skeleton: PreTrainedModel, argument: str = "adapter") -> set[str]:
+def check_adapter(adapter: str, base: str | None, skeleton: PreTrainedModel, argument: str = "adapter") -> set[str]:
     """
     Checks an adapter's config, and each of its tensors against the base's modules, from the file's header.
 
@@ -136,10 +136,10 @@ def attach_adapter(
         dtype: of its weights, where its layers run on an accelerator; the base's unless given.
         trainable: whether it is to be trained on.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    _check_copies(base, adapter)
-    config = PeftConfig.from_pretrained(adapter)
-    others = model.peft_config.values() if isinstance(model, PeftModel) else ()
+    base = cast("PreTrainedModel", model.get_base_model()) if isinstance(model, PeftModel) else model
+    config = _read_config(adapter)
+    _check_copies(base, adapter, config)
+    others = cast("Iterable[LoraConfig]", model.peft_config.values()) if isinstance(model, PeftModel) else ()
     check_one_has_biases(adapter, [config, *others])
     trained = {} if config.bias == "none" else _read_biases(adapter)
     # weights that live on disk or are moved in and out are not there to put an adapter beside
@@ -240,7 +240,7 @@ def _module_key(key: str) -> str:
     return key
 
 
-def _check_other_weight(named: str, base: str, key: str, config: LoraConfig, skeleton: PreTrainedModel) -> str:
+def _check_other_weight(named: str, base: str | None, key: str, config: LoraConfig, skeleton: PreTrainedModel) -> str:
     """
     A tensor that is no LoRA factor: of a module in modules_to_save, of trainable tokens, or a copy of the base's
     embeddings. Returns the module's name.
@@ -257,7 +257,7 @@ def _check_other_weight(named: str, base: str, key: str, config: LoraConfig, ske
     return name
 
 
-def _check_bias(named: str, base: str, key: str, shape: Sequence[int], modules: Mapping[str, nn.Module]) -> str:
+def _check_bias(named: str, base: str | None, key: str, shape: Sequence[int], modules: Mapping[str, nn.Module]) -> str:
     """A bias of one of the base's own modules. Returns the module's name."""
     name = _bias_owner(key)
     own = dict(modules[name].named_parameters(recurse=False)).get("bias") if name in modules else None
@@ -289,9 +289,8 @@ def _is_in(name: str, part: str) -> bool:
     return any(".".join(parts[:depth]).endswith(part) for depth in range(1, len(parts) + 1))
 
 
-def _check_copies(base: PreTrainedModel, adapter: str) -> None:
+def _check_copies(base: PreTrainedModel, adapter: str, config: LoraConfig) -> None:
     """PEFT saves the base's embeddings where they are adapted, and would load them over the base's: they must agree."""
-    config = PeftConfig.from_pretrained(adapter)
     names = {name: module for name, module in base.named_modules() if module in _embeddings(base)}
     with _open(adapter) as tensors:
         for key in tensors.keys():  # noqa: SIM118 (not a dict)
@@ -314,6 +313,10 @@ def _check_copies(base: PreTrainedModel, adapter: str) -> None:
 
 def _embeddings(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     return tuple(m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None)
+
+
+def _read_config(adapter: str) -> LoraConfig:
+    return cast("LoraConfig", PeftConfig.from_pretrained(adapter))  # `check_adapter` passed it
 
 
 def is_adapter(folder: str) -> bool:

@@ -2,9 +2,10 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
@@ -37,7 +38,12 @@ weights are mixed.
 
 
 @torch.no_grad()
-def export(model: MixtureModel, lam, folder: str | os.PathLike, prompts: Sequence[Sequence[int]] = ()) -> dict:
+def export(
+    model: MixtureModel,
+    lam: float | Mapping[str, float],
+    folder: str | os.PathLike,
+    prompts: Sequence[Sequence[int]] = (),
+) -> dict:
     """
     Writes one plain PEFT adapter whose weights are scaled by λ, with a card.
 
@@ -66,7 +72,7 @@ def export(model: MixtureModel, lam, folder: str | os.PathLike, prompts: Sequenc
     folder.mkdir(parents=True, exist_ok=True)
     save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, folder / "adapter_model.safetensors")
     config = replace(config, inference_mode=True, base_model_name_or_path=model.config.name_or_path or None)
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
     named = zip(model.aligned, weights[0].tolist(), strict=True)
     card = CARD.format(
         base=model.config.name_or_path,
@@ -95,7 +101,7 @@ def _scale(model: MixtureModel, factors: dict[str, float]) -> tuple[dict[str, to
     with biases_at(model.base, factor), keep_packed(model.base):
         tensors = get_peft_model_state_dict(model.peft_model, adapter_name=name, save_embedding_layers=False)
         scaled = {key: tensor * factor if SECOND.search(key) else tensor.clone() for key, tensor in tensors.items()}
-    return scaled, model.peft_model.peft_config[name]
+    return scaled, _lora_config(model, name)
 
 
 def _combine(model: MixtureModel, factors: dict[str, float]) -> tuple[dict[str, torch.Tensor], LoraConfig]:
@@ -117,10 +123,9 @@ def _combine(model: MixtureModel, factors: dict[str, float]) -> tuple[dict[str, 
                 "adapter alone can be exported with it."
             )
     # the combination takes its settings from the first adapter: it must find the modules of all of them
-    modules = {module.name for module in model.adapted}
-    exact = {"target_modules": modules, "layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
-    configs = {name: peft_model.peft_config[name] for name in factors}
-    peft_model.peft_config.update({name: replace(config, **exact) for name, config in configs.items()})
+    modules = [module.name for module in model.adapted]
+    configs = {name: _lora_config(model, name) for name in factors}
+    peft_model.peft_config.update({name: _adapts(config, modules) for name, config in configs.items()})
     try:
         peft_model.add_weighted_adapter(list(factors), list(factors.values()), COMBINED, combination_type="cat")
     except ValueError as error:
@@ -130,9 +135,18 @@ def _combine(model: MixtureModel, factors: dict[str, float]) -> tuple[dict[str, 
     try:
         with keep_packed(model.base):
             tensors = get_peft_model_state_dict(peft_model, adapter_name=COMBINED, save_embedding_layers=False)
-        return {key: tensor.clone() for key, tensor in tensors.items()}, peft_model.peft_config[COMBINED]
+        return {key: tensor.clone() for key, tensor in tensors.items()}, _lora_config(model, COMBINED)
     finally:
         peft_model.delete_adapter(COMBINED)
+
+
+def _adapts(config: LoraConfig, modules: list[str]) -> LoraConfig:
+    """The config with `modules` as the only ones that it names."""
+    return replace(config, target_modules=modules, layers_to_transform=None, layers_pattern=None, exclude_modules=None)
+
+
+def _lora_config(model: MixtureModel, name: str) -> LoraConfig:
+    return cast("LoraConfig", model.peft_model.peft_config[name])  # a MixtureModel has no other adapters
 
 
 def _compare(model: MixtureModel, weights: torch.Tensor, prompts: Sequence[Sequence[int]]) -> dict:

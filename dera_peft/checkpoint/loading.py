@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import HFValidationError
@@ -104,6 +104,7 @@ def load(record: Record, quantization: str | None, dtype: str | None, device_map
     record.check_base(revision)  # again: a hub model's weights may be here only now
     for name, folder in record.adapters.items():
         model = attach_adapter(model, folder, name, checked.modules[name])
+    assert isinstance(model, PeftModel)  # a record has an aligned branch, with an adapter
     record = replace(
         record, base_fingerprint=base_fingerprint(base, revision), base_revision=cached_revision(base, revision)
     )
@@ -226,7 +227,10 @@ def load_tokenizer(
     errors = []
     for name in names:
         try:
-            return AutoTokenizer.from_pretrained(name, revision=revision if name == names[-1] else None, **arguments)
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, revision=revision if name == names[-1] else None, **arguments
+            )
+            return cast("PreTrainedTokenizerBase", tokenizer)
         except (OSError, ValueError, HFValidationError) as error:
             errors.append(f"{name!r}: {first_line(error)}")
     raise DeRaError("no tokenizer can be loaded: " + "; ".join(errors))
@@ -278,7 +282,7 @@ def save(model: MixtureModel, record: Record | None, folder: str | os.PathLike) 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with biases_at(model.base), keep_packed(model.base):
-        peft_model.save_pretrained(folder, selected_adapters=adapters, save_embedding_layers=False)
+        peft_model.save_pretrained(str(folder), selected_adapters=adapters, save_embedding_layers=False)
     # PEFT writes the adapter "default" into the folder itself, any other into a folder of its name below it
     paths = {name: str(folder if name == "default" else folder / name) for name in adapters}
     branches = {branch.name: list(branch.adapters) for branch in model.branches}

@@ -76,8 +76,10 @@ def _resolve_several(
         )
     known_bases = records | {name: Record.load(folder) for name, folder in references.items() if Record.is_in(folder)}
     first = next(iter(known_bases.values()), None)
-    if base is None and first is None:
-        raise DeRaError(f"adapters={list(adapters)} have no dera.json that names their base: give the base too.")
+    if first is None:
+        if base is None:
+            raise DeRaError(f"adapters={list(adapters)} have no dera.json that names their base: give the base too.")
+        first = Record(base, {}, {})
     for name, record in known_bases.items():
         known = None not in (record.base_fingerprint, first.base_fingerprint)
         same = record.base_fingerprint == first.base_fingerprint if known else record.base == first.base
@@ -89,9 +91,8 @@ def _resolve_several(
     # one number says enough only for one aligned model, whose own record may name it
     own = [record.lam for record in records.values() if isinstance(record.lam, (int, float))] or [1.0]
     lam = own[0] if len(folders) == 1 else dict.fromkeys(folders, 1.0 / len(folders))
-    found = first or Record(base, {}, {})
     return replace(
-        found if base is None else found.with_base(base),
+        first if base is None else first.with_base(base),
         adapters={**references, **folders},
         branches={branch.name: list(branch.adapters) for branch in branches},
         lam=lam,
@@ -150,4 +151,5 @@ def _have_same_weights(references: Sequence[str | None], recorded: Sequence[str]
     if len(references) != len(recorded):
         return False
     found = [None if folder is None else weights_fingerprint(folder) for folder in (*references, *recorded)]
-    return None in found or sorted(found[: len(references)]) == sorted(found[len(references) :])
+    known = [fingerprint for fingerprint in found if fingerprint is not None]
+    return len(known) < len(found) or sorted(known[: len(references)]) == sorted(known[len(references) :])
