@@ -70,7 +70,7 @@ class DeRaModel(MixtureModel):
         Raises:
             DeRaError: one of them does not exist, cannot be read, or does not fit the other.
         """
-        source = ModelSource(
+        source = ModelSource.read(  # the arguments may be of wider types, which it converts
             base=base,
             adapter=adapter,
             adapters=adapters,
@@ -98,7 +98,10 @@ class DeRaModel(MixtureModel):
         model.record = record
         return model
 
-    def save_pretrained(self, save_directory: PathLike, safe_serialization: bool = True, **kwargs) -> None:
+    # the options that transformers has for weights are none of an adapter's folder
+    def save_pretrained(  # pyrefly: ignore[bad-override]
+        self, save_directory: PathLike, safe_serialization: bool = True, **kwargs
+    ) -> None:
         """
         Writes the adapters (PEFT's format) and `dera.json` into one folder; never the base, which is named there.
 
@@ -114,7 +117,10 @@ class DeRaModel(MixtureModel):
             )
         save(self, self.record, save_directory)
 
-    def add_adapter(self, name: str, adapter: PathLike, stacked: bool | None = None) -> None:
+    # transformers' own makes an untrained adapter of a config: no branch of a mixture
+    def add_adapter(  # pyrefly: ignore[bad-override]
+        self, name: str, adapter: PathLike, stacked: bool | None = None
+    ) -> None:
         """
         Loads another aligned adapter, as a branch of the name `name`, checked as `from_pretrained` does.
 
@@ -155,7 +161,7 @@ class DeRaModel(MixtureModel):
         if isinstance(self.lam, dict):
             self.lam = check_default_lam({k: self.lam.get(k, 0.0) for k in self.aligned}, self.aligned)
 
-    def export(self, lam, folder: PathLike, prompts: Sequence[Sequence[int]] = ()) -> dict:
+    def export(self, lam: float | Mapping[str, float], folder: PathLike, prompts: Sequence[Sequence[int]] = ()) -> dict:
         """
         Writes one plain PEFT adapter whose weights are scaled by λ, for any server that loads LoRA.
 

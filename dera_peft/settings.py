@@ -13,13 +13,16 @@ from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from dera_peft.errors import DeRaError
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 KEY = "setting"  # in a field's metadata
 WRONG = object()  # what `_convert` makes of a value of another type
 MOST_NAMES = 60  # that a message lists
@@ -71,8 +74,10 @@ class Setting:
 
 def setting(default: Any = MISSING, help: str = "", **values: Any) -> Any:
     """A field of a settings dataclass, required without a default. `values` are further attributes of `Setting`."""
-    factory = {"default_factory": dict} if default == {} else {"default": default}
-    return field(**factory, metadata={KEY: Setting(help, **values)})
+    metadata = {KEY: Setting(help, **values)}
+    if default == {}:
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def setting_like(kind: type, name: str, default: Any = MISSING, **changes: Any) -> Any:
@@ -85,6 +90,7 @@ class Settings:
     """Base of the settings' dataclasses: every field is checked, and converted to its type."""
 
     called: ClassVar[str] = "this command"  # whose settings they are, for messages
+    __dataclass_fields__: ClassVar[dict[str, Field]]  # every subclass is a dataclass
 
     def __post_init__(self):
         hints = type_hints(type(self))

@@ -32,6 +32,8 @@ def load_object(spec: str):
     module_name = f"dera_user_{file.stem}_{abs(hash(str(file)))}"
     if module_name not in sys.modules:
         module_spec = importlib.util.spec_from_file_location(module_name, file)
+        assert module_spec is not None  # the file's name ends in .py
+        assert module_spec.loader is not None
         module = importlib.util.module_from_spec(module_spec)
         sys.modules[module_name] = module
         try:
