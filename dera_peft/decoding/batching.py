@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -212,6 +213,7 @@ def _decode_batch(
     if batch[0].lam is not None:
         inputs["lam"] = model.plan([request.lam for request in batch], len(batch))
     if prefill is not None:
+        assert places is not None  # they come with it
         inputs["past_key_values"] = prefill.select(places, length, inputs.get("lam"))
     sequences = model.generate(
         input_ids.to(model.device),
@@ -234,6 +236,6 @@ def _decode_batch(
     for request, tokens in zip(batch, sequences[:, length:].tolist(), strict=True):
         length_with_end = next((place + 1 for place, token in enumerate(tokens) if token in ends), None)
         tokens = tokens[:length_with_end]
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        text = cast("str", tokenizer.decode(tokens, skip_special_tokens=True))  # of one sequence one text
         completions.append(Completion(request, tokens, text, "length" if length_with_end is None else "eos"))
     return completions

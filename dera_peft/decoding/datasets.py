@@ -1,6 +1,7 @@
 """Datasets by name: a hub id, a local file or folder, or a Python function."""
 
 from pathlib import Path
+from typing import cast
 
 from datasets import (
     Dataset,
@@ -73,7 +74,8 @@ def _check_rows(file: Path, source: str) -> None:
                 parse_row(line, f"{source}, line {number}")
 
 
-def _select(splits: dict[str, Dataset], split: str) -> Dataset:
+def _select(splits: DatasetDict | dict[str, Dataset], split: str) -> Dataset:
     """The part of these splits that `load_dataset` would read of a file's; ValueError if there is no such split."""
     parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
-    return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
+    rows = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    return concatenate_datasets(cast("list[Dataset]", rows))  # each is of a Dataset, and so is one

@@ -1,6 +1,7 @@
 """Random numbers that belong to a prompt and a sample, not to a run, a batch or λ; and sampling by them."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from transformers import (
@@ -108,4 +109,4 @@ class GumbelMax(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         self.keys = self.keys.to(scores.device)
         noise = gumbel_noise(self.keys, input_ids.shape[1] - self.prompt_length, scores.shape[-1])
-        return scores + noise.to(scores.dtype)
+        return cast("torch.FloatTensor", scores + noise.to(scores.dtype))

@@ -5,7 +5,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeGuard, cast
 
 from dera_peft.decoding.jsonl import parse_row
 from dera_peft.decoding.lambdas import is_lambda
@@ -14,8 +14,6 @@ from dera_peft.user_code import is_object_path, load_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-
-Chat = list[dict[str, str]]
 
 Chat = list[dict[str, str]]
 
@@ -73,7 +71,7 @@ def is_utf8(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def is_chat(content: Any) -> bool:
+def is_chat(content: Any) -> TypeGuard[Chat]:
     return (
         isinstance(content, list)
         and bool(content)
@@ -169,7 +167,8 @@ def from_dataset(
         raise DeRaError(f"prompts={name!r} has no column {column!r}; it has {dataset.column_names}: set prompt_column.")
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
-    rows = {f"{name}, row {number}": dict(row) for number, row in enumerate(dataset, start=1)}
+    found = cast("Iterable[dict[str, Any]]", dataset)  # as a Dataset's rows are unless it was given another format
+    rows = {f"{name}, row {number}": dict(row) for number, row in enumerate(found, start=1)}
     for row in rows.values():
         content = row[column]
         if is_chat(content) and len(content) > 1 and content[-1]["role"] == "assistant":
@@ -267,9 +266,10 @@ def encode(
                 [{"role": "user", "content": prompt.content}] if isinstance(prompt.content, str) else prompt.content
             )
             try:
-                ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+                rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
             except TemplateError as error:
                 raise DeRaError(f"{prompt.source}: the chat template refuses this chat: {error}") from error
+            ids = cast("dict[str, list[int]]", rendered)["input_ids"]  # by return_dict
         elif isinstance(prompt.content, str):
             ids = tokenizer(prompt.content)["input_ids"]
         else:
