@@ -215,6 +215,7 @@ def _read(value: Any) -> tuple[float | None, str | None]:
     value = unwrapped(value)
     if value is None:
         return None, None
-    if isinstance(value, numbers.Real) and abs(value) <= sys.float_info.max:
+    # typeshed does not know that a Real's absolute value can be compared
+    if isinstance(value, numbers.Real) and abs(value) <= sys.float_info.max:  # pyrefly: ignore[unsupported-operation]
         return float(value), None
     return None, f"{str(value)[:80]} ({type(value).__name__}), which is not a finite number"

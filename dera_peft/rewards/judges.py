@@ -4,10 +4,12 @@ import hashlib
 import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 from dera_peft.errors import DeRaError
 from dera_peft.rewards.functions import (
+    Reward,
     call_reward,
     load_reward,
     name_of,
@@ -16,7 +18,6 @@ from dera_peft.rewards.functions import (
     source_fingerprint,
     unwrapped,
 )
-from dera_peft.rewards.models import RewardModel
 from dera_peft.user_code import is_object_path
 
 # f(prompts, pairs) -> for each pair 0 (the first is better), 1 (the second is) or -1 (neither), as TRL's judges
@@ -48,16 +49,17 @@ def load_judge(spec: str | Judge, device_map: Any = None) -> NamedJudge:
     """
     if not isinstance(spec, str):
         return NamedJudge(name_of(spec), source_fingerprint(spec), spec)
-    judge = load_reward(spec, device_map)
+    found = load_reward(spec, device_map)
     name = short_name(spec)
-    function = judge if is_object_path(spec) else lambda prompts, pairs: compare_scores(judge, prompts, pairs)
-    return NamedJudge(name, f"{name} {reward_fingerprint(spec)}", function)
+    # a user's function may have either signature
+    judge = cast("Judge", found) if is_object_path(spec) else partial(compare_scores, found)
+    return NamedJudge(name, f"{name} {reward_fingerprint(spec)}", judge)
 
 
-def compare_scores(model: RewardModel, prompts: Sequence, pairs: Sequence[Sequence[str]]) -> list[int]:
-    """By a reward model's scores; neither where it gives one of the two none."""
+def compare_scores(reward: Reward, prompts: Sequence, pairs: Sequence[Sequence[str]]) -> list[int]:
+    """By a reward's scores; neither where it gives one of the two none."""
     texts = [text for pair in pairs for text in pair]
-    scores = call_reward(model, [prompt for prompt in prompts for _ in range(2)], texts)
+    scores = call_reward(reward, [prompt for prompt in prompts for _ in range(2)], texts)
     verdicts = []
     for first, second in zip(scores[::2], scores[1::2], strict=True):
         if first is None or second is None or first == second:
@@ -102,7 +104,7 @@ def is_swapped(key: Any) -> bool:
 
 
 def _call(judge: NamedJudge, prompts: list, pairs: list[list[str]]) -> list[tuple[int | None, str | None]]:
-    fault = None
+    fault, verdicts = None, []
     try:
         verdicts = judge.function(prompts=list(prompts), pairs=[list(pair) for pair in pairs])
         if not isinstance(verdicts, (list, tuple)):

@@ -5,12 +5,18 @@ import math
 import os
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import HFValidationError
 from jinja2 import TemplateError
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dera_peft.checkpoint.devices import free_memory, read_device_map
 from dera_peft.decoding.memory import Attempt, go_on_with_half
@@ -44,12 +50,13 @@ class RewardModel:
             raise DeRaError(f"reward={name!r}: there is no such folder.")
         try:
             self.config = AutoConfig.from_pretrained(name)
-            self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right")
+            tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right")
         except (OSError, ValueError, HFValidationError) as error:
             raise DeRaError(
                 f"reward={name!r} is neither a function, as path.py:name, nor built in ({LIST}), nor a model "
                 f"that can be loaded: {first_line(error)}"
             ) from error
+        self.tokenizer = cast("PreTrainedTokenizerBase", tokenizer)
         if self.config.num_labels != 1:
             raise DeRaError(
                 f"reward={name!r} has {self.config.num_labels} labels, and a reward model has one, whose logit is the "
@@ -129,9 +136,10 @@ class RewardModel:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             messages = [*messages, {"role": "assistant", "content": completion}]
             try:
-                return self.tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+                rendered = self.tokenizer.apply_chat_template(messages, return_dict=True)
             except TemplateError as error:
                 raise DeRaError(f"reward={self.name!r}: its chat template refuses a chat: {error}") from error
+            return cast("dict[str, list[int]]", rendered)["input_ids"]  # by return_dict
         if not isinstance(prompt, str):
             raise DeRaError(
                 f"reward={self.name!r} has no chat template, and the prompts are chats: use a reward model for chats, "
