@@ -92,8 +92,8 @@ def make_arms(config: SweepConfig) -> list[Arm]:
                 f"models: {name!r} ({adapter!r}) stands over another reference than the sweep's adapter, so that its "
                 "KL would be from something else: it needs the same base, and the same adapters under it."
             )
-        known = beta_of(record), beta_of(found)
-        place = None if None in known else known[0] / known[1]
+        beta, its_beta = beta_of(record), beta_of(found)
+        place = None if beta is None or its_beta is None else beta / its_beta
         arms.append(Arm(name, other, LOGITS, (1.0,), False, place, _run(config, other, LOGITS)))
     return arms
 

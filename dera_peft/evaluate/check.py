@@ -117,7 +117,7 @@ def check(config: SweepConfig, progress: Progress = no_progress) -> Check | None
     model = arm.load(device_map_of(config.device_map, processes))
     lambdas = sorted({*config.lambdas, *LAMBDAS})
     requests = [Request(prompt.index, lam) for lam in lambdas for prompt in prompts]
-    completions_at: dict[float, list[Completion]] = defaultdict(list)
+    completions_at: dict[float | None, list[Completion]] = defaultdict(list)
     with progress("checking", 2 * len(requests), 0) as advance:
         for batch in decode(model, tokenizer, tokens, requests, config.sampling, config.batch_size):
             for each in batch:

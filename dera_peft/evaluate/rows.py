@@ -8,10 +8,12 @@ right is as good as not there, and stays in its file.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from dera_peft.decoding.prompts import Chat
-from dera_peft.decoding.rows import Expected, Row, RowLog
+from dera_peft.decoding.rows import Expected, RowLog
+
+Kind = TypeVar("Kind", bound="SweepRow")
 
 
 class Key(NamedTuple):
@@ -26,6 +28,8 @@ class Key(NamedTuple):
 @dataclass(frozen=True)
 class SweepRow:
     """What all rows of a sweep have: a fingerprint, and which completion they are of."""
+
+    kind: ClassVar[str]  # names their files
 
     run: str
     arm: str
@@ -96,8 +100,8 @@ class RewardRow(SweepRow):
 
 
 def open_log(
-    folder: Path, row_type: type[Row], rank: int, expected: Callable[[Row], Expected | None] | None = None
-) -> RowLog[Row]:
+    folder: Path, row_type: type[Kind], rank: int, expected: Callable[[Kind], Expected | None] | None = None
+) -> RowLog[Kind]:
     """The log of one kind of rows in a sweep's folder; each process appends to a file of its own, by its rank."""
     return RowLog(
         folder / "parts" / f"{row_type.kind}.{rank}.jsonl",

@@ -190,7 +190,9 @@ def _finish(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJud
             reason = str(error)
     command = None
     if recommendation is not None and recommendation.beta is not None and recommendation.lam != 1:
-        command = retrain_command(config.adapter or config.base, first.record, recommendation.beta, folder)
+        adapter = config.adapter or config.base
+        assert adapter is not None  # the model was loaded
+        command = retrain_command(adapter, first.record, recommendation.beta, folder)
 
     models = {arm.name: arm.place for arm in worker.arms if not arm.is_own}
     title = f"{len(worker.prompts)} prompts, {config.samples} samples each; bars: 95 % over prompts"

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -116,7 +116,7 @@ class SweepWorker:
                         run=arm.run,
                         arm=arm.name,
                         prompt_index=each.request.index,
-                        lam=each.request.lam,
+                        lam=cast("float", each.request.lam),  # that of a key
                         sample=each.request.sample,
                         prompt=self.prompts[each.request.index].content,
                         completion=each.text,
@@ -181,7 +181,10 @@ class SweepWorker:
         for index, scored in score_each(model, *inputs, list(lam), temperature, TOP if with_views else 0):
             key, total, kl = keys[index], scored.total, scored.kl.sum(-1)
             ends = at_temperature_1[index] if at_temperature_1 else total[[lam.index(0.0), lam.index(1.0)]]
-            values = {"kl": round(kl[lam.index(key.lam)].item(), DIGITS), "log_ref": round(ends[0].item(), DIGITS)}
+            values: dict[str, Any] = {
+                "kl": round(kl[lam.index(key.lam)].item(), DIGITS),
+                "log_ref": round(ends[0].item(), DIGITS),
+            }
             if arm.is_own:  # of a further model it would be another reward
                 values["log_aligned"] = round(ends[1].item(), DIGITS)
             if on_grid:
@@ -221,10 +224,13 @@ class SweepWorker:
     def call_reward(self, reward: NamedReward) -> None:
         """Rewards the completions that a reward has no value for, or failed on. A reward model is freed."""
 
+        function = reward.function
+        assert function is not None  # the values of a built-in one are taken from the scores
+
         def call(keys: Sequence[Key]) -> list[tuple[float | None, str | None]]:
             prompts = [self.prompts[key.index] for key in keys]
             return call_reward_or_mark(
-                reward.function,
+                function,
                 [prompt.content for prompt in prompts],
                 [self.completions[key].completion for key in keys],
                 columns_of(prompts, self.columns),
@@ -232,8 +238,8 @@ class SweepWorker:
 
         places = {(reward.name, key, self.reward_run(reward, key)): key for key in self.all_keys(self.own_indices)}
         self._call_for(f"reward, {reward.name}", places, call)
-        if isinstance(reward.function, RewardModel):
-            reward.function.free()
+        if isinstance(function, RewardModel):
+            function.free()
 
     def comparisons(self, keys: Iterable[Key]) -> list[tuple[str, Key, Key]]:
         """(name, completion, the one that it is compared with): at λ=0 and at λ=1, of the same prompt and sample."""

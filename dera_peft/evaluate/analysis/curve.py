@@ -178,7 +178,7 @@ def _gaps(points: Sequence[Point], measured: Sequence[float]) -> list[Gap]:
     return gaps
 
 
-def through_points(lam: Sequence[float], values: Sequence[float], at: Sequence[float]) -> list[float]:
+def through_points(lam: Sequence[float], values: Sequence[float], at: Sequence[float] | numpy.ndarray) -> list[float]:
     """
     A smooth line through measured points: an aid to the eye where there is no estimate, and to be labelled so.
 
@@ -189,9 +189,9 @@ def through_points(lam: Sequence[float], values: Sequence[float], at: Sequence[f
         values: at each.
         at: where the line is wanted, within the measured range.
     """
-    x, y, at = (numpy.asarray(numbers, dtype=float) for numbers in (lam, values, at))
+    x, y, places = (numpy.asarray(numbers, dtype=float) for numbers in (lam, values, at))
     if len(x) == 1:
-        return [float(values[0])] * len(at)
+        return [float(values[0])] * len(places)
     steps = numpy.diff(x)
     slopes = numpy.diff(y) / steps
     tangents = numpy.empty_like(y)
@@ -202,8 +202,8 @@ def through_points(lam: Sequence[float], values: Sequence[float], at: Sequence[f
     with numpy.errstate(divide="ignore", invalid="ignore"):
         harmonic = (weight_left + weight_right) / (weight_left / left + weight_right / right)
     tangents[1:-1] = numpy.where(same, harmonic, 0.0)
-    k = numpy.clip(numpy.searchsorted(x, at, side="right") - 1, 0, len(steps) - 1)
-    t = (at - x[k]) / steps[k]
+    k = numpy.clip(numpy.searchsorted(x, places, side="right") - 1, 0, len(steps) - 1)
+    t = (places - x[k]) / steps[k]
     line = (
         (1 + 2 * t) * (1 - t) ** 2 * y[k]
         + t * (1 - t) ** 2 * steps[k] * tangents[k]

@@ -195,10 +195,10 @@ def recommend(
     candidates = [_measured(summary, summary.rewards[reward], rule) for summary in own]
     if curve is not None and rule != "worst_group":
         candidates += [
-            _Candidate(point.lam, point.rewards[reward], point.kl, estimated=True)
+            _Candidate(point.lam, value, point.kl, estimated=True)
             for point in curve.points
             if point.kl is not None
-            and point.rewards[reward] is not None
+            and (value := point.rewards[reward]) is not None
             and measured[0] < point.lam < measured[-1]
             and point.lam not in measured
         ]
@@ -207,7 +207,7 @@ def recommend(
         raise DeRaError(f"reward={reward!r} has no value at any λ: there is nothing to recommend by.")
     if rule == "lower_bound" and all(math.isnan(c.value.low) for c in candidates):
         raise DeRaError("rule='lower_bound' needs at least two prompts: with one there is no interval.")
-    budget = kl_budget if rule == "kl_budget" else math.inf
+    budget = kl_budget if rule == "kl_budget" and kl_budget is not None else math.inf
     kl = numpy.array([[c.kl.mean] for c in candidates])  # [C, 1]
     values = numpy.array([[c.value.low if rule == "lower_bound" else c.value.mean] for c in candidates])
     values = _within(budget, values, kl)
@@ -265,9 +265,14 @@ def _measured(summary: LambdaSummary, reward: RewardSummary, rule: str) -> _Cand
     if group is None:  # no value in any group
         return _Candidate(summary.lam, reward.level, summary.kl)
     # in each resample the group that is the worst there
-    draws = numpy.fmin.reduce([level.draws for level in reward.groups.values()])
+    draws = numpy.fmin.reduce([_draws(level) for level in reward.groups.values()])
     level = reward.groups[group]
     return _Candidate(summary.lam, Estimate(level.mean, level.se, level.low, level.high, draws), summary.kl, group)
+
+
+def _draws(estimate: Estimate) -> numpy.ndarray:
+    assert estimate.draws is not None  # of what was measured, or is estimated in the curve, there are resamples
+    return estimate.draws
 
 
 def _within(budget: float, values: numpy.ndarray, kl: numpy.ndarray) -> numpy.ndarray:
@@ -289,10 +294,10 @@ def _other_choices(candidates: Sequence[_Candidate], rule: str, budget: float) -
     """What the rule takes in each resample of the prompts: 95 % of it."""
     if any(math.isnan(c.value.low) for c in candidates):
         return math.nan, math.nan
-    values = numpy.stack([c.value.draws for c in candidates])  # [C, 1000]
+    values = numpy.stack([_draws(c.value) for c in candidates])  # [C, 1000]
     if rule == "lower_bound":  # as far below each resample's mean as it lies below the mean of all
         values = values - numpy.array([[c.value.mean - c.value.low] for c in candidates])
-    kl = numpy.stack([c.kl.draws for c in candidates])
+    kl = numpy.stack([_draws(c.kl) for c in candidates])
     values = _within(budget, values, kl)
     there = ~numpy.isnan(values).all(0)
     if not there.any():
@@ -314,7 +319,7 @@ def _difference(
     mean = best.value.mean - as_trained.value.mean
     if math.isnan(best.value.low) or math.isnan(as_trained.value.low):
         return Estimate(mean, math.nan, math.nan, math.nan)
-    draws = best.value.draws - as_trained.value.draws  # of the same resamples of prompts
+    draws = _draws(best.value) - _draws(as_trained.value)  # of the same resamples of prompts
     low, high = numpy.nanpercentile(draws, INTERVAL)
     return Estimate(mean, float(numpy.nanstd(draws, ddof=1)), float(low), float(high), draws)
 

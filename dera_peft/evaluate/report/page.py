@@ -70,16 +70,17 @@ def write_report(
         models: further models among the arms, and the λ that each stands for, as in `plots.sweep_picture`.
         reason: why there is no recommendation.
     """
+    loader = PackageLoader("dera_peft.evaluate.report", "template")
     environment = Environment(
-        loader=PackageLoader("dera_peft.evaluate.report", "template"),
+        loader=loader,
         autoescape=True,
         undefined=StrictUndefined,
         finalize=_seen,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    script, _, _ = environment.loader.get_source(environment, "report.js")
-    style, _, _ = environment.loader.get_source(environment, "report.css")
+    script, _, _ = loader.get_source(environment, "report.js")
+    style, _, _ = loader.get_source(environment, "report.css")
     rewards = list(dict.fromkeys(name for summary in summaries for name in summary.rewards))
     if recommendation:  # the reward that λ was chosen by comes first
         rewards.sort(key=lambda name: name != recommendation.reward)
@@ -183,11 +184,11 @@ def _comparisons(
         for reward in rewards:
             pairs = [s.rewards[reward].versus.get(other) if reward in s.rewards else None for s in summaries]
             if any(pairs):
-                columns[f"{reward}: difference"] = _estimates([p and p.difference for p in pairs], signed=True)
+                columns[f"{reward}: difference"] = _estimates([p.difference if p else None for p in pairs], signed=True)
                 columns[f"{reward}: better / same / worse"] = [_shares(pair) for pair in pairs]
         judged = [s.judged.get(other) for s in summaries]
         if any(judged):
-            columns["judge: win rate"] = _estimates([j and j.rate for j in judged], signed=False)
+            columns["judge: win rate"] = _estimates([j.rate if j else None for j in judged], signed=False)
             columns["judge: win / tie / loss"] = [_shares(verdict) for verdict in judged]
             if any(j and j.failed for j in judged):
                 columns["judge: no verdict"] = [str(j.failed) if j else "–" for j in judged]

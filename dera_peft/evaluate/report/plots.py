@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.typing import LineStyleType
 
 from dera_peft.engine.plan import LOGITS, WEIGHTS
 from dera_peft.evaluate.analysis.curve import Curve, through_points
@@ -25,8 +27,14 @@ INK, MUTED, PAPER = "#1f2328", "#6e7681", "#ffffff"
 # Okabe and Ito's palette (jfly.uni-koeln.de/color), which the colour-blind can tell apart; each arm has a marker too.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "s", "D", "^", "v", "P")
-STAR = {"marker": "*", "markersize": 15, "color": "#f0e442", "markeredgecolor": INK, "linestyle": "none"}
-DASHES = (0, (4, 2.5))
+STAR: dict[str, Any] = {
+    "marker": "*",
+    "markersize": 15,
+    "color": "#f0e442",
+    "markeredgecolor": INK,
+    "linestyle": "none",
+}
+DASHES: LineStyleType = (0, (4, 2.5))
 NAMES = {LOGITS: "DeRa (logits mixed)", WEIGHTS: "adapter's weights scaled by λ"}
 STYLE = {
     "font.size": 10,
@@ -166,7 +174,7 @@ def pareto_picture(
         panel.set_xlabel("KL to the reference (nats, square-root scale)")
         panel.set_ylabel(f"mean reward: {reward}")
         panel.margins(y=0.12)
-        _label(panel, labels, star and (star.kl.mean, star.value.mean))
+        _label(panel, labels, (star.kl.mean, star.value.mean) if star else None)
         return _drawn(figure, legend, title, format, columns=2)
 
 
@@ -255,7 +263,10 @@ def _draw_pieces(
     panel: Axes, x: np.ndarray, y: np.ndarray, estimated: np.ndarray, color: str, legend: dict[str, Artist]
 ) -> None:
     """A solid line where it is estimated, a dashed one where it only runs through the points."""
-    pieces = [(estimated, "-", "estimated between the points"), (~estimated, DASHES, "smooth line, no estimate")]
+    pieces: list[tuple[np.ndarray, LineStyleType, str]] = [
+        (estimated, "-", "estimated between the points"),
+        (~estimated, DASHES, "smooth line, no estimate"),
+    ]
     for there, dashes, name in pieces:
         if len(there) > 2 and there.any():
             joined = there | np.append(there[1:], False) | np.append(False, there[:-1])  # one step on: no gap is seen
@@ -276,7 +287,7 @@ def _label(
     panel.get_xlim(), panel.get_ylim()  # brings the limits, and with them the transform, up to date
     to_panel = (panel.transScale + panel.transLimits).transform  # from 0 to 1 over the panel
     for number, lam, place in labels:
-        offset = {"xytext": (8, -3 if lam == 0 else -11)}
+        offset: dict[str, Any] = {"xytext": (8, -3 if lam == 0 else -11)}
         right, up = to_panel(star) - to_panel(place) if star else (math.inf, math.inf)
         if number % 2 or (-0.03 < right < 0.12 and abs(up) < 0.08):  # the star would lie on a label to the right
             offset = {"xytext": (-3, 7), "ha": "right"}

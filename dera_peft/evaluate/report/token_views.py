@@ -1,7 +1,7 @@
 """Each token of a completion with what each branch would have said there, as text."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -39,12 +39,13 @@ def token_views(
             cache[before, token] = _text_after(before, token, tokenizer)
         return cache[before, token]
 
+    assert scored.disagreement is not None  # it is of branches
     disagreement = scored.disagreement.tolist()
     best = {branch: (ids.tolist(), chances.tolist()) for branch, (ids, chances) in scored.best.items()}
     result = []
     for place, text in enumerate(texts):
         before = completion[place - 1] if place else (prompt[-1] if prompt else None)
-        view = {"token": text, "js": disagreement[place]}
+        view: dict[str, Any] = {"token": text, "js": disagreement[place]}
         for branch, (ids, chances) in best.items():
             view[branch] = [
                 [text_after(before, token), chance] for token, chance in zip(ids[place], chances[place], strict=True)
@@ -64,17 +65,21 @@ def token_texts(prompt: Sequence[int], completion: Sequence[int], tokenizer: Pre
     start, done = 0, len(ids) - len(completion)  # the texts of ids[:done] are told; ids[start:done] is their context
     texts: list[str] = []
     for end in range(done + 1, len(ids) + 1):
-        text = tokenizer.decode(ids[start:end])
+        text = _decode(ids[start:end], tokenizer)
         if text.endswith(REPLACEMENT) and end - done < MAX_BYTES and end < len(ids):
             texts.append("")
             continue
-        texts.append(text[len(tokenizer.decode(ids[start:done])) :])
+        texts.append(text[len(_decode(ids[start:done], tokenizer)) :])
         start, done = done, end
     return texts
+
+
+def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return cast("str", tokenizer.decode(ids))  # of one sequence one text
 
 
 def _text_after(before: int | None, token: int, tokenizer: PreTrainedTokenizerBase) -> str:
     """A token's text behind another, without which a leading space is lost; "�" for a part of a character."""
     context = [] if before is None else [before]
-    text = tokenizer.decode([*context, token])[len(tokenizer.decode(context)) if context else 0 :]
+    text = _decode([*context, token], tokenizer)[len(_decode(context, tokenizer)) if context else 0 :]
     return text if text and REPLACEMENT not in text else REPLACEMENT
