@@ -89,7 +89,9 @@ class BenchedModel(ModelSource):
             return torch.accelerator.current_accelerator() or torch.device("cpu")
         if self.device_map in STRATEGIES:
             raise DeRaError(f"--device-map {self.device_map}: what is measured is on one device; name it, as cuda:0.")
-        return torch.device(read_device_map(self.device_map))
+        device = read_device_map(self.device_map)
+        assert device is not None  # one is named
+        return torch.device(device)
 
     def build(self, context: int = 0) -> "PeftModel":
         """

@@ -4,12 +4,13 @@ import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import TypeVar, cast
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
 
 from dera_peft.engine.fork import find_layers
@@ -30,6 +31,8 @@ NAMES = (
 )  # fmt: skip
 MIXTURES = (DERA, DERA_JOIN_BEHIND, PEFT_MIXED, ON_OFF, TWO_MODELS)  # the same logits, z_λ at λ=0.5, by five ways
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 @dataclass
 class Pass:
@@ -42,7 +45,7 @@ class Pass:
         around: a context in which the pass runs.
     """
 
-    model: nn.Module
+    model: PreTrainedModel | PeftModel
     repeat: int = 1
     kwargs: Callable[[int], dict] = lambda batch_size: {}
     around: Callable[[], AbstractContextManager] = nullcontext
@@ -54,6 +57,10 @@ class Pass:
         tokens = tokens.repeat(self.repeat, 1) if self.repeat > 1 else tokens
         with self.around():
             return forward(tokens, past_key_values=self.cache, logits_to_keep=1, **self._kwargs).logits[:, -1]
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        return cast("PreTrainedConfig", self.model.config)  # a PeftModel's is its base's
 
     def start(self, batch_size: int, cache: Cache) -> None:
         self.cache, self._kwargs = cache, self.kwargs(batch_size)
@@ -87,9 +94,10 @@ class Contender:
         """
         for one, cache in zip(self.passes, self._caches(len(input_ids), length), strict=True):
             one.start(len(input_ids), cache)
-        for part in input_ids.split(chunk or input_ids.shape[1], dim=1):
-            logits = self._run(part, compiled=False)
-        return logits
+        *parts, last = input_ids.split(chunk or input_ids.shape[1], dim=1)
+        for part in parts:
+            self._run(part, compiled=False)
+        return self._run(last, compiled=False)
 
     @torch.inference_mode()
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -97,19 +105,19 @@ class Contender:
         return self._run(tokens, compiled=self.engine == "static")
 
     def _run(self, tokens: torch.Tensor, compiled: bool) -> torch.Tensor:
-        rows = [one.run(tokens, one.forward if compiled else one.model) for one in self.passes]
+        rows = [one.run(tokens, (one.forward if compiled else None) or one.model) for one in self.passes]
         if not self.mixes:
             return rows[0]
         reference, aligned = rows if len(rows) == 2 else rows[0].chunk(2)
         return torch.lerp(reference, aligned, LAM)
 
     def _caches(self, batch_size: int, length: int) -> list[Cache]:
-        configs = [one.model.config for one in self.passes]
+        configs = [one.config for one in self.passes]
         if self.engine == "dynamic":
             return [DynamicCache(config=config) for config in configs]
         # kept, since a captured graph belongs to its buffers
         if (batch_size, length) not in self._static:
-            caches = [StaticCache(config=config, max_cache_len=length) for config in configs]
+            caches: list[Cache] = [StaticCache(config=config, max_cache_len=length) for config in configs]
             self._static = {(batch_size, length): caches}
         for cache in self._static[batch_size, length]:
             cache.reset()
@@ -144,8 +152,10 @@ class Contender:
     @property
     def cache_bytes(self) -> int:
         """Of the keys and values that its caches hold now; not of the states of recurrent layers."""
-        layers = [layer for one in self.passes for layer in one.cache.layers if isinstance(layer, CacheLayerMixin)]
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers if layer.keys is not None)
+        caches = [one.cache for one in self.passes if one.cache is not None]
+        layers = [layer for cache in caches for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
+        held = [states for layer in layers for states in (layer.keys, layer.values) if states is not None]
+        return sum(states.nbytes for states in held)
 
     @property
     def read_bytes(self) -> int:
@@ -157,13 +167,15 @@ class Contender:
         total = self.cache_bytes
         for one in self.passes:
             base = one.model.base if isinstance(one.model, DeRaModel) else one.model
-            embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
-            unread = 0 if embeddings.weight is head.weight else embeddings.weight.nbytes
+            embeddings = cast("nn.Embedding", base.get_input_embeddings()).weight
+            head = base.get_output_embeddings()
+            assert head is not None  # it is a language model
+            unread = 0 if head.weight is embeddings else embeddings.nbytes
             total += Contender("", [one]).weights_bytes - unread
         return total
 
 
-def share(model: nn.Module) -> nn.Module:
+def share(model: Model) -> Model:
     """Another tree of modules over the same parameters."""
     return copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})
 
@@ -244,7 +256,7 @@ def _dera_pass(model: DeRaModel, lam: float) -> Pass:
 def _on_top_half(peft_model: PeftModel) -> PeftModel:
     """The same without the adapter on the lower half of the layers."""
     shared = share(peft_model)
-    found = find_layers(shared.get_base_model())
+    found = find_layers(cast("PreTrainedModel", shared.get_base_model()))
     if found is None:
         raise DeRaError(f"{DERA_TOP_HALF!r}: the layers of this model can't be told; leave it out with --only.")
     _, layers = found

@@ -114,7 +114,7 @@ def measure(
     """
     order = random.Random(0)
     device = contenders[0].tensors[0].device
-    vocab_size = contenders[0].passes[0].model.config.vocab_size
+    vocab_size = contenders[0].passes[0].config.vocab_size
     for batch_size in batch_sizes:
         tokens = make_tokens(vocab_size, batch_size, prompt + new, device)
         timings = {one.name: Timings(one.name, batch_size, prompt) for one in contenders}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -45,7 +46,7 @@ def figures(timings: Sequence[Timings], bandwidth: float | None = None) -> list[
     Args:
         bandwidth: bytes a second that the device copies.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for one in timings:
         if not one.steps:
             continue

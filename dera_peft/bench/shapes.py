@@ -1,5 +1,7 @@
 """The models that are measured: a known shape with random weights and adapter, or a base and an adapter as loaded."""
 
+from typing import Any, cast
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -14,7 +16,7 @@ from dera_peft.model import DeRaModel
 
 RANK = 16
 # The published configurations of Llama 3.1 8B, Llama 3.2 1B, SmolLM2 135M and Qwen3 0.6B.
-SHAPES: dict[str, tuple[type[PreTrainedConfig], dict]] = {
+SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "llama-8b": (
         LlamaConfig,
         {
@@ -91,7 +93,9 @@ def read_config(shape: str, context: int, layers: int | None = None) -> PreTrain
         raise DeRaError(f"--shape: {shape!r} is not known; choose one of {', '.join(SHAPES)}.")
     kind, settings = SHAPES[shape]
     depth = settings["num_hidden_layers"] if layers is None else layers
-    return kind(**{**settings, "num_hidden_layers": depth}, max_position_embeddings=max(context, 8192))
+    depth_and_context = {"num_hidden_layers": depth, "max_position_embeddings": max(context, 8192)}
+    arguments: dict[str, Any] = {**settings, **depth_and_context}
+    return kind(**arguments)
 
 
 def make_random(
@@ -144,18 +148,22 @@ def _linear_layers(base: PreTrainedModel) -> list[tuple[str, nn.Linear]]:
     ]
 
 
-def _quantize(base: PreTrainedModel, quantization: str, dtype: torch.dtype, device: torch.device) -> None:
+def _quantize(base: PreTrainedModel, quantization: str, dtype: torch.dtype | str, device: torch.device) -> None:
     import bitsandbytes as bnb  # imported when asked for: it warns where there is no GPU
 
     for name, linear in _linear_layers(base):
         packed = bnb.nn.Linear4bit(
             linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type=quantization
         )
+        # torch declares a Parameter's __init__, and bitsandbytes its own __new__
         packed.weight = bnb.nn.Params4bit(
-            linear.weight.data, requires_grad=False, compress_statistics=True, quant_type=quantization
+            linear.weight.data,
+            requires_grad=False,
+            compress_statistics=True,  # pyrefly: ignore[unexpected-keyword]
+            quant_type=quantization,  # pyrefly: ignore[unexpected-keyword]
         )
         base.set_submodule(name, packed.to(device))
-    base.is_loaded_in_4bit = True  # what PEFT asks a base for that transformers loaded
+    base.is_loaded_in_4bit = True  # pyrefly: ignore[bad-argument-type] # what PEFT asks a base for that transformers loaded
 
 
 def load_for_bench(source: ModelSource) -> PeftModel:
@@ -175,6 +183,6 @@ def load_for_bench(source: ModelSource) -> PeftModel:
             f"branches are {names}."
         )
     (name,) = names[model.aligned[0]]
-    if model.peft_model.peft_config[name].bias != "none":
+    if cast("LoraConfig", model.peft_model.peft_config[name]).bias != "none":
         raise DeRaError("dera bench can't measure an adapter with trained biases: PEFT can't switch them off.")
     return model.unwrap().requires_grad_(False)

@@ -3,10 +3,10 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import cast
+from typing import Protocol, cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from dera_peft.decoding.memory import Attempt, go_on_with_half
@@ -28,10 +28,19 @@ BOTH_BRANCHES = 0.5  # a λ that needs both
 logger = logging.getLogger(__name__)
 
 
+class Detokenizer(Protocol):
+    """What decoding needs of a tokenizer."""
+
+    @property
+    def pad_token_id(self) -> int | None: ...
+
+    def decode(self, token_ids: list[int], /, *, skip_special_tokens: bool) -> str | list[str]: ...
+
+
 @torch.no_grad()
 def decode(
     model: MixtureModel | PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Detokenizer,
     prompts: Sequence[Sequence[int]] | Mapping[int, Sequence[int]],
     requests: Sequence[Request],
     sampling: Sampling,
@@ -189,7 +198,7 @@ class _Queue:
 
 def _decode_batch(
     model: MixtureModel | PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Detokenizer,
     prompts: Sequence[Sequence[int]] | Mapping[int, Sequence[int]],
     batch: Sequence[Request],
     sampling: Sampling,
