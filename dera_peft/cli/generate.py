@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from dera_peft.checkpoint.source import ModelSource
 from dera_peft.cli.inputs import resolve_one_aligned
@@ -82,10 +82,11 @@ def generate(settings: GenerateSettings) -> None:
     record = resolve_one_aligned(
         source, "dera generate", "use DeRaModel.generate with lam by name, or export a mixture of them (dera export)."
     )
+    default = cast("float", record.lam)  # of one aligned branch it is one number
     requests = [
         Request(prompt.index, lam, sample)
         for prompt in prompts
-        for lam in (prompt.lam or settings.lambdas or [record.lam])
+        for lam in (prompt.lam or settings.lambdas or [default])
         for sample in range(settings.samples)
     ]
     output = settings.output
@@ -145,7 +146,7 @@ def _show(prompts: "Sequence[Prompt]", requests: Sequence[Request], finished: di
     console = Console()
     by_prompt: dict[int, dict[float, list[str]]] = defaultdict(lambda: defaultdict(list))
     for request in requests:
-        by_prompt[request.index][request.lam].append(finished[request].completion)
+        by_prompt[request.index][cast("float", request.lam)].append(finished[request].completion)
     for index, texts in by_prompt.items():
         side_by_side(console, prompts[index].text, texts)
 

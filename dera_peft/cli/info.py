@@ -94,7 +94,10 @@ def describe_model(model: "DeRaModel") -> dict:
     layers = cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers
     # a recurrent state does not grow with the context
     per_layer = [
-        layer.keys.nbytes + layer.values.nbytes if isinstance(layer, CacheLayerMixin) else 0 for layer in layers
+        sum(states.nbytes for states in (layer.keys, layer.values) if states is not None)
+        if isinstance(layer, CacheLayerMixin)
+        else 0
+        for layer in layers
     ]
     return {
         "base": model.config.name_or_path if model.record is None else model.record.base,

@@ -72,7 +72,7 @@ def _with_options(function: Callable[[Any], None], settings: type) -> Callable[.
         inspect.Parameter(each.name, keyword, default=None, annotation=_annotation(each, hints[each.name]))
         for each in shown
     ]
-    run.__signature__ = inspect.Signature(parameters)
+    run.__signature__ = inspect.Signature(parameters)  # pyrefly: ignore[missing-attribute] # inspect looks for it
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dera_peft.checkpoint.source import ModelSource
 from dera_peft.cli.inputs import resolve_one_aligned
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from dera_peft.decoding.scoring import Scored
 
-ENDS = {"eos": True, "length": False}  # whether the model ended it, by a row's "finish_reason"
+ENDS: dict[str | None, bool] = {"eos": True, "length": False}  # whether the model ended it, by a row's "finish_reason"
 DIGITS = 6  # of nats, in rows
 
 logger = logging.getLogger(__name__)
@@ -191,7 +191,7 @@ def score(settings: ScoreSettings) -> None:
     given = read_completions(settings.completions)
     source = part(settings, ModelSource).placed()
     record = resolve_one_aligned(source, "dera score", "use dera_peft.evaluate.score with lam by name.")
-    lambdas = settings.lambdas or (record.lam,)
+    lambdas = settings.lambdas or (cast("float", record.lam),)  # of one aligned branch it is one number
     run = settings_fingerprint(
         {
             **source.fingerprint(),
