@@ -2,9 +2,10 @@
 
 import shutil
 from pathlib import Path
+from typing import cast
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional
@@ -29,8 +30,8 @@ class FrozenLora(nn.Module):
 
     def __init__(self, layer: LoraLayer, adapter: str):
         super().__init__()
-        lora_b = layer.lora_B[adapter]
-        self.register_buffer("down", layer.lora_A[adapter].weight.detach())
+        lora_a, lora_b = cast("nn.Linear", layer.lora_A[adapter]), cast("nn.Linear", layer.lora_B[adapter])
+        self.register_buffer("down", lora_a.weight.detach())
         self.register_buffer("up", lora_b.weight.detach())
         self.register_buffer("bias", None if lora_b.bias is None else lora_b.bias.detach())
         self.scaling = layer.scaling[adapter]
@@ -56,13 +57,14 @@ def freeze_adapter(peft_model: PeftModel, adapter: str) -> PreTrainedModel:
     (name,) = peft_model.peft_config
     deltas = {}
     for adapted in find_adapted(peft_model.get_base_model(), [name]):
-        if not adapted.scales or name not in adapted.module.lora_A:
+        layer = adapted.module
+        if not (adapted.scales and isinstance(layer, LoraLayer) and name in layer.lora_A):
             raise DeRaError(
                 f"sft_adapter={adapter!r}: {adapted.name!r} has DoRA, or an adapter on embeddings; training on top of "
                 "a frozen adapter needs plain LoRA on linear layers. Merge it into the base, or continue it "
                 "(continue_sft_adapter)."
             )
-        deltas[adapted.name] = FrozenLora(adapted.module, name)
+        deltas[adapted.name] = FrozenLora(layer, name)
     model = peft_model.unload()
     for path, delta in deltas.items():
         linear = model.get_submodule(path)
@@ -89,13 +91,12 @@ def train_in_float32(model: PeftModel) -> None:
 
 def check_decodable(model: PeftModel) -> None:
     """Raises `DeRaError` where the adapter is of a kind that DeRa can't decode, or these programs can't train."""
-    config = model.peft_config["default"]
-    check_adapter_kind("default", config)
+    config = check_adapter_kind("default", model.peft_config["default"])
     check_trains("default", config)
     find_adapted(model.get_base_model(), ["default"])
 
 
-def check_trains(adapter: str, config: PeftConfig, argument: str = "adapter") -> None:
+def check_trains(adapter: str, config: LoraConfig, argument: str = "adapter") -> None:
     """
     Raises:
         DeRaError: the adapter has more than LoRA factors, or biases that take the place of the base's.
@@ -120,7 +121,7 @@ def copy_adapter(adapter: str, folder: Path) -> None:
     """Copies an adapter's two files, so that what is trained on it can be moved and published as one folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in ADAPTER_FILES:
-        shutil.copyfile(cached_file(adapter, file), folder / file)
+        shutil.copyfile(cast("str", cached_file(adapter, file)), folder / file)  # it raises where there is none
 
 
 def remove_copy_of_reference(folder: Path) -> None:

@@ -25,12 +25,16 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from dera_peft.checkpoint.source import ModelSource, Quantization
 from dera_peft.errors import DeRaError
 from dera_peft.messages import is_main_process
 from dera_peft.settings import setting, setting_like
 from dera_peft.training.program import DataSettings, OutputFolder, check_processes, log, settings_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 KEEPS_BETA = {"sigmoid", "robust"}  # losses whose optimum is π_ref·exp(r/β)/Z, on which DeRa's β/λ stands
 
@@ -121,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     training_args.model_init_kwargs = None
     model, tokenizer = sft_model.load_to_train(settings.continue_sft_adapter)
     if sft_model.adapter is not None and not settings.continue_sft_adapter:
-        model = freeze_adapter(model, sft_model.adapter)
+        model = freeze_adapter(cast("PeftModel", model), sft_model.adapter)
     trainer = build(
         DPOTrainer,
         model=model,
@@ -131,9 +135,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         processing_class=tokenizer,
         peft_config=None if settings.continue_sft_adapter else get_peft_config(model_args),
     )
-    check_decodable(trainer.model)
-    if quantization_of(trainer.model) is not None and not trainer.is_sharded:
-        train_in_float32(trainer.model)
+    trained = cast("PeftModel", trainer.model)  # of a new adapter, or the one that is continued
+    check_decodable(trained)
+    if quantization_of(trained) is not None and not trainer.is_sharded:
+        train_in_float32(trained)
     count_cut(count, trainer.train_dataset, len(usable), training_args)
     log(str(count))
     count.check(settings.max_bad_rows)
@@ -197,7 +202,7 @@ def check_lora_settings(model_args, adapter: str) -> None:
     from dera_peft.training.trainer import ModelConfig
 
     config, default = read_adapter_config(adapter, "sft_adapter"), ModelConfig()
-    found = {
+    found: dict[str, Any] = {
         "lora_r": config.r,
         "lora_alpha": config.lora_alpha,
         "lora_target_modules": config.target_modules,

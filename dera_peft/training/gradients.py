@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -47,7 +48,7 @@ class GradientCheck(TrainerCallback):
         self.called: set[LoraLayer] = set()
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
 
-    def on_train_begin(
+    def on_train_begin(  # pyrefly: ignore[bad-override] # a trainer calls it with its model
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
     ):
         self.factors = [] if args.optim.endswith(STEP_IN_BACKWARD) else list(trained_factors(model))
@@ -74,7 +75,8 @@ class GradientCheck(TrainerCallback):
     def _watch(self) -> None:
         self._stop_watching()
         for layer in {factor.layer for factor in self.factors}:
-            self.hooks.append(layer.register_forward_pre_hook(self._note))
+            module = cast("nn.Module", layer)  # as every LoRA layer is: LoraLayer is mixed into modules
+            self.hooks.append(module.register_forward_pre_hook(self._note))
 
     def _note(self, layer: LoraLayer, args: tuple) -> None:
         if torch.is_grad_enabled():  # the reference's pass, with the adapter off, has none

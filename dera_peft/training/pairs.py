@@ -70,6 +70,8 @@ def _pairs_of(
     candidates = [(usable[0], usable[-1])] if pairs == BEST_WORST else combinations(usable, 2)
     chat = isinstance(usable[0].prompt, list)
     for worse, better in candidates:
+        assert better.reward is not None  # of the usable ones
+        assert worse.reward is not None
         margin = better.reward - worse.reward
         if margin <= min_margin or better.completion == worse.completion:
             continue

@@ -5,7 +5,7 @@ import types
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import Field, field, fields, make_dataclass
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, Union, cast, get_args, get_origin
 
 from trl import TrlParser
 
@@ -102,7 +102,7 @@ def argparse_form(settings: type[Settings]) -> type:
     return make_dataclass(settings.__name__, [_argparse_field(each, hints[each.name]) for each in shown])
 
 
-def _argparse_field(each: Field, hint: Any) -> tuple[str, Any, Field]:
+def _argparse_field(each: Field, hint: Any) -> tuple[str, Any, Any]:
     about = setting_of(each)
     metadata = {"help": about.help.replace("%", "%%")}
     kinds = [kind for kind in get_args(hint) if kind is not type(None)] if _is_union(hint) else [hint]
@@ -111,8 +111,9 @@ def _argparse_field(each: Field, hint: Any) -> tuple[str, Any, Field]:
     if hint is Any:
         hint = str | None
     if get_origin(hint) is tuple:
-        default = each.default
-        return each.name, list[get_args(hint)[0]], field(default_factory=lambda: list(default), metadata=metadata)
+        kind, default = get_args(hint)[0], cast("tuple", each.default)
+        hint = types.GenericAlias(list, (kind,))
+        return each.name, hint, field(default_factory=lambda: list(default), metadata=metadata)
     return each.name, hint, field(default=each.default, metadata=metadata)
 
 

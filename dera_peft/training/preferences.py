@@ -13,10 +13,10 @@ those of a single one.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from dera_peft.checkpoint.source import Dtype, ModelSource, Quantization
 from dera_peft.decoding.prompt_settings import PromptSettings
@@ -203,12 +203,14 @@ def read_dataset_prompts(settings: PreferenceSettings) -> tuple[list, int]:
     from dera_peft.decoding.datasets import read_dataset
     from dera_peft.decoding.prompts import Prompt, is_chat
 
+    assert settings.dataset_name is not None  # checked before
     dataset = read_dataset(settings.dataset_name, settings.dataset_split, settings.dataset_config)
     for name in (settings.prompt_column, *settings.reward_columns):
         if name not in dataset.column_names:
             raise DeRaError(f"dataset={settings.dataset_name!r} has no column {name!r}; it has {dataset.column_names}.")
     prompts, empty = [], 0
-    for number, row in enumerate(dataset.select_columns([settings.prompt_column, *settings.reward_columns]), start=1):
+    rows = dataset.select_columns([settings.prompt_column, *settings.reward_columns])
+    for number, row in enumerate(cast("Iterable[dict[str, Any]]", rows), start=1):
         content = row[settings.prompt_column]
         if is_chat(content) and content[-1]["role"] == "assistant":
             content = content[:-1]

@@ -2,8 +2,9 @@
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 
 from dera_peft.checkpoint.fingerprint import base_fingerprint
@@ -21,9 +22,10 @@ def training_record(
 ) -> dict[str, Any]:
     """How an adapter was trained, beside its method and loss: see `Record.training`."""
     args = trainer.args
+    model = cast("PreTrainedModel | PeftModel", trainer.model)
     return {
-        "quantization": quantization_of(trainer.model),
-        "dtype": str(trainer.model.dtype).removeprefix("torch."),
+        "quantization": quantization_of(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "mixed_precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else None,
         "dataset": settings.dataset_name,
         "dataset_fingerprint": dataset_fingerprint,
@@ -35,7 +37,7 @@ def training_record(
     }
 
 
-def quantization_of(model: PreTrainedModel) -> str | None:
+def quantization_of(model: PreTrainedModel | PeftModel) -> str | None:
     """nf4, int8, another name, or None for a model that is not quantized."""
     return quantization_name(vars(model.config).get("quantization_config"))
 

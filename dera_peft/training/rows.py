@@ -1,8 +1,9 @@
 """Rows that can't be trained on, counted and told before training starts."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import cast
 
 from datasets import Dataset
 from trl import is_conversational
@@ -58,13 +59,13 @@ class RowCount:
 def usable_rows(name: str, dataset: Dataset, fault: Callable[[dict], str | None]) -> tuple[Dataset, RowCount]:
     """The rows in which `fault` finds none, and the count of the others."""
     count, kept = RowCount(name, len(dataset)), []
-    for index, row in enumerate(dataset):
+    for index, row in enumerate(cast("Iterable[dict]", dataset)):
         reason = fault(row)
         if reason is None:
             kept.append(index)
         else:
             count.unusable[reason] += 1
-    return dataset if len(kept) == len(dataset) else dataset.select(kept), count
+    return dataset if len(kept) == len(dataset) else cast("Dataset", dataset.select(kept)), count
 
 
 def preference_fault(row: dict) -> str | None:

@@ -19,12 +19,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from dera_peft.checkpoint.source import ModelSource, Quantization
 from dera_peft.errors import DeRaError
 from dera_peft.messages import is_main_process
 from dera_peft.settings import setting, setting_like
 from dera_peft.training.program import DataSettings, OutputFolder, check_processes, log, settings_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -111,9 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
     )
-    quantization = quantization_of(trainer.model)
+    quantization = quantization_of(cast("PreTrainedModel | PeftModel", trainer.model))
     if model_args.use_peft and quantization is not None and not trainer.is_sharded:
-        train_in_float32(trainer.model)
+        train_in_float32(cast("PeftModel", trainer.model))
     metrics = run(trainer)
     save(trainer)
     if is_main_process() and model_args.use_peft:
@@ -181,7 +186,7 @@ def count_cut(rows, columns: tuple[str, ...], tokenizer, training_args) -> int:
     return sum(found > training_args.max_length for found in lengths)
 
 
-def chat_template(path: str | None, tokenizer) -> str | None:
+def chat_template(path: str | None, tokenizer) -> str | dict | None:
     """The template that TRL will train with: a file's, that of another model's tokenizer, or the tokenizer's own."""
     if path is None:
         return tokenizer.chat_template
@@ -193,6 +198,6 @@ def chat_template(path: str | None, tokenizer) -> str | None:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path).chat_template
+        return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(path)).chat_template
     except (OSError, ValueError) as error:
         raise DeRaError(f"chat_template_path={path!r} is neither a .jinja file nor a tokenizer: {error}") from error

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import PartialState
@@ -44,6 +44,9 @@ class SFTModel(ModelSource):
     adapter over the base that makes it the SFT model; None if the base is that.
     """
 
+    if TYPE_CHECKING:
+        base: str  # there always
+
     @property
     def is_function(self) -> bool:
         return is_object_path(self.base)
@@ -74,7 +77,9 @@ class SFTModel(ModelSource):
         """The SFT model in evaluation mode, its adapter attached."""
         checked = self.check()
         model = self._load_base(checked)
-        return model if self.adapter is None else self._attach(model, checked).get_base_model().eval()
+        if self.adapter is None:
+            return model
+        return cast("PreTrainedModel", self._attach(model, checked).get_base_model().eval())
 
     def load_to_train(self, trainable: bool = False) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
         """
@@ -178,17 +183,19 @@ def find_sft_model_to_train(
             if value != getattr(type(model_args)(), name):
                 raise DeRaError(f"quantization={quantization!r} and {name}={value}: give one of the two.")
     processes = PartialState()
-    is_alone_on_accelerator = processes.num_processes == 1 and processes.device.type not in ("cpu", "mps")
-    arguments = {
+    device = cast("torch.device", processes.device)  # known from the start
+    is_alone_on_accelerator = processes.num_processes == 1 and device.type not in ("cpu", "mps")
+    arguments: dict[str, Any] = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         "quantization": quantization,
         "quantization_config": get_quantization_config(model_args),
         # one device: spread over several, each would wait for the others
-        "device_map": processes.device if is_alone_on_accelerator else None,
+        "device_map": device if is_alone_on_accelerator else None,
         **(init_kwargs or {}),
     }
+    assert model_args.model_name_or_path is not None  # checked before
     model = find_sft_model(model_args.model_name_or_path, adapter, **arguments)
     if not model.is_function and model.config.is_encoder_decoder:
         raise DeRaError(f"{BASE}={model.base!r} has an encoder; these programs train models that are a decoder alone.")

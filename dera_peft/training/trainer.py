@@ -7,12 +7,19 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import trl
 from safetensors import SafetensorError
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.utils import is_torch_bf16_gpu_available
 
 from dera_peft.errors import DeRaError
@@ -30,8 +37,14 @@ WATCHING = (
 WATCHING_UNLESS_STOPPED_EARLY = ("eval_on_start", "eval_steps", "eval_strategy", "save_steps", "save_strategy")
 
 
+if TYPE_CHECKING:
+    Mixed = TrainingArguments
+else:
+    Mixed = object  # its fields' defaults must not come before TRL's
+
+
 @dataclass
-class RunArguments:
+class RunArguments(Mixed):
     """Beside TRL's own training arguments; to be mixed into its configs."""
 
     early_stopping_patience: int = field(
@@ -98,6 +111,10 @@ class GuardedTrainer(Trainer):
     """A trainer that stops at a loss that is not finite, and leaves no half-written checkpoint behind."""
 
     @property
+    def output_dir(self) -> str:
+        return cast("str", self.args.output_dir)  # transformers sets it where the user does not
+
+    @property
     def is_sharded(self) -> bool:
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
@@ -116,8 +133,8 @@ class GuardedTrainer(Trainer):
         except torch.OutOfMemoryError:  # which is no fault of the disk's
             raise
         except (OSError, RuntimeError, SafetensorError) as error:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            message = _unsaved(folder, error, self.args.output_dir, self.state.global_step - 1)
+            folder = Path(self.output_dir) / f"checkpoint-{self.state.global_step}"
+            message = _unsaved(folder, error, self.output_dir, self.state.global_step - 1)
             shutil.rmtree(folder, ignore_errors=True)
             raise DeRaError(message) from error
 
@@ -133,9 +150,10 @@ class GuardedTrainer(Trainer):
 
     def where(self, good: int) -> str:
         """In words: the step that is made, its learning rate, and the last checkpoint up to the step `good`."""
+        assert self.lr_scheduler is not None  # it trains
         rate = self.lr_scheduler.get_last_lr()[0]
         step = self.state.global_step + 1
-        return f"at step {step}, with the learning rate {rate:.3g}; {_last_good(self.args.output_dir, good)}"
+        return f"at step {step}, with the learning rate {rate:.3g}; {_last_good(self.output_dir, good)}"
 
 
 class SFTTrainer(GuardedTrainer, trl.SFTTrainer):
@@ -170,7 +188,7 @@ class Watch(TrainerCallback):
         first, last = losses[0][1], losses[-1][1]
         bound = self.stop_at_loss * first
         if first > 0 and len(losses) > 2 and min(losses[-2][1], last) > bound:
-            good = max(step for step, loss in losses if loss <= bound)
+            good = max(int(step) for step, loss in losses if loss <= bound)
             raise DeRaError(
                 f"the loss diverges: it began at {first:.4g} and is {last:.4g} {self.trainer.where(good)}. Lower the "
                 "learning rate, or set stop_at_loss: 0 to go on in spite of it."
@@ -217,7 +235,7 @@ def run(trainer: GuardedTrainer) -> dict[str, float]:
     per_step = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps * processes
     running = f"{processes} process{'es' if processes > 1 else ''}"
     log(f"training on {running} ({trainer.args.device.type}), {per_step} rows a step")
-    checkpoint = last_checkpoint(Path(trainer.args.output_dir))
+    checkpoint = last_checkpoint(Path(trainer.output_dir))
     if checkpoint is not None:
         log(f"going on from {checkpoint}")
     if checkpoint is not None and _is_finished(checkpoint) and not trainer.is_sharded:
@@ -245,7 +263,7 @@ def save(trainer: GuardedTrainer) -> None:
     except torch.OutOfMemoryError:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
-        folder = trainer.args.output_dir
+        folder = trainer.output_dir
         raise DeRaError(_unsaved(folder, error, folder, trainer.state.global_step)) from error
 
 
