@@ -1,6 +1,6 @@
 # make demo   set up, then fine-tune, align, sweep and decode on an embedded tiny model
 # make test   set up, then run the tests
-# make lint   set up, then check style
+# make lint   set up, then check style and types
 # make docs   set up, then build the documentation into site/; a broken link or reference fails
 
 PYTHON ?= python3
@@ -23,6 +23,7 @@ test: $(SETUP)
 lint: $(SETUP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyrefly check --python-interpreter-path $(RUN)
 
 docs: $(DOCS_SETUP)
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict # with --quiet warnings would not be counted
