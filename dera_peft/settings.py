@@ -7,6 +7,7 @@ argument and a line of the reference page. One precedence holds everywhere: comm
 
 import math
 import os
+import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
@@ -36,7 +37,7 @@ class Check:
     Attributes:
         holds: of a value that has the type.
         wanted: completes "must be …".
-        names_type: whether `wanted` names the type too, and so also serves for a value of another type.
+        names_type: whether `wanted` names the type too. It is then also the message for a value of another type.
     """
 
     holds: Callable[[Any], bool]
@@ -58,8 +59,9 @@ class Setting:
         check: what its value must fulfil.
         metavar: stands for the value on a help page.
         panel: heading under which a help page lists it.
-        option: its name on the command line and an alias of its key, where that is not the field's name.
-        parse: makes the value of the texts that a command line gave (of a setting of several values).
+        option: its name on the command line, beside that of the field.
+        parse: makes the value of the texts that the command line gave, where an option may be repeated or has a form of
+            its own.
         on_command_line: False for a value that has no form as text.
     """
 
@@ -144,8 +146,8 @@ def read_value(name: str, value: Any, hint: Any, check: Check | None = None) -> 
     Raises:
         DeRaError: it has another type, or the check does not hold; names the setting, the value and what is wanted.
     """
-    kinds = [kind for kind in _alternatives(hint) if kind is not type(None)]
-    optional = len(kinds) < len(_alternatives(hint))
+    kinds = [kind for kind in alternatives(hint) if kind is not type(None)]
+    optional = len(kinds) < len(alternatives(hint))
     if kinds == [Any] or (value is None and optional):
         return value
     if len(kinds) == 1 and get_origin(kinds[0]) is tuple:
@@ -167,7 +169,7 @@ def read_value(name: str, value: Any, hint: Any, check: Check | None = None) -> 
 
 def _read_items(name: str, value: Any, hint: Any, check: Check | None) -> tuple:
     """One value, or a list of them."""
-    kinds = _alternatives(hint)
+    kinds = alternatives(hint)
     items = []
     for each in value if isinstance(value, (list, tuple)) else (value,):
         item = _convert_to_any(each, kinds)
@@ -180,7 +182,8 @@ def _read_items(name: str, value: Any, hint: Any, check: Check | None) -> tuple:
     return tuple(items)
 
 
-def _alternatives(hint: Any) -> tuple:
+def alternatives(hint: Any) -> tuple:
+    """The types of a union, or the one type."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
@@ -210,7 +213,7 @@ def _convert(value: Any, kind: Any) -> Any:
             return WRONG
         names, values = get_args(kind)
         items = {_convert(name, names): _convert(item, values) for name, item in value.items()}
-        return WRONG if any(part is WRONG for pair in items.items() for part in pair) else items
+        return WRONG if any(each is WRONG for pair in items.items() for each in pair) else items
     return value if isinstance(value, kind) else WRONG
 
 
@@ -235,14 +238,33 @@ def describe_type(kind: Any) -> str:
 def read_yaml(file: str | os.PathLike) -> dict[str, Any]:
     """The mapping in a YAML file."""
     try:
-        values = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+        values = yaml.load(Path(file).read_text(encoding="utf-8"), Loader)
     except FileNotFoundError:
         raise DeRaError(f"config={os.fspath(file)!r}: there is no such file.") from None
+    except OSError as error:
+        raise DeRaError(f"config={os.fspath(file)!r} can't be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DeRaError(f"config={os.fspath(file)!r} is not valid YAML: {error}") from None
+    if values is None:  # an empty file
+        return {}
     if not isinstance(values, dict):
         raise DeRaError(f"config={os.fspath(file)!r} must hold keys with values.")
     return values
+
+
+class Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, and reads 1e-3 as a number, as YAML 1.2 does."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        if twice := next((key for place, key in enumerate(keys) if key in keys[:place]), None):
+            raise yaml.constructor.ConstructorError(problem=f"{twice!r} is there twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+"), list("-+.0123456789")
+)
 
 
 def read_keys(file: str | os.PathLike, names: Sequence[str], called: str) -> dict[str, Any]:
@@ -286,5 +308,7 @@ def read_pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
         name, equals, value = text.partition("=")
         if not equals or not name or not value:
             raise DeRaError(f"{option}: {text!r} is not of the form name=value.")
+        if name in pairs:
+            raise DeRaError(f"{option}: the name {name!r} is there twice; give each its own.")
         pairs[name] = value
     return pairs

@@ -5,11 +5,10 @@ The page of all commands and their settings, made from the dataclasses that decl
 """
 
 import inspect
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 from typer.models import OptionInfo
@@ -19,7 +18,7 @@ from dera_peft.cli.app import app
 from dera_peft.cli.generate import PromptSettings
 from dera_peft.cli.options import PANELS, default_text, shown_fields
 from dera_peft.decoding.sampling import Sampling
-from dera_peft.settings import KEY, Settings, option_name, setting_of, type_hints
+from dera_peft.settings import KEY, Settings, alternatives, option_name, setting_of, type_hints
 from dera_peft.training import dpo, preferences, sft, trainer
 
 SHARED = {"Model": ModelSource, "Sampling": Sampling, "Prompts": PromptSettings}  # by their headings on the page
@@ -145,12 +144,8 @@ def default_cell(each: Field) -> str:
 
 def type_text(hint: Any) -> str:
     """A type in words, without None."""
-    kinds = [kind for kind in get_args(hint) if kind is not type(None)] if _is_union(hint) else [hint]
+    kinds = [kind for kind in alternatives(hint) if kind is not type(None)]
     return " or ".join(dict.fromkeys(map(_type_word, kinds)))
-
-
-def _is_union(hint: Any) -> bool:
-    return get_origin(hint) in (Union, types.UnionType)
 
 
 def _type_word(kind: Any) -> str:

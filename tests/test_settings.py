@@ -1,16 +1,22 @@
 """Settings: declared once, checked once, from Python, a YAML file and the command line alike."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from dera_peft.bench.config import StepSettings, SweepTimingSettings
 from dera_peft.checkpoint.source import ModelSource
-from dera_peft.cli.options import command
+from dera_peft.cli.export import ExportSettings
+from dera_peft.cli.generate import GenerateSettings
+from dera_peft.cli.info import InfoSettings
+from dera_peft.cli.options import command, shown_fields
+from dera_peft.cli.score import ScoreSettings
+from dera_peft.cli.sweep import SweepSettings
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate.config import SweepConfig
 from dera_peft.settings import (
@@ -18,11 +24,14 @@ from dera_peft.settings import (
     COUNT,
     Check,
     Settings,
+    alternatives,
+    option_name,
     part,
-    read_pairs,
+    read_value,
     setting,
     setting_like,
     setting_of,
+    type_hints,
 )
 
 
@@ -52,7 +61,8 @@ class Example(Weights):
     )
     names: tuple[str, ...] = setting((), "Texts.")
     rewards: tuple[str | Callable, ...] = setting((), "Texts or functions.")
-    models: Mapping[str, str] = setting({}, "By name.", parse=lambda texts: read_pairs("--models", texts))
+    models: Mapping[str, str] = setting({}, "By name.")
+    more: Mapping[str, str] | None = setting(None, "By name, if any.")
     device: Any = setting(None, "Anything.")
 
 
@@ -117,6 +127,8 @@ def test_a_file_and_what_comes_before_it(tmp_path):
     file = tmp_path / "example.yaml"
     file.write_text("name: a\nrank: 3\nshare: 0.25\nchat: true\n")
     assert Example.read(file, rank=5, scale=None) == Example(name="a", rank=5, share=0.25, chat=True)
+    file.write_text("name: a\nscale: 1e-3\nshare: +5E-1\n")
+    assert Example.read(file) == Example(name="a", scale=0.001, share=0.5), "numbers as YAML 1.2 has them"
     file.write_text("name: a\nmodels:\n  b: c\n")
     assert Example.read(file).models == {"b": "c"}
     file.write_text("prompts: a.txt\nmax-new-tokens: 3\n")
@@ -131,6 +143,8 @@ def test_a_file_and_what_comes_before_it(tmp_path):
         ("rank: 3", "name is missing: set it in the config or with --name."),
         ("- a", "must hold keys with values"),
         ("name: [", "is not valid YAML"),
+        ("name: a\nrank: 3\nrank: 4", "'rank' is there twice"),
+        ("false", "must hold keys with values"),
         (None, "there is no such file"),
     ],
 )
@@ -170,11 +184,12 @@ def test_the_command_line_comes_before_the_file_and_that_before_the_defaults(run
 def test_options_of_every_type(run, tmp_path):
     found = run(
         "--name", "a", "--kind", "dora", "--folder", str(tmp_path), "--count", "2", "--fold", "--values", "1",
-        "--names", "x", "--names", "y", "--models", "b=c", "--models", "d=e", "--device", "cpu", "--scale", "1e-3",
+        "--names", "x", "--names", "y", "--models", "b=c", "--models", "d=e", "--more", "f=g=h",
+        "--device", "cpu", "--scale", "1e-3",
     )  # fmt: skip
     assert found == Example(
         name="a", kind="dora", folder=tmp_path, count=2, fold=True, values=(1.0,), names=("x", "y"),
-        models={"b": "c", "d": "e"}, device="cpu", scale=1e-3,
+        models={"b": "c", "d": "e"}, more={"f": "g=h"}, device="cpu", scale=1e-3,
     )  # fmt: skip
 
 
@@ -187,3 +202,55 @@ def test_help_and_mistyped_options_teach(run):
     assert "--rank" in result.output
     with pytest.raises(DeRaError, match="name is missing"):
         run("--rank", "3")
+
+
+def test_names_that_are_given_twice_and_unknown_choices_are_told(run):
+    with pytest.raises(DeRaError, match="--models: the name 'b' is there twice"):
+        run("--name", "a", "--models", "b=c", "--models", "b=d")
+    result = CliRunner().invoke(run.app, ["--name", "a", "--kind", "pissa"])
+    assert result.exit_code == 2
+    assert "'plain', 'dora'" in " ".join(result.output.replace("│", " ").split())
+
+
+COMMANDS = {
+    "generate": GenerateSettings, "score": ScoreSettings, "info": InfoSettings, "export": ExportSettings,
+    "sweep": SweepSettings, "bench": StepSettings, "bench sweep": SweepTimingSettings,
+}  # fmt: skip
+TEXTS = {
+    "device_map": "cpu",
+    "mixing": "weights",
+    "lambdas": "0.5",
+    "lam": "0.5",
+    "batch": "2",
+    "prompts": "2",
+    "top": "0.5",
+}
+
+
+def text_of(each: Field, hint: Any) -> str | None:
+    """A value on the command line; None for a switch."""
+    kinds = alternatives(hint)
+    if bool in kinds:
+        return None
+    literal = next((get_args(kind)[0] for kind in kinds if get_origin(kind) is Literal), None)
+    mapping = any(get_origin(kind) is Mapping for kind in kinds)
+    number = "1" if int in kinds else "0.5" if float in kinds else None
+    return TEXTS.get(each.name) or literal or number or ("name=value" if mapping else "text")
+
+
+@pytest.mark.parametrize("settings", COMMANDS.values(), ids=COMMANDS)
+def test_every_option_of_every_command_takes_a_value_of_its_type(settings, monkeypatch):
+    """Each alone: what goes together is checked by the settings as a whole."""
+    taken = []
+    monkeypatch.setattr(settings, "read", classmethod(lambda cls, config, **given: taken.append(given)))
+    app = typer.Typer()
+    command(app, settings)(lambda found: None)
+    hints = type_hints(settings)
+    for each in shown_fields(settings):
+        text = text_of(each, hints[each.name])
+        arguments = [option_name(each)] if text is None else [option_name(each), text]
+        result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        ((name, value),) = taken.pop().items()
+        assert name == each.name
+        read_value(name, value, hints[name], setting_of(each).check)

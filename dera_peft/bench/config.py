@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from dera_peft.checkpoint.source import ModelSource
-from dera_peft.decoding.lambdas import check_lambdas, read_lambdas
+from dera_peft.decoding.lambdas import lambdas_setting
 from dera_peft.errors import DeRaError
 from dera_peft.settings import COUNT, Check, setting
 
@@ -160,15 +160,7 @@ class SweepTimingSettings(BenchedModel):
 
     called: ClassVar[str] = "dera bench sweep"
 
-    lambdas: tuple[float, ...] = setting(
-        (0.0, 0.5, 1.0, 1.5, 2.0),
-        "Strengths, with commas or the option repeated.",
-        check=check_lambdas,
-        metavar="λ[,λ…]",
-        panel=MEASURING,
-        option="--lambda",
-        parse=read_lambdas,
-    )
+    lambdas: tuple[float, ...] = lambdas_setting((0.0, 0.5, 1.0, 1.5, 2.0), "Strengths.", MEASURING)
     samples: int = setting(4, "Completions per prompt and λ.", check=COUNT, metavar="N", panel=MEASURING)
     prompts: int = setting(8, "Random prompts.", check=COUNT, metavar="N", panel=MEASURING)
     prompt: int = setting(128, "Tokens of each prompt.", check=COUNT, metavar="N", panel=MEASURING)

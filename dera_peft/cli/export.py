@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dera_peft.checkpoint.source import ModelSource
-from dera_peft.decoding.lambdas import read_lambda_by_name
+from dera_peft.decoding.lambdas import is_lambda, read_lambda_by_name
 from dera_peft.decoding.prompt_settings import PromptSettings
-from dera_peft.settings import part, setting
+from dera_peft.settings import Check, part, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,7 @@ class ExportSettings(PromptSettings, ModelSource):
         metavar="λ",
         option="--lambda",
         parse=read_lambda_by_name,
+        check=Check(lambda lam: all(map(is_lambda, lam.values() if isinstance(lam, Mapping) else [lam])), "finite"),
     )
     output: str = setting(help="Folder of the new adapter.", metavar="DIR")
     json: bool = setting(False, "Print what was measured as JSON.")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 from dera_peft.checkpoint.source import ModelSource
 from dera_peft.cli.inputs import resolve_one_aligned
-from dera_peft.decoding.lambdas import check_lambdas, read_lambdas
+from dera_peft.decoding.lambdas import lambdas_setting
 from dera_peft.decoding.prompt_settings import PromptSettings
 from dera_peft.decoding.requests import Request
 from dera_peft.decoding.rows import GeneratedRow, RowLog, expect_prompts, to_line
@@ -31,14 +31,8 @@ logger = logging.getLogger(__name__)
 class GenerateSettings(PromptSettings, Sampling, ModelSource):
     """The settings of `dera generate`."""
 
-    lambdas: tuple[float, ...] = setting(
-        (),
-        "Strengths, with commas or the option repeated. By default the one that dera.json names, else 1.",
-        metavar="λ[,λ…]",
-        panel="Prompts",
-        option="--lambda",
-        parse=read_lambdas,
-        check=check_lambdas,
+    lambdas: tuple[float, ...] = lambdas_setting(
+        (), "Strengths; the one that dera.json names, else 1, unless given.", "Prompts"
     )
     greedy: bool = setting(False, "The same as --temperature 0.", panel="Sampling")
     samples: int = setting(1, "Completions per prompt and λ.", check=COUNT, metavar="N", panel="Sampling")
@@ -50,6 +44,11 @@ class GenerateSettings(PromptSettings, Sampling, ModelSource):
     )
     json: bool = setting(False, "Print those lines instead of the texts side by side.")
     stream: bool = setting(False, "Print tokens as they come: one prompt, one λ.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.greedy and self.temperature not in (0.0, 1.0):
+            raise DeRaError(f"greedy=True, temperature={self.temperature:g}: greedy is 0; give one of them.")
 
     @property
     def sampling(self) -> Sampling:

@@ -2,17 +2,16 @@
 
 import functools
 import inspect
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
 from dera_peft.errors import DeRaError
 from dera_peft.quiet import be_quiet
-from dera_peft.settings import option_name, setting_of, type_hints
+from dera_peft.settings import alternatives, option_name, read_pairs, setting_of, type_hints
 
 PANELS = ("Model", "Prompts", "Sampling", "What is measured", "Measuring", "Output")  # in this order on a help page
 
@@ -50,19 +49,21 @@ def _with_options(function: Callable[[Any], None], settings: type) -> Callable[.
     """The function with a signature of which Typer makes the options."""
     shown = shown_fields(settings)
     by_name = {each.name: each for each in shown}
+    hints = type_hints(settings)
 
     @functools.wraps(function)
     def run(context: typer.Context, config: Path | None = None, **options: Any) -> None:
         given = {name: value for name, value in options.items() if value not in (None, [])}
         if context.invoked_subcommand is not None:
             if given or config is not None:
-                place = f"{context.command_path} {context.invoked_subcommand}"
-                raise DeRaError(f"options of {place!r} stand behind it.")
+                name = context.invoked_subcommand
+                place = f"{context.command_path} {name} …"
+                raise DeRaError(f"options before {name!r} have no effect; write them behind it: {place}")
             return
         be_quiet()
-        function(settings.read(config, **{name: _parsed(by_name[name], value) for name, value in given.items()}))
+        values = {name: _parsed(by_name[name], hints[name], value) for name, value in given.items()}
+        function(settings.read(config, **values))
 
-    hints = type_hints(settings)
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [
         inspect.Parameter("context", keyword, annotation=typer.Context),
@@ -85,7 +86,7 @@ def shown_fields(settings: type) -> list[Field]:
 
 def _annotation(each: Field, hint: Any) -> Any:
     about = setting_of(each)
-    kind, is_list = _kind(hint)
+    kind, is_list = (str, True) if about.parse is not None else _kind(hint)
     names = [option_name(each)]
     if kind is bool:
         names = [f"{names[0]}/--no-{names[0][2:]}"]
@@ -93,13 +94,11 @@ def _annotation(each: Field, hint: Any) -> Any:
         names.append(own)
     option = typer.Option(
         *names,
-        metavar="" if kind is bool else about.metavar,
+        metavar="" if kind is bool else about.metavar or _choices(hint),
         help=help_text(each),
         rich_help_panel=about.panel or PANELS[-1],
         show_default=False,
     )
-    if about.parse is not None or get_origin(hint) is Mapping:
-        kind, is_list = str, True
     return Annotated[(list[kind] if is_list else kind) | None, option]
 
 
@@ -123,24 +122,30 @@ def default_text(each: Field) -> str | None:
 
 
 def _kind(hint: Any) -> tuple[Any, bool]:
-    """What one value on the command line is converted to, and whether the option may be repeated."""
-    kinds = [kind for kind in get_args(hint) if kind is not type(None)] if _is_union(hint) else [hint]
-    if any(get_origin(kind) is tuple for kind in kinds):
-        items = next(get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple)
-        kind = _kind(items)[0]
-        return (str if get_origin(kind) is Literal else kind), True  # Typer knows no list of literals
-    for kind in kinds:
+    """What Typer makes of one value on the command line, and whether the option may be repeated."""
+    for kind in alternatives(hint):
+        if get_origin(kind) is tuple:
+            item = _kind(get_args(kind)[0])[0]
+            return (str if get_origin(item) is Literal else item), True  # Typer knows no list of literals
+        if _is_mapping(kind):
+            return str, True
         if kind in (bool, int, float, str, Path) or get_origin(kind) is Literal:
             return kind, False
     return str, False
 
 
-def _is_union(hint: Any) -> bool:
-    return get_origin(hint) in (Union, types.UnionType)
+def _is_mapping(kind: Any) -> bool:
+    return isinstance(get_origin(kind), type) and issubclass(get_origin(kind), Mapping)
 
 
-def _parsed(each: Field, value: Any) -> Any:
+def _choices(hint: Any) -> str | None:
+    return next(("|".join(get_args(kind)) for kind in alternatives(hint) if get_origin(kind) is Literal), None)
+
+
+def _parsed(each: Field, hint: Any, value: Any) -> Any:
     about = setting_of(each)
     if about.parse is not None:
         return about.parse(value)
+    if any(map(_is_mapping, alternatives(hint))):
+        return read_pairs(option_name(each), value)
     return tuple(value) if isinstance(value, list) else value

@@ -48,4 +48,7 @@ def run_program(program: Callable[[], None], debug: bool = False) -> None:
 
 
 def _tell_interrupted() -> None:
-    print("interrupted; the same command goes on from what is saved", file=sys.stderr)
+    print(
+        "interrupted; an output file or folder keeps what it has, and the command that writes it goes on from there",
+        file=sys.stderr,
+    )

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, cast
 from dera_peft.checkpoint.source import ModelSource
 from dera_peft.cli.inputs import resolve_one_aligned
 from dera_peft.decoding.jsonl import parse_row
-from dera_peft.decoding.lambdas import check_lambdas, read_lambdas
+from dera_peft.decoding.lambdas import lambdas_setting
+from dera_peft.decoding.prompt_settings import PromptSettings
 from dera_peft.decoding.prompts import Prompt, is_utf8
 from dera_peft.decoding.rows import Expected, RowLog, ScoredRow, to_line
 from dera_peft.errors import DeRaError
-from dera_peft.settings import part, setting
+from dera_peft.settings import Check, part, setting, setting_like
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -143,23 +144,23 @@ class ScoreSettings(ModelSource):
         metavar="FILE",
         panel="Prompts",
     )
-    lambdas: tuple[float, ...] = setting(
-        (),
-        "Strengths, with commas or the option repeated. By default the one that dera.json names, else 1.",
-        metavar="λ[,λ…]",
-        panel="Prompts",
-        option="--lambda",
-        parse=read_lambdas,
-        check=check_lambdas,
+    lambdas: tuple[float, ...] = lambdas_setting(
+        (), "Strengths; the one that dera.json names, else 1, unless given.", "Prompts"
     )
-    chat: bool = setting(False, "Render prompts with the tokenizer's chat template.", panel="Prompts")
+    chat: bool = setting_like(PromptSettings, "chat")
     end: bool | None = setting(
         None,
         "Whether the tokenizer's end token is part of each completion. By default it is of those whose row has "
         "'finish_reason': 'eos'.",
         panel="Prompts",
     )
-    temperature: float = setting(1.0, "Divides the mixed logits; the KL is at 1.", metavar="T", panel="Sampling")
+    temperature: float = setting(
+        1.0,
+        "Divides the mixed logits; the KL is at 1.",
+        check=Check(lambda value: value > 0, "more than 0: greedy decoding has no probabilities"),
+        metavar="T",
+        panel="Sampling",
+    )
     output: Path | None = setting(
         None,
         "A .jsonl file: a line per completion and λ, written as it finishes. Run again, it is continued.",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dera_peft.errors import DeRaError
-from dera_peft.settings import Check
+from dera_peft.settings import Check, setting
 
 MAX_LAMBDA = (2 - 2**-23) * 2.0**127  # the largest float32: logits are mixed in fp32
 
@@ -15,7 +15,13 @@ def is_lambda(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_LAMBDA
 
 
-check_lambdas = Check(lambda values: all(map(is_lambda, values)), "finite numbers")
+FINITE = Check(lambda values: all(map(is_lambda, values)), "finite numbers")
+
+
+def lambdas_setting(default: tuple[float, ...], help: str, panel: str) -> Any:
+    """The λ of a run, `tuple[float, ...]`: `--lambda 0,0.5 --lambda 1` on the command line."""
+    help = f"{help} With commas, or the option repeated."
+    return setting(default, help, check=FINITE, metavar="λ[,λ…]", panel=panel, option="--lambda", parse=read_lambdas)
 
 
 def read_lambdas(texts: Sequence[str]) -> list[float]:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from dera_peft.checkpoint.source import ModelSource
-from dera_peft.decoding.lambdas import is_lambda, read_lambdas
+from dera_peft.decoding.lambdas import is_lambda, lambdas_setting
 from dera_peft.decoding.prompt_settings import PromptSettings
 from dera_peft.decoding.sampling import Sampling
 from dera_peft.errors import DeRaError
-from dera_peft.settings import COUNT, Check, part, read_pairs, setting, setting_like
+from dera_peft.settings import COUNT, Check, part, setting, setting_like
 
 PROMPTS, SAMPLING, MEASURING = "Prompts", "Sampling", "Measuring"
 LOGITS, WEIGHTS = "logits", "weights"
@@ -44,13 +44,8 @@ class SweepConfig(Sampling, ModelSource):
     )
     max_prompts: int | None = setting(None, "Use the first so many.", check=COUNT, metavar="N", panel=PROMPTS)
     chat: bool = setting_like(PromptSettings, "chat")
-    lambdas: tuple[float, ...] = setting(
-        (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
-        "Strengths to decode at, with commas or the option repeated.",
-        metavar="λ[,λ…]",
-        panel=SAMPLING,
-        option="--lambda",
-        parse=read_lambdas,
+    lambdas: tuple[float, ...] = lambdas_setting(
+        (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), "Strengths to decode at.", SAMPLING
     )
     samples: int = setting(4, "Completions per prompt and λ.", check=COUNT, metavar="N", panel=SAMPLING)
     mixing: tuple[Literal["logits", "weights"], ...] = setting(
@@ -65,7 +60,6 @@ class SweepConfig(Sampling, ModelSource):
         metavar="NAME=LORA",
         panel=SAMPLING,
         option="--model",
-        parse=lambda texts: read_pairs("--model", texts),
     )
     batch_size: int = setting(32, "Completions decoded at once, at most.", check=COUNT, metavar="N", panel=SAMPLING)
     rewards: tuple[str | Callable, ...] = setting(

@@ -5,12 +5,12 @@ import types
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import Field, field, fields, make_dataclass
-from typing import Any, Literal, NoReturn, Union, cast, get_args, get_origin
+from typing import Any, Literal, NoReturn, cast, get_args, get_origin
 
 from trl import TrlParser
 
 from dera_peft.errors import DeRaError
-from dera_peft.settings import Settings, nearest, read_keys, setting_of, type_hints
+from dera_peft.settings import Settings, alternatives, nearest, read_keys, setting_of, type_hints
 
 ENVIRONMENT = "env"  # TRL's key for variables of the environment
 
@@ -105,7 +105,7 @@ def argparse_form(settings: type[Settings]) -> type:
 def _argparse_field(each: Field, hint: Any) -> tuple[str, Any, Any]:
     about = setting_of(each)
     metadata = {"help": about.help.replace("%", "%%")}
-    kinds = [kind for kind in get_args(hint) if kind is not type(None)] if _is_union(hint) else [hint]
+    kinds = [kind for kind in alternatives(hint) if kind is not type(None)]
     if about.metavar is not None and not any(kind is bool or get_origin(kind) is Literal for kind in kinds):
         metadata["metavar"] = about.metavar
     if hint is Any:
@@ -115,7 +115,3 @@ def _argparse_field(each: Field, hint: Any) -> tuple[str, Any, Any]:
         hint = types.GenericAlias(list, (kind,))
         return each.name, hint, field(default_factory=lambda: list(default), metadata=metadata)
     return each.name, hint, field(default=each.default, metadata=metadata)
-
-
-def _is_union(hint: Any) -> bool:
-    return get_origin(hint) in (Union, types.UnionType)

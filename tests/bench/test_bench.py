@@ -199,7 +199,7 @@ def test_interrupted_it_shows_what_was_measured(monkeypatch):
         (("--shape", "tiny", "--only", "nothing"), "nothing"),
         (("--shape", "tiny", "--device-map", "auto"), "--device-map auto: what is measured is on one device"),
         (("--shape", "tiny", "--device-map", "cuda:9"), "device_map='cuda:9': there is no such device here"),
-        (("--shape", "tiny", "sweep"), "options of 'dera bench sweep' stand behind it"),
+        (("--shape", "tiny", "sweep"), "options before 'sweep' have no effect"),
         (("sweep",), "--shape"),
     ],
 )

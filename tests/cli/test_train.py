@@ -50,7 +50,8 @@ def test_an_error_is_one_line_and_with_debug_a_traceback(run_dpo):
 def test_an_interruption_is_one_line(run_dpo):
     code, err = run_dpo(interrupt, "dpo")
     assert code == 130
-    assert err.strip() == "interrupted; the same command goes on from what is saved"
+    assert err.startswith("interrupted;")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["sft", "preferences", "dpo"])
