@@ -58,20 +58,20 @@ def base_fingerprint(name: str, revision: str | None = None) -> str | None:
     return None if snapshot is None else weights_fingerprint(snapshot, BASE_FILES)
 
 
-def cached_revision(name: str, revision: str | None = None) -> str | None:
+def cached_revision(name: str, revision: str | None = None, cache_dir: str | None = None) -> str | None:
     """The commit of a hub model in the hub's local cache; None for a folder, or where it is not there."""
-    snapshot = None if Path(name).is_dir() else _snapshot(name, revision, ("config.json",))
+    snapshot = None if Path(name).is_dir() else _snapshot(name, revision, ("config.json",), cache_dir)
     return None if snapshot is None else snapshot.name
 
 
-def _snapshot(name: str, revision: str | None, files: tuple[str, ...]) -> Path | None:
+def _snapshot(name: str, revision: str | None, files: tuple[str, ...], cache_dir: str | None = None) -> Path | None:
     """The cache's folder of one commit of a hub model, if it holds one of `files`."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     for file in files:
         try:
-            found = try_to_load_from_cache(name, file, revision=revision)
+            found = try_to_load_from_cache(name, file, cache_dir, revision)
         except HFValidationError:  # not a hub id
             return None
         if isinstance(found, str):

@@ -55,9 +55,9 @@ class Record:
         return self if base == self.base else replace(self, base=base, base_revision=None)
 
     def weights(self) -> dict[str, Any]:
-        """Which weights are named, by their fingerprints, as a JSON-like value."""
+        """Which weights are named, the local ones by their fingerprints, as a JSON-like value."""
         return {
-            "base": (self.base, weights_fingerprint(self.base)),
+            "base": (self.base, base_fingerprint(self.base) if Path(self.base).is_dir() else None),
             "adapters": {name: (folder, weights_fingerprint(folder)) for name, folder in self.adapters.items()},
             "branches": self.branches,
             "mixing": self.mixing,

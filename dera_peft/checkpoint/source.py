@@ -1,10 +1,12 @@
 """`ModelSource`: the model that a user points at, resolved and checked once for whatever is done with it."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+from dera_peft.checkpoint.fingerprint import cached_revision
 from dera_peft.settings import Setting, Settings, setting
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 PANEL = "Model"
 Quantization = Literal["nf4", "fp4", "int8"]  # bitsandbytes' kinds, 4 bits with double quantization
+ACCESS = ("token", "cache_dir", "local_files_only")  # arguments that say how to get at files, not which
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 
@@ -134,8 +137,20 @@ class ModelSource(Settings):
         return load(self.resolve(), self.quantization, self.dtype, self.device_map, **self._base_arguments())
 
     def fingerprint(self) -> dict[str, Any]:
-        """Which weights are meant, and how they are loaded, as a JSON-like value."""
-        return {**self.resolve().weights(), "quantization": self.quantization, "dtype": self.dtype}
+        """
+        Which weights are meant, and how they are loaded, as a JSON-like value.
+
+        Raises:
+            DeRaError: the base, or its config where it is of the hub, can't be read.
+        """
+        arguments = {name: str(value) for name, value in self.base_arguments.items() if name not in ACCESS}
+        return {
+            **self.resolve().weights(),
+            "revision": self._commit(),
+            "quantization": self.quantization,
+            "dtype": self.dtype,
+            "base_arguments": arguments,
+        }
 
     def placed(self) -> "ModelSource":
         """
@@ -151,6 +166,15 @@ class ModelSource(Settings):
     @property
     def _revision(self) -> str | None:
         return self.revision or self.resolve().base_revision
+
+    def _commit(self) -> str | None:
+        """The commit of a hub base that is loaded, or the revision if it isn't known; None for a folder."""
+        base, arguments = self.resolve().base, self._base_arguments()
+        if os.path.isdir(base):
+            return None
+        _ = self.config  # the hub's client then has the commit in its cache that it loads the model of
+        revision = arguments.get("revision")
+        return cached_revision(base, revision, arguments.get("cache_dir")) or revision
 
     def _base_arguments(self) -> dict[str, Any]:
         named = {"revision": self._revision, "trust_remote_code": self.trust_remote_code}
