@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 from dera_peft.checkpoint.adapters import detach_adapter
@@ -22,10 +23,12 @@ class DeRaModel(MixtureModel):
     computes.
 
     Attributes:
-        record: what it was loaded from; None for one that was made by `from_peft`.
+        record: what it was loaded from, with the adapters that were added and removed since; None for one that was
+            made by `from_peft`.
     """
 
     record: Record | None = None
+    _loaded: Record | None = None  # the record before any adapter was added or removed
 
     @classmethod
     def from_pretrained(
@@ -95,7 +98,7 @@ class DeRaModel(MixtureModel):
         branches = [Branch(name, tuple(names)) for name, names in record.branches.items()]
         lam, mixing = record.lam if lam is None else lam, record.mixing if mixing is None else mixing
         model = cls(loaded.peft_model, branches, lam, mixing)
-        model.record = record
+        model.record = model._loaded = record
         return model
 
     # the options that transformers has for weights are none of an adapter's folder
@@ -137,13 +140,15 @@ class DeRaModel(MixtureModel):
         self._check_wrapped()
         if name in self.adapters or name in self.peft_model.peft_config:
             raise DeRaError(f"name={name!r} is taken; the model has the branches {list(self.adapters)}.")
-        stacked = load_adapter(self, self.record, name, os.fspath(adapter), stacked)
+        folder, stacked = load_adapter(self, self.record, name, os.fspath(adapter), stacked)
         under = self.branches[0].adapters if stacked else ()
         try:
             self._rewire((*self.branches, Branch(name, (*under, name))))
         except DeRaError:
             detach_adapter(self.peft_model, name)
             raise
+        if self.record is not None:
+            self._update_record({**self.record.adapters, name: folder})
 
     def remove_adapter(self, name: str) -> None:
         """Removes an aligned branch, and its adapter unless another branch has it too."""
@@ -160,6 +165,17 @@ class DeRaModel(MixtureModel):
             detach_adapter(self.peft_model, adapter)
         if isinstance(self.lam, dict):
             self.lam = check_default_lam({k: self.lam.get(k, 0.0) for k in self.aligned}, self.aligned)
+        if self.record is not None:
+            self._update_record({name: folder for name, folder in self.record.adapters.items() if name not in gone})
+
+    def _update_record(self, adapters: dict[str, str]) -> None:
+        """After other branches. How it was trained is only known of the adapters that it was loaded with."""
+        assert self.record is not None
+        assert self._loaded is not None
+        branches = {branch.name: list(branch.adapters) for branch in self.branches}
+        is_as_loaded = (adapters, branches) == (self._loaded.adapters, self._loaded.branches)
+        training = self._loaded.training if is_as_loaded else {}
+        self.record = replace(self.record, adapters=adapters, branches=branches, lam=self.lam, training=training)
 
     def export(self, lam: float | Mapping[str, float], folder: PathLike, prompts: Sequence[Sequence[int]] = ()) -> dict:
         """

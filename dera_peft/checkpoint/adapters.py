@@ -176,6 +176,8 @@ def detach_adapter(peft_model: PeftModel, name: str) -> None:
     """Takes an adapter that `attach_adapter` loaded out of the model again."""
     drop_biases(peft_model.get_base_model(), name)
     peft_model.delete_adapter(name)
+    if peft_model.active_adapter not in peft_model.peft_config:  # saving looks up the config of the active one
+        peft_model.active_adapter = next(iter(peft_model.peft_config))
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from dera_peft.checkpoint.record import Record
 from dera_peft.checkpoint.resolve import own_adapter
 from dera_peft.engine.biases import biases_at
 from dera_peft.engine.mixture import MixtureModel
+from dera_peft.engine.plan import check_default_lam
 from dera_peft.engine.quantized import keep_packed
 from dera_peft.errors import DeRaError, first_line
 
@@ -164,7 +165,9 @@ def load_base(
         raise DeRaError(f"{argument}={base!r} can't be loaded: {first_line(error)}") from error
 
 
-def load_adapter(model: MixtureModel, record: Record | None, name: str, adapter: str, stacked: bool | None) -> bool:
+def load_adapter(
+    model: MixtureModel, record: Record | None, name: str, adapter: str, stacked: bool | None
+) -> tuple[str, bool]:
     """
     Loads a further adapter into a model, as `name`, with the checks of `load`.
 
@@ -173,7 +176,7 @@ def load_adapter(model: MixtureModel, record: Record | None, name: str, adapter:
         stacked: see `resolve.own_adapter`.
 
     Returns:
-        Whether it comes on top of the reference's adapters.
+        Its folder or hub id, and whether it comes on top of the reference's adapters.
     """
     base = model.config.name_or_path
     check_exists("adapter", adapter)
@@ -184,7 +187,7 @@ def load_adapter(model: MixtureModel, record: Record | None, name: str, adapter:
         own_record.with_base(base).check_base(None if record is None else record.base_revision)
     modules = check_adapter(adapter, base, make_skeleton(model.config))
     attach_adapter(model.peft_model, adapter, name, modules)
-    return stacked
+    return adapter, stacked
 
 
 def load_config(base: str, base_arguments: Mapping[str, Any] = {}, argument: str = "base") -> PreTrainedConfig:
@@ -270,9 +273,9 @@ def save(model: MixtureModel, record: Record | None, folder: str | os.PathLike) 
         record: of the model, if it was loaded from files.
 
     Raises:
-        DeRaError: the base has no name that could be written down.
+        DeRaError: the base has no name that could be written down, or `model.lam` is none.
     """
-    peft_model = model.peft_model
+    peft_model, lam = model.peft_model, check_default_lam(model.lam, model.aligned)
     adapters = sorted({name for branch in model.branches for name in branch.adapters})
     if record is None:
         base = model.config.name_or_path or peft_model.peft_config[adapters[0]].base_model_name_or_path
@@ -286,7 +289,7 @@ def save(model: MixtureModel, record: Record | None, folder: str | os.PathLike) 
     # PEFT writes the adapter "default" into the folder itself, any other into a folder of its name below it
     paths = {name: str(folder if name == "default" else folder / name) for name in adapters}
     branches = {branch.name: list(branch.adapters) for branch in model.branches}
-    replace(record, adapters=paths, branches=branches, lam=model.lam, mixing=model.mixing).save(folder)
+    replace(record, adapters=paths, branches=branches, lam=lam, mixing=model.mixing).save(folder)
 
 
 def _auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForSeq2SeqLM]:

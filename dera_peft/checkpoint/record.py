@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dera_peft.checkpoint.fingerprint import base_fingerprint, weights_fingerprint
-from dera_peft.engine.plan import LOGITS, REFERENCE, WEIGHTS
+from dera_peft.engine.plan import LOGITS, REFERENCE, WEIGHTS, check_default_lam
 from dera_peft.errors import DeRaError
 from dera_peft.files import write_atomically
 from dera_peft.messages import warn_once
@@ -79,7 +79,7 @@ class Record:
             )
 
     def check_quantization(self, quantization: str | None) -> None:
-        """Warns where the base is quantized in another way than in training: the reference is then a little another."""
+        """Warns where the base is quantized in another way than in training, which changes the reference a little."""
         if not self.training:
             return
         trained = self.training.get("quantization")
@@ -138,12 +138,17 @@ class Record:
             raise DeRaError(f"{str(file)!r}: {error}") from None
         if problem := record._problem():
             raise DeRaError(f"{str(file)!r}: {problem}.")
+        try:
+            lam = check_default_lam(record.lam, [branch for branch in record.branches if branch != REFERENCE])
+        except DeRaError as error:
+            raise DeRaError(f"{str(file)!r}: {error}") from None
 
         def resolve(name: str) -> str:
             return os.path.normpath(Path(folder) / name) if name.startswith(".") else name
 
         return replace(
             record,
+            lam=lam,
             base=resolve(record.base),
             adapters={name: resolve(path) for name, path in record.adapters.items()},
             branches={REFERENCE: record.branches[REFERENCE], **record.branches},  # the reference is always the first

@@ -296,6 +296,47 @@ def test_saving_keeps_the_record_of_the_training(tiny_base, tiny_adapter, tmp_pa
     assert unknown.base_fingerprint == record.base_fingerprint, "it is known without a training, too"
 
 
+def test_the_record_follows_the_adapters_that_come_and_go(tiny_base, tiny_adapter, top_adapter, tmp_path):
+    folder = trained(tiny_base, tiny_adapter, tmp_path / "trained", method="dpo", beta=0.1)
+    model = DeRaModel.from_pretrained(adapter=folder)
+    training = model.record.training
+    assert training["beta"] == 0.1
+    model.add_adapter("top", top_adapter)
+    assert model.record.adapters == {"default": str(folder), "top": str(top_adapter)}
+    assert model.record.branches == {"reference": [], "aligned": ["default"], "top": ["top"]}
+    assert model.record.training == {}, "it was of one of the two"
+    model.remove_adapter("top")
+    assert model.record.adapters == {"default": str(folder)}
+    assert model.record.training == training, "what was loaded is left"
+    model.add_adapter("top", top_adapter)
+    model.remove_adapter("aligned")
+    assert model.record.adapters == {"top": str(top_adapter)}
+    model.save_pretrained(tmp_path / "saved")
+    again = Record.load(tmp_path / "saved")
+    assert (again.branches, again.training) == ({"reference": [], "top": ["top"]}, {})
+
+
+def test_a_default_lambda_by_name(tiny_base, tiny_adapter, tmp_path):
+    model = DeRaModel.from_pretrained(tiny_base, tiny_adapter)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "dera.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, "lambda": {"aligned": 0.5}}))
+    assert Record.load(tmp_path).lam == 0.5
+    for lam, message in (({"other": 0.5}, "names 'other'"), ("half", "got 'half'"), ([0.5], r"got [0.5]")):
+        file.write_text(json.dumps({**values, "lambda": lam}))
+        found = error(tmp_path)
+        assert str(file) in found
+        assert message in found
+    model.lam = {"aligned": 0.25}
+    model.save_pretrained(tmp_path / "by_name")
+    assert json.loads((tmp_path / "by_name" / "dera.json").read_text())["lambda"] == 0.25
+    model.lam = float("nan")
+    with pytest.raises(DeRaError, match=r"default λ.*nan"):
+        model.save_pretrained(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 @torch.no_grad()
 def test_a_hub_base_is_known_by_its_commit_and_its_cached_weights(tiny_base, tiny_adapter, tmp_path, monkeypatch):
     """A cache as the hub's client lays it out, with two commits of one model."""
