@@ -19,7 +19,9 @@ def check_quantization(quantization: str, base: str, skeleton: PreTrainedModel, 
     try:
         from bitsandbytes.functional import has_avx512bf16  # imported when asked for: it warns where there is no GPU
     except ImportError as error:
-        raise DeRaError(f"quantization={quantization!r} needs bitsandbytes: {error}") from error
+        raise DeRaError(
+            f"quantization={quantization!r} needs bitsandbytes (pip install bitsandbytes): {error}"
+        ) from error
     if quantization == "int8" or not _runs_on_cpu(device_map) or not has_avx512bf16():
         return
     head = skeleton.get_output_embeddings()

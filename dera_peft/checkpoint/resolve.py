@@ -26,26 +26,29 @@ def resolve(
     if base is not None:
         check_exists("base", base)
     if adapters is not None and adapter is not None:
-        raise DeRaError("give adapter or adapters, not both.")
+        raise DeRaError(f"give adapter={adapter!r} or adapters={dict(adapters)}, not both.")
     if adapters is not None:
         return _resolve_several(base, adapters, reference, stacked)
     if reference:
         if adapter is None:
-            raise DeRaError("reference= needs the aligned adapter too: adapter=.")
+            raise DeRaError(f"reference={list(reference)} needs the aligned adapter too: name it with adapter=.")
         return _resolve_several(base, {ALIGNED: adapter}, reference, stacked)
-    return _resolve_one(base, adapter)
+    return _resolve_one(base, adapter, stacked)
 
 
-def _resolve_one(base: str | None, adapter: str | None) -> Record:
+def _resolve_one(base: str | None, adapter: str | None, stacked: bool | None) -> Record:
     if adapter is None:
         if base is None:
             raise DeRaError("no model is named: give a base and an adapter, or a folder with a dera.json.")
         if Record.is_in(base):
-            return Record.load(base)
+            record = Record.load(base)
+            _check_places(f"base={base!r}", record, stacked)
+            return record
         raise DeRaError(f"base={base!r} has no dera.json, so the adapter must be named too: adapter=.")
     check_exists("adapter", adapter)
     if Record.is_in(adapter):
         record = Record.load(adapter)
+        _check_places(f"adapter={adapter!r}", record, stacked)
         return record if base is None else record.with_base(base)
     if base is None:
         raise DeRaError(f"adapter={adapter!r} has no dera.json that names its base: give the base too.")
@@ -137,13 +140,23 @@ def own_adapter(
             f"adapter={adapter!r} was trained against {trained}, and the reference's adapters here are "
             f"{list(references)}, with other weights: name those that it was trained against."
         )
-    if under and stacked not in (None, len(names) > 1):
-        place = "on top of" if len(names) > 1 else "from a copy of"
-        raise DeRaError(
-            f"stacked={stacked}: by its record adapter={adapter!r} was trained {place} the reference's adapters; leave "
-            "stacked out."
-        )
+    _check_places(f"adapter={adapter!r}", record, stacked)
     return record.adapters[own], len(names) > 1 if under else stacked is not False, record
+
+
+def _check_places(named: str, record: Record, stacked: bool | None) -> None:
+    """Raises `DeRaError` where `stacked` contradicts a record with reference adapters; without them it says nothing."""
+    under = record.branches[REFERENCE]
+    if stacked is None or not under:
+        return
+    for branch, names in record.branches.items():
+        on_top = len(names) > 1 and names[: len(under)] == under
+        if branch != REFERENCE and stacked != on_top:
+            place = "on top of" if on_top else "from a copy of"
+            raise DeRaError(
+                f"stacked={stacked}: by its record {named} was trained {place} the reference's adapters; leave stacked "
+                "out."
+            )
 
 
 def _have_same_weights(references: Sequence[str | None], recorded: Sequence[str]) -> bool:

@@ -34,7 +34,7 @@ def make_branches(reference: Sequence[str], aligned: Mapping[str, str], stacked:
     if REFERENCE in aligned:
         raise DeRaError(f"{REFERENCE!r} is the reference's branch; give the aligned adapter another name.")
     if not aligned:
-        raise DeRaError("no aligned adapter is named.")
+        raise DeRaError("no aligned adapter is named: name at least one with adapter or adapters.")
     under = tuple(reference) if stacked else ()
     if both := set(under) & set(aligned.values()):
         raise DeRaError(f"adapter {both.pop()!r} is named both as the reference's and as aligned.")

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from two_models import position_ids
 
 from dera_peft import DeRaError, DeRaModel
+from dera_peft.checkpoint.source import ModelSource
 
 IDS = torch.arange(3, 27).view(4, 6)
 PROMPTS = ["The old lighthouse", "A fox crossed the frozen river and", "Rain", "My sister repairs"]
@@ -162,6 +163,7 @@ def test_lam_that_does_not_fit_the_adapters(tiny_base, adapters):
 def test_arguments_that_contradict_each_other(tiny_base, adapters):
     for kwargs, message in (
         ({"adapter": adapters["sft"], "adapters": {"a": adapters["sft"]}}, "not both"),
+        ({"adapter": adapters["sft"], "adapters": {"a": adapters["sft"]}}, f"adapter='{adapters['sft']}' or adapters="),
         ({"reference": adapters["sft"]}, "needs the aligned adapter"),
         ({"adapters": {"reference": adapters["sft"]}}, "'reference'"),
         ({"adapters": {"a.b": adapters["sft"]}}, "'a.b'"),
@@ -294,6 +296,12 @@ def test_a_record_says_whether_the_adapter_replaces_the_references(tiny_base, ad
             DeRaModel.from_pretrained(tiny_base, recorded[name], reference=adapters["helpful"])
     with pytest.raises(DeRaError, match="trained against the base alone"):
         DeRaModel.from_pretrained(tiny_base, recorded["sft"], reference=adapters["helpful"])
+    for name in ("stacked", "continued"):  # the record's own reference, without reference=
+        for source in ({"adapter": recorded[name]}, {"base": recorded[name]}):
+            with pytest.raises(DeRaError, match=f"stacked={name != 'stacked'}: by its record {next(iter(source))}="):
+                DeRaModel.from_pretrained(**source, stacked=name != "stacked")
+            assert ModelSource.read(**source, stacked=name == "stacked").resolve().branches["reference"]
+    DeRaModel.from_pretrained(tiny_base, recorded["sft"], stacked=False)  # there is nothing to contradict
     both = {"a": recorded["stacked"], "b": recorded["continued"]}
     with pytest.raises(DeRaError, match=r"\['a'\] come on top.*add_adapter"):
         DeRaModel.from_pretrained(tiny_base, adapters=both, reference=recorded["sft"])
