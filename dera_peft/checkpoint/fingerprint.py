@@ -54,17 +54,19 @@ def base_fingerprint(name: str, revision: str | None = None) -> str | None:
     The same weights give the same fingerprint from either. Nothing is downloaded: it is None where a hub model's
     weights are not here yet.
     """
-    snapshot = Path(name) if Path(name).is_dir() else _snapshot(name, revision, WEIGHTS)
+    snapshot = Path(name) if Path(name).is_dir() else cached_snapshot(name, revision, WEIGHTS)
     return None if snapshot is None else weights_fingerprint(snapshot, BASE_FILES)
 
 
 def cached_revision(name: str, revision: str | None = None, cache_dir: str | None = None) -> str | None:
     """The commit of a hub model in the hub's local cache; None for a folder, or where it is not there."""
-    snapshot = None if Path(name).is_dir() else _snapshot(name, revision, ("config.json",), cache_dir)
+    snapshot = None if Path(name).is_dir() else cached_snapshot(name, revision, ("config.json",), cache_dir)
     return None if snapshot is None else snapshot.name
 
 
-def _snapshot(name: str, revision: str | None, files: tuple[str, ...], cache_dir: str | None = None) -> Path | None:
+def cached_snapshot(
+    name: str, revision: str | None, files: tuple[str, ...], cache_dir: str | None = None
+) -> Path | None:
     """The cache's folder of one commit of a hub model, if it holds one of `files`."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from dera_peft.checkpoint.adapters import attach_adapter, check_adapter, check_exists, is_adapter
-from dera_peft.checkpoint.fingerprint import base_fingerprint, cached_revision
+from dera_peft.checkpoint.fingerprint import base_fingerprint, cached_revision, cached_snapshot
 from dera_peft.checkpoint.quantization import check_quantization, quantization_config, quantization_name
 from dera_peft.checkpoint.record import Record
 from dera_peft.checkpoint.resolve import own_adapter
@@ -32,6 +32,10 @@ from dera_peft.engine.quantized import keep_packed
 from dera_peft.errors import DeRaError, first_line
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -213,30 +217,48 @@ def load_config(base: str, base_arguments: Mapping[str, Any] = {}, argument: str
 
 
 def load_tokenizer(
-    *names: str, revision: str | None = None, padding_side: str | None = "left"
+    *names: str, base_arguments: Mapping[str, Any] = {}, padding_side: str | None = "left"
 ) -> PreTrainedTokenizerBase:
     """
     The tokenizer of the first of `names` (hub ids or folders) that has one: an adapter's, which may have a chat
     template of its own, before the base's.
 
     Args:
-        revision: of the last name, the base, where it is of the hub.
+        names: adapters, and last the base.
+        base_arguments: of `from_pretrained`; those that say where on the hub the base is are read, and for the adapters
+            those of them that are not of the base alone.
         padding_side: its own if None.
 
     Raises:
-        DeRaError: none has one.
+        DeRaError: none has one, or the first one's can't be loaded.
     """
-    arguments = {} if padding_side is None else {"padding_side": padding_side}
+    of_base = {name: base_arguments[name] for name in HUB_ARGUMENTS if base_arguments.get(name) is not None}
+    of_adapters = {name: value for name, value in of_base.items() if name not in ("revision", "subfolder")}
+    own_side = {} if padding_side is None else {"padding_side": padding_side}
     errors = []
-    for name in names:
+    for index, name in enumerate(names):
+        arguments = of_base if index == len(names) - 1 else of_adapters
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                name, revision=revision if name == names[-1] else None, **arguments
-            )
+            tokenizer = AutoTokenizer.from_pretrained(name, **arguments, **own_side)
             return cast("PreTrainedTokenizerBase", tokenizer)
-        except (OSError, ValueError, HFValidationError) as error:
+        except Exception as error:  # a broken file raises whatever its reader does, as KeyError or a bare Exception
+            if _has_tokenizer_files(name, arguments):
+                raise DeRaError(f"the tokenizer of {name!r} can't be loaded: {first_line(error)}") from error
+            if not isinstance(error, (OSError, ValueError, HFValidationError)):
+                raise
             errors.append(f"{name!r}: {first_line(error)}")
-    raise DeRaError("no tokenizer can be loaded: " + "; ".join(errors))
+    raise DeRaError(
+        f"no tokenizer can be loaded: {'; '.join(errors)}. Save the base's into its folder, or into the adapter's."
+    )
+
+
+def _has_tokenizer_files(name: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether a folder has them, or the hub's local cache, where they come to if the hub has them."""
+    subfolder = arguments.get("subfolder", "")
+    if os.path.isdir(name):
+        return any(os.path.isfile(os.path.join(name, subfolder, file)) for file in TOKENIZER_FILES)
+    files = tuple(f"{subfolder}/{file}" if subfolder else file for file in TOKENIZER_FILES)
+    return cached_snapshot(name, arguments.get("revision"), files, arguments.get("cache_dir")) is not None
 
 
 def make_skeleton(

@@ -115,12 +115,12 @@ class ModelSource(Settings):
         with the end token if it has no padding token.
 
         Raises:
-            DeRaError: neither has one.
+            DeRaError: neither has one, or the adapter's can't be loaded.
         """
         from dera_peft.checkpoint.loading import load_tokenizer
 
         record = self.resolve()
-        tokenizer = load_tokenizer(*record.adapters.values(), record.base, revision=self._revision)
+        tokenizer = load_tokenizer(*record.adapters.values(), record.base, base_arguments=self._base_arguments())
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer

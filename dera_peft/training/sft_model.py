@@ -103,7 +103,7 @@ class SFTModel(ModelSource):
     def own_tokenizer(self) -> PreTrainedTokenizerBase:
         """As it is saved, where `tokenizer` is ready to decode."""
         adapters = [] if self.adapter is None else [self.adapter]
-        return load_tokenizer(*adapters, self.base, revision=self._revision, padding_side=None)
+        return load_tokenizer(*adapters, self.base, base_arguments=self._base_arguments(), padding_side=None)
 
     def _load_base(self, checked: Checked) -> PreTrainedModel:
         base_arguments = self._base_arguments()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dera_peft import DeRaError
 from dera_peft.checkpoint.fingerprint import settings_fingerprint
 from dera_peft.checkpoint.source import ModelSource
 
@@ -62,3 +63,55 @@ def test_a_file_beside_the_bases_weights_is_none_of_them(tiny_base, tiny_adapter
     assert fingerprint(base=base, adapter=tiny_adapter) == before
     save_file({"x": torch.ones(2)}, base / "model.safetensors")
     assert fingerprint(base=base, adapter=tiny_adapter) != before
+
+
+def test_a_broken_tokenizer_of_an_adapter_is_not_passed_over(tiny_base, tiny_adapter, tmp_path):
+    adapter = shutil.copytree(tiny_adapter, tmp_path / "adapter")
+    source = ModelSource.read(base=tiny_base, adapter=adapter)
+    assert len(source.tokenizer()) == 320, "the base's: the adapter has none"
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        for content in ("{ broken", "[]", '{"model": 1}'):
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copy(tiny_base / name, adapter)
+            assert len(source.tokenizer()) == 320
+            if (file, content) == ("tokenizer_config.json", '{"model": 1}'):
+                continue  # it names nothing, and breaks nothing
+            (adapter / file).write_text(content)
+            with pytest.raises(DeRaError, match=f"the tokenizer of '{adapter}' can't be loaded"):
+                source.tokenizer()
+
+
+def test_a_broken_tokenizer_on_the_hub_is_not_passed_over(hub, tiny_base, tiny_adapter):
+    adapter = hub.parent / "models--org--adapter" / "snapshots" / FIRST
+    shutil.copytree(tiny_adapter, adapter)
+    (adapter.parents[1] / "refs").mkdir()
+    (adapter.parents[1] / "refs" / "main").write_text(FIRST)
+    source = ModelSource.read(base=tiny_base, adapter="org/adapter")
+    assert len(source.tokenizer()) == 320, "the base's: the adapter has none"
+    (adapter / "tokenizer.json").write_text("{ broken")
+    with pytest.raises(DeRaError, match="the tokenizer of 'org/adapter' can't be loaded"):
+        source.tokenizer()
+
+
+def test_what_the_base_is_loaded_with_reaches_its_tokenizer(tiny_base, tiny_adapter, tmp_path, monkeypatch):
+    nested = shutil.copytree(tiny_base, tmp_path / "base" / "nested").parent
+    source = {"base": nested, "adapter": tiny_adapter, "base_arguments": {"subfolder": "nested"}}
+    assert len(ModelSource.read(**source).tokenizer()) == 320
+    seen = {}
+
+    def refuse(name, **arguments):
+        seen[name] = arguments
+        raise OSError("none")
+
+    monkeypatch.setattr("dera_peft.checkpoint.loading.AutoTokenizer.from_pretrained", refuse)
+    access = {"token": "secret", "cache_dir": "cache", "local_files_only": True}
+    source = ModelSource.read(
+        base="org/base",
+        adapter="org/adapter",
+        trust_remote_code=True,
+        base_arguments={**access, "revision": "v1", "subfolder": "nested", "attn_implementation": "eager"},
+    )
+    with pytest.raises(DeRaError, match=r"no tokenizer can be loaded: 'org/adapter': none; 'org/base': none\. Save"):
+        source.tokenizer()
+    common = {**access, "trust_remote_code": True, "padding_side": "left"}
+    assert seen == {"org/adapter": common, "org/base": {**common, "revision": "v1", "subfolder": "nested"}}
