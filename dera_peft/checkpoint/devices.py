@@ -1,6 +1,7 @@
 """Where a command puts the model, on one process and on several."""
 
 import gc
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -33,29 +34,42 @@ def device_map_of(name: str | None, processes: PartialState) -> Any:
     return {"": processes.device}
 
 
-def read_device_map(name: str | None) -> str | None:
+def read_device_map(device_map: Any) -> Any:
     """
-    A `device_map` for transformers: the one named, or else the accelerator if there is one.
+    A `device_map` for transformers: the one given, or else the accelerator if there is one.
+
+    Args:
+        device_map: a strategy, a device, or a dict of modules' names and the device of each (or "disk").
 
     Raises:
         DeRaError: it names neither a strategy nor a device that is here.
     """
+    if device_map is None:
+        return "auto" if torch.accelerator.is_available() else None
+    if isinstance(device_map, Mapping):
+        for name, device in device_map.items():
+            if device != "disk":
+                _check_device(device, f"device_map={{{name!r}: {device!r}}}", "disk")
+        return dict(device_map)
+    if device_map not in STRATEGIES:
+        _check_device(device_map, f"device_map={device_map!r}", *STRATEGIES)
+    return device_map
+
+
+def _check_device(name: Any, given: str, *others: str) -> None:
+    """Raises `DeRaError` where `name` (of `given`, which may also be one of `others`) is no device that is here."""
     accelerator = torch.accelerator.current_accelerator()
-    if name is None:
-        return None if accelerator is None else "auto"
-    if name in STRATEGIES:
-        return name
+    here = "cpu" if accelerator is None else f"cpu and {torch.accelerator.device_count()} of {accelerator.type}"
+    missing = f"{given}: there is no such device here; there is {here}."
+    if accelerator is None and isinstance(name, int):  # the index of an accelerator
+        raise DeRaError(missing)
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise DeRaError(
-            f"device_map={name!r} is not a device, as cpu or cuda:0, nor one of {', '.join(STRATEGIES)}."
-        ) from None
+    except (RuntimeError, TypeError):
+        raise DeRaError(f"{given} is not a device, as cpu or cuda:0, nor one of {', '.join(others)}.") from None
     count = torch.accelerator.device_count() if accelerator is not None and device.type == accelerator.type else 0
     if device.type != "cpu" and (device.index or 0) >= count:
-        here = "cpu" if accelerator is None else f"cpu and {torch.accelerator.device_count()} of {accelerator.type}"
-        raise DeRaError(f"device_map={name!r}: there is no such device here; there is {here}.")
-    return name
+        raise DeRaError(missing)
 
 
 def free_memory() -> None:
