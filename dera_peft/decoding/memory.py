@@ -4,6 +4,7 @@ import logging
 
 import torch
 
+from dera_peft.checkpoint.devices import free_memory
 from dera_peft.errors import DeRaError
 from dera_peft.messages import warn_once
 
@@ -40,5 +41,5 @@ class Attempt:
 
 def go_on_with_half(message: str) -> None:
     """Frees what the failed work had reserved, and warns; to be called once its tensors are let go."""
-    torch.accelerator.empty_cache()
+    free_memory()
     warn_once(logger, message)

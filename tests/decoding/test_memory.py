@@ -30,9 +30,20 @@ def test_work_that_can_be_halved_lets_go_of_its_tensors(monkeypatch, caplog):
     gc.collect()
     assert held[0]() is None
     freed = []
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     monkeypatch.setattr("torch.accelerator.empty_cache", lambda: freed.append(True))
     go_on_with_half("half as many")
     assert (freed, caplog.messages) == ([True], ["half as many"])
+
+
+def test_without_an_accelerator_there_is_nothing_to_free(monkeypatch, caplog):
+    def refuse():
+        raise RuntimeError("Cannot access accelerator device when none is available.")
+
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setattr("torch.accelerator.empty_cache", refuse)
+    go_on_with_half("half as many")
+    assert caplog.messages == ["half as many"]
 
 
 def test_work_that_can_not_and_other_errors():
