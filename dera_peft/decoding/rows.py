@@ -6,6 +6,7 @@ Nothing here imports torch: what reads results need not wait for it.
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -227,16 +228,21 @@ def check_writable(file: Path, argument: str) -> None:
     """
     Makes the folder of `file`. Better known now than after an hour of decoding is whether the file can be written.
 
+    A file that is not there yet is not made: another process may make it meanwhile.
+
     Raises:
         DeRaError: it can't; the message names `argument`.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not os.path.lexists(file)
-        with file.open("ab"):
-            pass
-        if is_new:
-            file.unlink()
+        try:
+            os.lstat(file)
+        except FileNotFoundError:
+            with tempfile.TemporaryFile(dir=file.parent):
+                pass
+        else:
+            with file.open("ab"):
+                pass
     except OSError as error:
         raise DeRaError(f"{argument}: {str(file)!r} can't be written: {error.strerror}.") from error
 
