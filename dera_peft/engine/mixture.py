@@ -301,12 +301,17 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
 
     def _rewire(self, branches: Sequence[Branch]) -> None:
         """Other branches of the same base. Where they don't fit (`DeRaError`) the model stays as it was."""
-        self._wiring.remove()
+        before = self._wiring
+        joins_behind_head = before.can_join_before_head and not before.joins_before_head  # the caller's choice
+        before.remove()
         try:
             self._wire(branches)
         except DeRaError:
             self._wire(self.branches)
             raise
+        finally:
+            if joins_behind_head:
+                self.joins_before_head = False
 
     # -- what it consists of -------------------------------------------------------------------------------------------
 

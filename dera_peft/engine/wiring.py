@@ -22,6 +22,7 @@ class Wiring:
         adapted: the modules that adapters of the branches change.
         fork_layer: the decoder layer before which the rows fork; 0 if they fork at the input.
         joins_before_head: whether the rows are joined before the LM head. False joins the logits behind it.
+        can_join_before_head: whether the head is linear, which that needs.
 
     Raises:
         DeRaError: an adapter can't be kept to its branch, or the base is wired already.
@@ -38,7 +39,7 @@ class Wiring:
         if "is_in_dera" in vars(base):
             raise DeRaError("the PeftModel is wrapped by a DeRaModel already; unwrap() that one first.")
         self.fork_layer = 0 if mixing == WEIGHTS else find_fork_layer(base, branches, self.adapted)
-        self.joins_before_head = is_head_linear(base, self.adapted)
+        self.joins_before_head = self.can_join_before_head = is_head_linear(base, self.adapted)
         self._num_heads = getattr(base.config.get_text_config(decoder=True), "num_attention_heads", 1)
         self._replaced = {}
         for module in self.adapted:

@@ -143,6 +143,21 @@ def test_adapters_come_and_go_on_a_live_model(tiny_base, adapters):
         model.remove_adapter("helpfull")
 
 
+def test_the_choice_to_join_behind_the_head_outlasts_other_adapters(tiny_base, adapters, tmp_path):
+    model = DeRaModel.from_pretrained(tiny_base, adapters["harmless"])
+    model.joins_before_head = False
+    model.add_adapter("helpful", adapters["helpful"])
+    assert not model.joins_before_head
+    model.remove_adapter("helpful")
+    assert not model.joins_before_head
+    model.joins_before_head = True
+    model.add_adapter("helpful", adapters["helpful"])
+    assert model.joins_before_head
+    on_head = make_adapter(tiny_base, tmp_path / "head", target_modules=["q_proj", "lm_head"])
+    model.add_adapter("head", on_head)
+    assert not model.joins_before_head, "the branches' heads differ"
+
+
 def test_lam_that_does_not_fit_the_adapters(tiny_base, adapters):
     model = DeRaModel.from_pretrained(tiny_base, adapters={name: adapters[name] for name in ("helpful", "harmless")})
     for lam, message in (
