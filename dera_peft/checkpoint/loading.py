@@ -65,6 +65,7 @@ def check(
     record: Record,
     base_arguments: Mapping[str, Any] = {},
     *,
+    config: PreTrainedConfig | None = None,
     base_argument: str = "base",
     adapter_argument: str = "adapter",
 ) -> Checked:
@@ -73,12 +74,14 @@ def check(
 
     Args:
         base_arguments: of transformers' `from_pretrained`.
+        config: from `load_config`, where it is there already.
         base_argument, adapter_argument: what names them for the user, for messages.
 
     Raises:
         DeRaError: one of them can't be read, or does not fit the other.
     """
-    config = load_config(record.base, base_arguments, base_argument)
+    if config is None:
+        config = load_config(record.base, base_arguments, base_argument)
     skeleton = make_skeleton(config, base_arguments.get("trust_remote_code"), base_argument)
     modules = {
         name: check_adapter(folder, record.base, skeleton, adapter_argument) for name, folder in record.adapters.items()
@@ -87,11 +90,19 @@ def check(
     return Checked(config, skeleton, modules)
 
 
-def load(record: Record, quantization: str | None, dtype: str | None, device_map: Any, **base_arguments) -> Loaded:
+def load(
+    record: Record,
+    config: PreTrainedConfig,
+    quantization: str | None,
+    dtype: str | None,
+    device_map: Any,
+    **base_arguments,
+) -> Loaded:
     """
     The base and the adapters of a record.
 
     Args:
+        config: from `load_config`.
         base_arguments: of transformers' `from_pretrained`.
 
     Raises:
@@ -101,7 +112,7 @@ def load(record: Record, quantization: str | None, dtype: str | None, device_map
     if record.base_revision is not None:
         base_arguments.setdefault("revision", record.base_revision)
     revision = base_arguments.get("revision")
-    checked = check(record, base_arguments)
+    checked = check(record, base_arguments, config=config)
     record.check_quantization(quantization or configured_quantization(checked.config, base_arguments))
     model: PreTrainedModel | PeftModel = load_base(
         base, checked.config, quantization, dtype, device_map, skeleton=checked.skeleton, **base_arguments

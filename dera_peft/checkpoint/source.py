@@ -134,7 +134,8 @@ class ModelSource(Settings):
         """
         from dera_peft.checkpoint.loading import load
 
-        return load(self.resolve(), self.quantization, self.dtype, self.device_map, **self._base_arguments())
+        arguments = self._base_arguments()
+        return load(self.resolve(), self.config, self.quantization, self.dtype, self.device_map, **arguments)
 
     def fingerprint(self) -> dict[str, Any]:
         """

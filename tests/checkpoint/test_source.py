@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dera_peft import DeRaError
+from dera_peft import DeRaError, DeRaModel
+from dera_peft.checkpoint import loading as loading_module
 from dera_peft.checkpoint.fingerprint import settings_fingerprint
 from dera_peft.checkpoint.source import ModelSource
 
@@ -115,3 +116,18 @@ def test_what_the_base_is_loaded_with_reaches_its_tokenizer(tiny_base, tiny_adap
         source.tokenizer()
     common = {**access, "trust_remote_code": True, "padding_side": "left"}
     assert seen == {"org/adapter": common, "org/base": {**common, "revision": "v1", "subfolder": "nested"}}
+
+
+def test_the_config_is_read_once(tiny_base, tiny_adapter, monkeypatch):
+    read = []
+
+    def load_config(base, *args):
+        read.append(base)
+        return loading(base, *args)
+
+    loading = loading_module.load_config
+    monkeypatch.setattr(loading_module, "load_config", load_config)
+    source = ModelSource.read(base=tiny_base, adapter=tiny_adapter)
+    assert source.config.num_hidden_layers == 6
+    DeRaModel.from_source(source)
+    assert read == [str(tiny_base)]
