@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -33,11 +34,11 @@ def retrain_command(adapter: str, record: Record, beta: float, folder: Path) -> 
         return None
     beta = float(f"{beta:.4g}")
     new = {"beta": beta, "output_dir": f"{os.path.normpath(adapter)}-beta-{beta:g}"}
-    settings = _settings(adapter)
-    if settings is None:
+    found = _settings(adapter)
+    if found is None:
         known = " ".join(f"--{key} {shlex.quote(str(value))}" for key, value in {**_known(record), **new}.items())
         return f"dera dpo {known}  # and its other settings, which its record does not hold"
-    processes = settings.pop("processes", 1)
+    settings, processes = found
     program = "dera" if processes == 1 else f"torchrun --nproc_per_node {processes} -m dera_peft.cli"
     file = folder / FILE_NAME
     command = f"{program} dpo --config {shlex.quote(str(file))}"
@@ -49,15 +50,17 @@ def retrain_command(adapter: str, record: Record, beta: float, folder: Path) -> 
     return command
 
 
-def _settings(adapter: str) -> dict | None:
-    """What `dera dpo` was told, if its folder still says so."""
+def _settings(adapter: str) -> tuple[dict[str, Any], int] | None:
+    """What `dera dpo` was told, and by how many processes it ran, if its folder still says so."""
     try:
-        settings = json.loads((Path(adapter) / "run.json").read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
+        record = json.loads((Path(adapter) / "run.json").read_text(encoding="utf-8"))
+        settings, given = record["settings"], record.get("given")
+        processes = settings.pop("processes", 1)
+        if given is None:  # an older folder has only what is not at its default
+            given = {key: value for key, value in settings.items() if key not in DERIVED and value != []}
+        return (given, processes) if "dataset_name" in given else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    if not isinstance(settings, dict) or "dataset_name" not in settings:
-        return None
-    return {key: value for key, value in settings.items() if key not in DERIVED and value not in (None, [])}
 
 
 def _known(record: Record) -> dict[str, str]:

@@ -31,7 +31,7 @@ from dera_peft.checkpoint.source import ModelSource, Quantization
 from dera_peft.errors import DeRaError
 from dera_peft.messages import is_main_process
 from dera_peft.settings import setting, setting_like
-from dera_peft.training.program import DataSettings, OutputFolder, check_processes, log, settings_of
+from dera_peft.training.program import DataSettings, OutputFolder, check_processes, given_settings, log, settings_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -100,14 +100,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if sft_model.adapter is None:
             raise DeRaError("continue_sft_adapter=True needs the adapter: set sft_adapter.")
         check_lora_settings(model_args, sft_model.adapter)
+    groups, watching = (settings, training_args, model_args), training_args.watching()
     output = OutputFolder(
         training_args.output_dir,
-        {
-            **settings_of(settings, training_args, model_args, ignore=training_args.watching()),
-            "processes": processes,
-        },
+        {**settings_of(*groups, ignore=watching), "processes": processes},
         {**sft_model.fingerprint(), "dataset": dataset_fingerprint(rows)},
         settings.overwrite,
+        given_settings(parser.given, *groups, ignore=watching),
     )
     if output.is_complete:
         output.log_reused()

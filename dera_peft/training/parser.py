@@ -2,7 +2,7 @@
 
 import os
 import types
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import Field, field, fields, make_dataclass
 from typing import Any, Literal, NoReturn, cast, get_args, get_origin
@@ -13,6 +13,7 @@ from dera_peft.errors import DeRaError
 from dera_peft.settings import Settings, alternatives, nearest, read_keys, setting_of, type_hints
 
 ENVIRONMENT = "env"  # TRL's key for variables of the environment
+NOT_GIVEN = object()
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -34,10 +35,14 @@ class Parser(RaisingParser, TrlParser):
         command: as the user calls it, "dera sft".
         description: stands at the head of its help page.
         groups: dataclasses of TRL's, or of `Settings`.
+
+    Attributes:
+        given: after `read`, the values that file and command line gave, without those of defaults.
     """
 
     def __init__(self, command: str, description: str, *groups: type):
         self.groups = groups
+        self.given: dict[str, Any] = {}
         super().__init__(
             [argparse_form(group) if issubclass(group, Settings) else group for group in groups],
             prog=command,
@@ -61,8 +66,7 @@ class Parser(RaisingParser, TrlParser):
         config.add_argument("--config")
         found, arguments = config.parse_known_args(arguments)
         names = sorted({action.dest for action in self._actions} - {"help"})
-        if found.config is not None:
-            self._set_defaults_from(found.config, names)
+        of_file = [] if found.config is None else self._set_defaults_from(found.config, names)
         values, unknown = self.parse_known_args(arguments)
         if unknown:
             name = unknown[0].partition("=")[0]
@@ -71,6 +75,10 @@ class Parser(RaisingParser, TrlParser):
             raise DeRaError(
                 f"{name} is not an option of {self.prog}; {nearest(name.lstrip('-').replace('-', '_'), names)}"
             )
+        on_line, _ = self.parse_known_args(arguments, Namespace(**dict.fromkeys(names, NOT_GIVEN)))
+        self.given = {
+            name: getattr(values, name) for name in names if name in of_file or getattr(on_line, name) is not NOT_GIVEN
+        }
         try:
             return tuple(
                 group(**{each.name: getattr(values, each.name) for each in fields(form) if each.init})
@@ -79,7 +87,8 @@ class Parser(RaisingParser, TrlParser):
         except (OSError, ValueError, TypeError) as error:
             raise DeRaError(" ".join(str(error).split())) from error
 
-    def _set_defaults_from(self, file: str, names: Sequence[str]) -> None:
+    def _set_defaults_from(self, file: str, names: Sequence[str]) -> list[str]:
+        """The names of the settings that the file has."""
         values = read_keys(file, [*names, ENVIRONMENT], self.prog)
         variables = values.pop(ENVIRONMENT, {})
         if not isinstance(variables, dict):
@@ -90,6 +99,7 @@ class Parser(RaisingParser, TrlParser):
             if isinstance(values[name], (str, int, float)):
                 values[name] = [values[name]]  # as on the command line
         self.set_defaults_with_config(**values)
+        return list(values)
 
 
 def argparse_form(settings: type[Settings]) -> type:

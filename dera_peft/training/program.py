@@ -91,12 +91,30 @@ def settings_of(*arguments: Any, ignore: tuple[str, ...] = ()) -> dict[str, Any]
             value = getattr(group, f.name)  # to_dict would mask an eos_token as it does the hub's
             if f.init and value != (f.default if f.default_factory is MISSING else f.default_factory()):
                 settings[f.name] = value
-    for name in (*ignore, "output_dir", "overwrite", "num_processes", "hub_token"):
-        settings.pop(name, None)
-    for name, value in settings.items():
-        if isinstance(value, dict):  # model_init_kwargs may hold a secret of the hub's
-            settings[name] = {key: part for key, part in value.items() if key != "token"}
-    return json.loads(json.dumps(settings, default=str))
+    return _to_write(settings, ignore)
+
+
+def given_settings(given: dict[str, Any], *arguments: Any, ignore: tuple[str, ...] = ()) -> dict[str, Any]:
+    """
+    What a user gave, as JSON would hold it: without what dataclasses derive from it and from the machine.
+
+    Args:
+        given: values by name, as `Parser.given`.
+        arguments: dataclasses made of them, which have read the texts that stand for dicts.
+        ignore: names to leave out.
+    """
+    made = {name: value for group in arguments for name, value in vars(group).items() if isinstance(value, dict)}
+    return _to_write({name: made.get(name, value) for name, value in given.items()}, ignore)
+
+
+def _to_write(settings: dict[str, Any], ignore: tuple[str, ...]) -> dict[str, Any]:
+    """Settings without those to `ignore`, those of the folder alone, and secrets of the hub's."""
+    left_out = {*ignore, "output_dir", "overwrite", "num_processes", "hub_token"}
+    written = {name: value for name, value in settings.items() if name not in left_out}
+    for name, value in written.items():
+        if isinstance(value, dict):  # model_init_kwargs may hold a token
+            written[name] = {key: part for key, part in value.items() if key != "token"}
+    return json.loads(json.dumps(written, default=str))
 
 
 class OutputFolder:
@@ -109,15 +127,24 @@ class OutputFolder:
         folder: is made if it is not there.
         settings, inputs: of this run, as JSON-like values; inputs are fingerprints.
         overwrite: forget what is there.
+        given: what the user gave of the settings, for who repeats the run; it is not compared.
 
     Raises:
         DeRaError: it holds the results of other settings or inputs.
     """
 
-    def __init__(self, folder: str | os.PathLike, settings: dict, inputs: dict, overwrite: bool = False):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        settings: dict,
+        inputs: dict,
+        overwrite: bool = False,
+        given: dict | None = None,
+    ):
         self.folder = Path(folder)
         self.file = self.folder / FILE_NAME
         self.record = {"settings": settings, "inputs": inputs}
+        self.given = {} if given is None else {"given": given}
         self.is_complete = False
         from accelerate import PartialState
 
@@ -185,7 +212,7 @@ class OutputFolder:
         if not is_main_process():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"complete": complete, **self.record}, indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps({"complete": complete, **self.record, **self.given}, indent=2, ensure_ascii=False) + "\n"
         write_atomically(self.file, text)
 
     def log_reused(self) -> None:

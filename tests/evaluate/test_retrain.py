@@ -41,8 +41,26 @@ def test_of_the_settings_of_the_training(tmp_path):
     command = retrain_command(f"{tmp_path}/dpo/", record(ALONE), 0.25, tmp_path)
     assert command == f"torchrun --nproc_per_node 2 -m dera_peft.cli dpo --config {tmp_path}/retrain.yaml"
     assert yaml.safe_load((tmp_path / "retrain.yaml").read_text()) == {
-        "dataset_name": "p.jsonl", "beta": 0.25, "seed": 3, "output_dir": f"{tmp_path}/dpo-beta-0.25",
+        "dataset_name": "p.jsonl", "beta": 0.25, "seed": 3, "max_length": None,
+        "output_dir": f"{tmp_path}/dpo-beta-0.25",
     }  # fmt: skip
+
+
+def test_of_what_the_user_gave_where_the_folder_has_it(tmp_path):
+    (tmp_path / "dpo").mkdir()
+    given = {"dataset_name": "p.jsonl", "max_length": None, "seed": 42, "report_to": []}
+    settings = {"dataset_name": "p.jsonl", "max_length": None, "use_cpu": True, "bf16": False, "processes": 1}
+    (tmp_path / "dpo" / "run.json").write_text(json.dumps({"settings": settings, "given": given}))
+    retrain_command(f"{tmp_path}/dpo", record(ALONE), 0.25, tmp_path)
+    assert yaml.safe_load((tmp_path / "retrain.yaml").read_text()) == {
+        **given, "beta": 0.25, "output_dir": f"{tmp_path}/dpo-beta-0.25",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"settings": {}}', '{"settings": {"dataset_name": "p"}, "given": 3}'])
+def test_a_damaged_folder_says_nothing(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    assert "which its record does not hold" in retrain_command(str(tmp_path), record(ALONE), 0.25, tmp_path)
 
 
 def test_what_another_program_trained_has_none(tmp_path):

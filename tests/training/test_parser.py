@@ -35,6 +35,17 @@ def test_the_command_line_comes_before_the_file_and_that_before_the_default(tmp_
     assert settings == DPOSettings()
 
 
+def test_what_was_given_is_known_apart_from_defaults(tmp_path):
+    file = tmp_path / "dpo.yaml"
+    file.write_text("beta: 0.3\nmax-length: null\nlora-target-modules: all-linear\nenv: {DERA_TEST: 1}\n")
+    parser = Parser("dera dpo", "", DPOSettings, DPOConfig, ModelConfig)
+    parser.read(["--config", str(file), "--beta", "0.1", "--seed", "42", "--bf16", "false", "--use_peft"])
+    assert parser.given == {
+        "beta": 0.1, "max_length": None, "lora_target_modules": ["all-linear"], "seed": 42, "bf16": False,
+        "use_peft": True,
+    }  # fmt: skip
+
+
 def test_lists_take_words_and_of_a_value_given_twice_the_last_counts(tmp_path):
     file = tmp_path / "preferences.yaml"
     file.write_text("reward_columns: weight\nsamples: 6\n")

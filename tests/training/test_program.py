@@ -11,7 +11,7 @@ from dera_peft.decoding.datasets import read_dataset
 from dera_peft.messages import messages_on_stderr
 from dera_peft.training import trainer
 from dera_peft.training.data import dataset_fingerprint
-from dera_peft.training.program import OutputFolder, settings_of
+from dera_peft.training.program import OutputFolder, given_settings, settings_of
 from dera_peft.training.trainer import ModelConfig, SFTConfig
 
 
@@ -33,6 +33,19 @@ def test_a_folder_is_reused_by_the_same_run_alone(tmp_path):
     (folder / "run.json").write_text("{")
     with pytest.raises(DeRaError, match="damaged"):
         OutputFolder(folder, {"seed": 2}, {"model": "abc"})
+
+
+def test_what_was_given_is_written_and_not_compared(tmp_path):
+    kwargs = {"revision": "main", "token": "hf_secret"}
+    given = {"model_init_kwargs": json.dumps(kwargs), "max_length": None, "seed": 42, "hub_token": "hf_secret"}
+    config = SFTConfig(output_dir=str(tmp_path), model_init_kwargs=json.dumps(kwargs), max_length=None)
+    written = given_settings(given, config, ignore=("seed",))
+    assert written == {"model_init_kwargs": {"revision": "main"}, "max_length": None}
+    OutputFolder(tmp_path, {"seed": 1}, {}, given=written).complete()
+    assert json.loads((tmp_path / "run.json").read_text())["given"] == written
+    again = OutputFolder(tmp_path, {"seed": 1}, {}, given={})
+    assert again.is_complete
+    assert again.record == {"settings": {"seed": 1}, "inputs": {}}
 
 
 def test_overwriting_takes_away_what_the_programs_wrote_and_nothing_else(tmp_path):
