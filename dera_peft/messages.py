@@ -30,10 +30,17 @@ def warn_once(logger: logging.Logger, message: str, topic: str | None = None) ->
 
 
 class StderrHandler(logging.Handler):
-    """Writes each message to what `sys.stderr` is then: a progress bar puts itself there to keep its line clean."""
+    """
+    Writes each message to what `sys.stderr` is then: a progress bar puts itself there to keep its line clean. Of a
+    warning, or worse, it shows the level.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        try:
+            level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+            print(f"{level}{self.format(record)}", file=sys.stderr, flush=True)
+        except Exception:  # as logging's own handlers do: a message must not stop who says it
+            self.handleError(record)
 
 
 @contextmanager

@@ -82,7 +82,8 @@ def progress_line(description: str, total: int, done: int, finished: int, second
         seconds: since the start of this run.
     """
     there = done + finished
-    line = f"{description}: {there} of {total} ({there / total:.1%})"
+    share = there / total if total else 1.0
+    line = f"{description}: {there} of {total} ({share:.1%})"
     if not finished:
         return f"{line}, for {format_duration(seconds)}"
     rate = finished / seconds

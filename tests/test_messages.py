@@ -1,7 +1,9 @@
 """What the package says: once, in the main process, to whom asks for it."""
 
 import ast
+import io
 import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,8 +44,18 @@ def test_a_programs_messages_are_lines_on_stderr(capsys):
         logger.info("not shown any more")
     finally:
         logging.getLogger().removeHandler(root)
-    assert capsys.readouterr() == ("", "3 of 4 are there already\nwrong\n")
+    assert capsys.readouterr() == ("", "3 of 4 are there already\nwarning: wrong\n")
     assert not logging.getLogger("dera_peft").handlers
+
+
+def test_a_message_that_cannot_be_written_stops_nothing(monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", Closed())
+    with messages_on_stderr():
+        logger.info("3 of 4 are there already")
 
 
 def test_library_code_prints_nothing():

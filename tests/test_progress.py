@@ -29,6 +29,10 @@ def test_a_line_says_how_much_how_fast_and_how_long(finished, seconds, line):
     assert progress_line("decoding", 8192, 200, finished, seconds) == line
 
 
+def test_of_no_items_all_are_done():
+    assert progress_line("decoding", 0, 0, 0, 30.0) == "decoding: 0 of 0 (100.0%), for 30 s"
+
+
 def test_lines_come_at_their_time_whether_items_are_finished_or_not(lines):
     with log_progress("scoring", 10, every=0.05) as advance:
         wait_for(lambda: len(lines()) >= 2)

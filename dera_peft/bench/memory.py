@@ -1,6 +1,7 @@
 """The peak of a contender's memory on a CPU, in a process of its own, where no other contender has left anything."""
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -21,8 +22,17 @@ def measure_alone(settings: StepSettings, contender: str, batch_size: int) -> di
     arguments = json.dumps([asdict(settings), contender, batch_size], default=str)
     process = subprocess.run([sys.executable, "-m", __name__, arguments], capture_output=True, text=True)
     if process.returncode:
-        raise DeRaError(f"{contender}, measured alone, failed: {process.stderr.strip().splitlines()[-1]}")
+        raise DeRaError(f"{contender}, measured alone, failed: {_reason(process.returncode, process.stderr)}")
     return json.loads(process.stdout.strip().splitlines()[-1])
+
+
+def _reason(code: int, stderr: str) -> str:
+    """Why a process failed: its last line, or else the signal that killed it or its exit code."""
+    if lines := stderr.strip().splitlines():
+        return lines[-1]
+    if code < 0:
+        return f"signal {-code} ended it ({signal.strsignal(-code)})."
+    return f"it ended with exit code {code}."
 
 
 def main() -> None:

@@ -186,7 +186,7 @@ def check_arguments(settings: DPOSettings, training_args, model_args) -> None:
     ]
     if others:
         log(
-            f"warning: with {', '.join(others)} the trained model is not the optimum that DeRa's mixture starts from: "
+            f"with {', '.join(others)} the trained model is not the optimum that DeRa's mixture starts from: "
             "λ still dials the strength, but that it stands for β/λ is only a heuristic.",
             logging.WARNING,
         )

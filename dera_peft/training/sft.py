@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             log(f"merged into {folder / 'merged'}")
             if quantization is not None:
                 log(
-                    f"warning: the adapter was trained on a base quantized to {quantization}, and is merged into the "
+                    f"the adapter was trained on a base quantized to {quantization}, and is merged into the "
                     "unquantized one: the merged model differs slightly from what was trained. As the start of DPO it "
                     "is the reference all the same; the adapter itself, over the quantized base, is another one.",
                     logging.WARNING,

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from dera_peft import DeRaError
 from dera_peft.bench import measure as measuring
+from dera_peft.bench import memory
 from dera_peft.bench.config import BenchedModel, StepSettings
 from dera_peft.bench.contenders import (
     BASE,
@@ -232,6 +233,21 @@ def test_a_sweep_against_separate_calls():
 def test_peak_memory_alone():
     found = measure_alone(StepSettings(**TINY, prompt=PROMPT, new=NEW, threads=1), DERA, 1)
     assert 0 < found["libraries"] <= found["model"] <= found["peak"]
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", r"signal 9 ended it \(Killed\)"),
+        ("raise SystemExit(3)", "it ended with exit code 3"),
+        ("raise ValueError('no such shape')", "ValueError: no such shape"),
+    ],
+)
+def test_why_a_process_measured_alone_failed(monkeypatch, code, said):
+    start = memory.subprocess.run
+    monkeypatch.setattr(memory.subprocess, "run", lambda command, **options: start([command[0], "-c", code], **options))
+    with pytest.raises(DeRaError, match=f"DeRa λ=0.5, measured alone, failed: {said}"):
+        measure_alone(StepSettings(shape="tiny"), "DeRa λ=0.5", 1)
 
 
 @pytest.mark.parametrize("quantization", [None, "nf4"])
