@@ -134,7 +134,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from dera_peft.files import write_atomically
     from dera_peft.rewards.functions import check_columns, load_reward, reward_fingerprint
     from dera_peft.training.sft_model import find_sft_model
+    from dera_peft.user_code import is_object_path
 
+    if is_object_path(settings.model_name_or_path):
+        raise DeRaError(
+            f"model_name_or_path={settings.model_name_or_path!r} is a function; fine-tune what it makes first."
+        )
     processes = join_processes()
     check_processes(settings.num_processes)
     device_map = device_map_of(settings.device_map, processes)
@@ -147,8 +152,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dtype=settings.dtype,
         device_map=device_map,
     )
-    if sft_model.is_function:
-        raise DeRaError(f"model_name_or_path={sft_model.base!r} is a function; fine-tune what it makes first.")
     # not the prompts: there may be more of them, and each completion is compared with its own
     inputs = {**sft_model.fingerprint(), "reward": reward_fingerprint(settings.reward)}
     prompts = prompts[: settings.max_prompts]
@@ -175,11 +178,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     requests = [Request(prompt.index, None, sample) for prompt in prompts for sample in range(settings.samples)]
     log, finished = read_log()
+    there = [request for request in requests if request in finished]
     todo = [request for request in requests if request not in finished]
+    share = slice(processes.process_index, None, processes.num_processes)
     if todo:
         processes.wait_for_everyone()  # all have seen the same files, before any writes
-        mine = todo[processes.process_index :: processes.num_processes]
-        sample(settings, sampling, sft_model, prompts, mine, len(requests) - len(todo), log, run, reward)
+        sample(settings, sampling, sft_model, prompts, todo[share], len(there[share]), log, run, reward)
         processes.wait_for_everyone()
     if not processes.is_main_process:
         return
@@ -238,7 +242,7 @@ def sample(
     Adds the completions of the requests `todo` to `log`, each with its reward, but for prompts that are too long.
 
     Args:
-        there: how many completions an earlier run has made, for the progress shown.
+        there: this process's share of the completions that an earlier run has made, for the progress shown.
         log, reward: a `RowLog` and a `Reward`.
         run: fingerprint of the settings.
     """

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 BASE, ADAPTER = "model_name_or_path", "sft_adapter"  # what the programs call them
 ADAPTER_NAME = "default"  # in a PeftModel
+TRLS_LOADING = ("model_revision", "attn_implementation", "dtype")
 TRLS_QUANTIZATION = (
     "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_quant_storage", "use_bnb_nested_quant",
 )  # fmt: skip
@@ -89,7 +90,9 @@ class SFTModel(ModelSource):
             trainable: whether the adapter is trained on.
         """
         if self.is_function:
-            return load_object(self.base)()
+            model, tokenizer = load_object(self.base)()
+            keep_trainable(model)
+            return model, tokenizer
         checked = self.check()
         model = self._load_base(checked)
         keep_trainable(model)
@@ -129,13 +132,15 @@ def find_sft_model(name: str, adapter: str | None = None, revision: str | None =
         loading: further fields of `ModelSource`; what is no field of it goes to transformers' `from_pretrained`.
 
     Raises:
-        DeRaError: one of them does not exist, is unfinished, or is not what it should be.
+        DeRaError: one of them does not exist, is unfinished, or is not what it should be; or a function makes the
+            model, and something is asked for that it alone decides.
     """
+    if is_object_path(name):
+        _check_of_function(name, sft_adapter=adapter, revision=revision, **loading)
+        return SFTModel(base=name)
     known = {each.name for each in fields(ModelSource)}
     arguments = {key: value for key, value in loading.items() if key not in known and value is not None}
     loading = {key: value for key, value in loading.items() if key in known}
-    if is_object_path(name):
-        return SFTModel(base=name)
     if _holds(BASE, name, CONFIG_FILE):
         if _holds(BASE, name, "config.json"):
             raise DeRaError(f"{BASE}={name!r} holds a model and an adapter; move the adapter into a folder of its own.")
@@ -182,6 +187,12 @@ def find_sft_model_to_train(
             value = getattr(model_args, name)
             if value != getattr(type(model_args)(), name):
                 raise DeRaError(f"quantization={quantization!r} and {name}={value}: give one of the two.")
+    assert model_args.model_name_or_path is not None  # checked before
+    if is_object_path(model_args.model_name_or_path):
+        asked = {name: getattr(model_args, name) for name in (*TRLS_LOADING, *TRLS_QUANTIZATION)}
+        changed = {name: value for name, value in asked.items() if value != getattr(type(model_args)(), name)}
+        loading = {"quantization": quantization, **changed, **(init_kwargs or {})}
+        return find_sft_model(model_args.model_name_or_path, adapter, **loading)
     processes = PartialState()
     device = cast("torch.device", processes.device)  # known from the start
     is_alone_on_accelerator = processes.num_processes == 1 and device.type not in ("cpu", "mps")
@@ -195,11 +206,20 @@ def find_sft_model_to_train(
         "device_map": device if is_alone_on_accelerator else None,
         **(init_kwargs or {}),
     }
-    assert model_args.model_name_or_path is not None  # checked before
     model = find_sft_model(model_args.model_name_or_path, adapter, **arguments)
-    if not model.is_function and model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder:
         raise DeRaError(f"{BASE}={model.base!r} has an encoder; these programs train models that are a decoder alone.")
     return model
+
+
+def _check_of_function(name: str, **asked: Any) -> None:
+    """Raises `DeRaError` where something is asked for that has no effect on a model that a function makes."""
+    for argument, value in asked.items():
+        if value is not None and (argument, value) != ("dtype", "auto"):
+            raise DeRaError(
+                f"{argument}={value!r} has no effect on {BASE}={name!r}, a function, which makes the model as it is: "
+                f"leave {argument} out."
+            )
 
 
 def _holds(argument: str, name: str, file: str) -> bool:

@@ -3,13 +3,17 @@
 import json
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dera_peft import DeRaError
+from dera_peft import DeRaError, progress
+from dera_peft.checkpoint import devices
 from dera_peft.training import preferences
 from dera_peft.training.sft_model import SFTModel
 
@@ -80,6 +84,32 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(files, base, capsys):
     assert make(files, base, "cut") == whole
     assert completions(files / "cut") == completions(files / "whole")
     assert "of 4 prompts" not in capsys.readouterr().err
+
+
+def test_a_process_counts_its_own_share_alone(files, base, monkeypatch):
+    """Of 12 completions 5 are there: of each, the second of two processes has every second one, 2 and 3."""
+    make(files, base)
+    log = files / "out" / "completions.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:5]))
+    shown = []
+
+    @contextmanager
+    def show(description, total, done):
+        shown.append((total, done))
+        yield lambda items: shown.append(items)
+
+    second = SimpleNamespace(
+        process_index=1, num_processes=2, is_main_process=False, device=torch.device("cpu"),
+        wait_for_everyone=lambda: None, main_process_first=nullcontext,
+    )  # fmt: skip
+    monkeypatch.setattr(devices, "join_processes", lambda: second)
+    monkeypatch.setattr(progress, "show_progress", show)
+    preferences.main(
+        ["--model_name_or_path", str(base), "--reward", f"{files}/reward.py:length", "--prompts",
+         str(files / "prompts.jsonl"), "--output_dir", str(files / "out"), *OPTIONS]
+    )  # fmt: skip
+    assert shown[0] == (5, 2)
+    assert sum(shown[1:]) == 3
 
 
 def test_ranked_anew_without_sampling_anew(files, base, monkeypatch):

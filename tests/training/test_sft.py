@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dera_peft import DeRaError, DeRaModel
 from dera_peft.checkpoint.record import Record
+from dera_peft.training.sft_model import find_sft_model, find_sft_model_to_train
+from dera_peft.training.trainer import ModelConfig
 
 IDS = torch.arange(3, 43).view(2, 20)
 
@@ -201,6 +203,42 @@ def test_settings_that_cannot_be(settings, message, tiny_base, texts, tmp_path):
 def test_an_adapter_needs_a_base_that_can_be_loaded_again(texts, tmp_path):
     with pytest.raises(DeRaError, match="which nothing can load again"):
         train("sft", tmp_path / "out", model_name_or_path="configs/tiny/world.py:model", dataset_name=texts, **LORA)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"dtype": "bfloat16"}, "dtype='bfloat16'"),
+        ({"model_revision": "v2"}, "model_revision='v2'"),
+        ({"attn_implementation": "eager"}, "attn_implementation='eager'"),
+        ({"model_init_kwargs": '{"device_map": "cpu"}'}, "device_map='cpu'"),
+        ({"quantization": "nf4", **LORA}, "quantization='nf4'"),
+    ],
+)
+def test_a_function_makes_its_model_as_it_is(settings, name, texts, tmp_path):
+    with pytest.raises(DeRaError, match=f"{name} has no effect on model_name_or_path=.*world.py:model'.*leave"):
+        train("sft", tmp_path / "out", model_name_or_path="configs/tiny/world.py:model", dataset_name=texts, **settings)
+
+
+def test_of_a_function_an_adapter_has_no_effect_and_a_default_is_no_wish():
+    function = "configs/tiny/world.py:model"
+    with pytest.raises(DeRaError, match="sft_adapter='org/sft' has no effect"):
+        find_sft_model(function, "org/sft")
+    assert find_sft_model_to_train(ModelConfig(model_name_or_path=function), None, {"dtype": "auto"}).is_function
+
+
+def test_the_4_bit_weights_of_a_functions_model_stay_trainable(tmp_path):
+    """bitsandbytes would pack a layer that says so; see `keep_trainable`."""
+    (tmp_path / "made.py").write_text(
+        "from torch import nn\n"
+        "def model():\n"
+        "    layer = nn.Linear(2, 2)\n"
+        "    layer.support_avx512bf16_for_cpu = True\n"
+        "    layer.weight.quant_state = None\n"
+        "    return nn.Sequential(layer), 'tokenizer'\n"
+    )
+    model, tokenizer = find_sft_model(f"{tmp_path}/made.py:model").load_to_train()
+    assert (model[0].support_avx512bf16_for_cpu, tokenizer) == (False, "tokenizer")
 
 
 def test_an_unfinished_model_is_no_start(tiny_base, texts, preferences, tmp_path):
