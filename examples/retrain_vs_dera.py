@@ -39,7 +39,7 @@ from rich.table import Table
 
 from dera_peft.checkpoint.devices import read_device_map
 from dera_peft.cli.program import run_program
-from dera_peft.engine.plan import LOGITS
+from dera_peft.engine.names import LOGITS
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate import SweepConfig, SweepResult, sweep
 from dera_peft.evaluate.analysis.summary import Estimate, LambdaSummary, Resamples

@@ -14,7 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
 
 from dera_peft.engine.fork import find_layers
-from dera_peft.engine.plan import ALIGNED, make_branches
+from dera_peft.engine.names import ALIGNED
+from dera_peft.engine.plan import make_branches
 from dera_peft.errors import DeRaError
 from dera_peft.model import DeRaModel
 

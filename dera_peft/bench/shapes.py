@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 from dera_peft.checkpoint.adapters import place_adapter
 from dera_peft.checkpoint.loading import read_dtype
 from dera_peft.checkpoint.source import ModelSource
-from dera_peft.engine.plan import REFERENCE
+from dera_peft.engine.names import REFERENCE
 from dera_peft.errors import DeRaError
 from dera_peft.model import DeRaModel
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dera_peft.checkpoint.fingerprint import base_fingerprint, weights_fingerprint
-from dera_peft.engine.plan import LOGITS, REFERENCE, WEIGHTS, check_default_lam
+from dera_peft.engine.names import LOGITS, REFERENCE, WEIGHTS
+from dera_peft.engine.plan import check_default_lam
 from dera_peft.errors import DeRaError
 from dera_peft.files import write_atomically
 from dera_peft.messages import warn_once

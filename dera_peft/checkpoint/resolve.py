@@ -6,7 +6,8 @@ from dataclasses import replace
 from dera_peft.checkpoint.adapters import check_exists
 from dera_peft.checkpoint.fingerprint import weights_fingerprint
 from dera_peft.checkpoint.record import Record
-from dera_peft.engine.plan import ALIGNED, LOGITS, REFERENCE, make_branches
+from dera_peft.engine.names import ALIGNED, LOGITS, REFERENCE
+from dera_peft.engine.plan import make_branches
 from dera_peft.errors import DeRaError
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import typer
 
-from dera_peft.evaluate.config import LOGITS, SweepConfig
+from dera_peft.engine.names import LOGITS
+from dera_peft.evaluate.config import SweepConfig
 from dera_peft.settings import part, setting
 
 FAILED = 1  # the exit code where a reward or the judge failed on some rows

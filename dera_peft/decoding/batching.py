@@ -15,8 +15,8 @@ from dera_peft.decoding.requests import Completion, Request
 from dera_peft.decoding.sampling import Sampling
 from dera_peft.engine.generation import PLAIN_GENERATION
 from dera_peft.engine.mixture import MixtureModel
+from dera_peft.engine.names import WEIGHTS
 from dera_peft.engine.padding import pad
-from dera_peft.engine.plan import WEIGHTS
 from dera_peft.engine.prefill import Prefill, can_be_shared
 from dera_peft.errors import DeRaError
 from dera_peft.messages import warn_once

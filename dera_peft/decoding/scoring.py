@@ -9,8 +9,9 @@ import torch
 
 from dera_peft.decoding.memory import Attempt, go_on_with_half
 from dera_peft.engine.mixture import MixtureModel
+from dera_peft.engine.names import WEIGHTS
 from dera_peft.engine.padding import pad
-from dera_peft.engine.plan import WEIGHTS, BatchPlan, read_lam
+from dera_peft.engine.plan import BatchPlan, read_lam
 from dera_peft.engine.prefill import Prefill, can_be_shared
 from dera_peft.errors import DeRaError
 

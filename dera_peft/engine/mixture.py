@@ -16,18 +16,8 @@ from dera_peft.engine.adapter_kinds import check_adapter_kind, check_keeps_biase
 from dera_peft.engine.biases import hand_over_biases
 from dera_peft.engine.generation import MixtureGenerationMixin
 from dera_peft.engine.lora import Adapted
-from dera_peft.engine.plan import (
-    ALIGNED,
-    LOGITS,
-    REFERENCE,
-    WEIGHTS,
-    BatchPlan,
-    Branch,
-    WeightPlan,
-    check_default_lam,
-    make_branches,
-    read_lam,
-)
+from dera_peft.engine.names import ALIGNED, LOGITS, REFERENCE, WEIGHTS
+from dera_peft.engine.plan import BatchPlan, Branch, WeightPlan, check_default_lam, make_branches, read_lam
 from dera_peft.engine.quantized import keep_trainable
 from dera_peft.engine.wiring import Wiring
 from dera_peft.errors import DeRaError

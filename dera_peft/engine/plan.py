@@ -6,11 +6,9 @@ from functools import cached_property
 
 import torch
 
+from dera_peft.engine.names import ALIGNED, REFERENCE
 from dera_peft.errors import DeRaError
 
-REFERENCE = "reference"
-ALIGNED = "aligned"
-LOGITS, WEIGHTS = "logits", "weights"  # what λ mixes
 ROUNDING = 1e-6  # of a sum of λ that were given as float32
 
 

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from dera_peft.engine.fork import find_fork_layer, find_layers, fork_inputs, is_head_linear
 from dera_peft.engine.lora import Routing, branch_forward, check_one_replaces, check_scales, find_adapted
-from dera_peft.engine.plan import WEIGHTS, Branch
+from dera_peft.engine.names import WEIGHTS
+from dera_peft.engine.plan import Branch
 from dera_peft.errors import DeRaError
 
 

@@ -13,7 +13,7 @@ from dera_peft.checkpoint.fingerprint import (
 )
 from dera_peft.checkpoint.record import Record
 from dera_peft.checkpoint.source import ModelSource
-from dera_peft.engine.plan import LOGITS, REFERENCE
+from dera_peft.engine.names import LOGITS, REFERENCE
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate.config import SweepConfig
 from dera_peft.model import DeRaModel

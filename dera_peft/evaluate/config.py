@@ -8,11 +8,11 @@ from dera_peft.checkpoint.source import ModelSource
 from dera_peft.decoding.lambdas import is_lambda, lambdas_setting
 from dera_peft.decoding.prompt_settings import PromptSettings
 from dera_peft.decoding.sampling import Sampling
+from dera_peft.engine.names import LOGITS, WEIGHTS
 from dera_peft.errors import DeRaError
 from dera_peft.settings import COUNT, Check, part, setting, setting_like
 
 PROMPTS, SAMPLING, MEASURING = "Prompts", "Sampling", "Measuring"
-LOGITS, WEIGHTS = "logits", "weights"
 
 
 @dataclass(frozen=True, kw_only=True)

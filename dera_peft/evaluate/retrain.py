@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from dera_peft.checkpoint.record import Record
-from dera_peft.engine.plan import REFERENCE
+from dera_peft.engine.names import REFERENCE
 from dera_peft.files import write_atomically
 
 FILE_NAME = "retrain.yaml"

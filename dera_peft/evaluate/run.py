@@ -12,7 +12,7 @@ from typing import Any
 
 from dera_peft.checkpoint.devices import device_map_of, join_processes
 from dera_peft.decoding.prompts import Prompt, column_names, encode, read_prompts
-from dera_peft.engine.plan import LOGITS
+from dera_peft.engine.names import LOGITS
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate.analysis.curve import Curve, estimate_curve, reason_off
 from dera_peft.evaluate.analysis.recommend import recommend

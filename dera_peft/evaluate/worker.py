@@ -14,7 +14,7 @@ from dera_peft.decoding.prompts import Prompt, column_names
 from dera_peft.decoding.requests import Request
 from dera_peft.decoding.rows import Expected
 from dera_peft.decoding.scoring import score_each
-from dera_peft.engine.plan import LOGITS
+from dera_peft.engine.names import LOGITS
 from dera_peft.evaluate.analysis.curve import reason_off
 from dera_peft.evaluate.analysis.summary import AGAINST
 from dera_peft.evaluate.arms import Arm, fine_grid

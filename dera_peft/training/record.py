@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, Trainer
 from dera_peft.checkpoint.fingerprint import base_fingerprint
 from dera_peft.checkpoint.quantization import quantization_name
 from dera_peft.checkpoint.record import Record
-from dera_peft.engine.plan import ALIGNED, REFERENCE
+from dera_peft.engine.names import ALIGNED, REFERENCE
 from dera_peft.training.rows import RowCount
 from dera_peft.training.sft_model import SFTModel
 

@@ -18,7 +18,7 @@ from dera_peft.checkpoint.loading import Checked, check, configured_quantization
 from dera_peft.checkpoint.record import Record
 from dera_peft.checkpoint.resolve import resolve
 from dera_peft.checkpoint.source import ModelSource
-from dera_peft.engine.plan import ALIGNED, REFERENCE
+from dera_peft.engine.names import ALIGNED, REFERENCE
 from dera_peft.engine.quantized import keep_trainable
 from dera_peft.errors import DeRaError
 from dera_peft.training.adapters import CONFIG_FILE, check_trains

@@ -14,8 +14,9 @@ from itertools import pairwise
 import numpy
 
 from dera_peft.decoding.sampling import Sampling
+from dera_peft.engine.names import LOGITS
 from dera_peft.errors import DeRaError
-from dera_peft.evaluate.analysis.summary import LOGITS, Estimate, Resamples, prompt_positions
+from dera_peft.evaluate.analysis.summary import Estimate, Resamples, prompt_positions
 
 # When a point is drawn. At a λ that was decoded n times the effective size is about n or more: no weight is above 1/n.
 # Between λ that are too far apart it falls, and it can't be trusted there: on models small enough to enumerate it was

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy
 
+from dera_peft.engine.names import LOGITS
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate.analysis.curve import Curve
-from dera_peft.evaluate.analysis.summary import INTERVAL, LOGITS, Estimate, LambdaSummary, RewardSummary, number
+from dera_peft.evaluate.analysis.summary import INTERVAL, Estimate, LambdaSummary, RewardSummary, number
 
 RULES = {
     "reward": "the highest mean reward",

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 import numpy
 
+from dera_peft.engine.names import LOGITS
 from dera_peft.errors import DeRaError
 from dera_peft.files import write_atomically
 
-LOGITS = "logits"  # the arm that mixes logits: DeRa itself, which all arms are compared with
-AGAINST = (0.0, 1.0)  # the λ of that arm that each λ is compared with: the reference, and the adapter as trained
+AGAINST = (0.0, 1.0)  # the λ of DeRa that each λ is compared with: the reference, and the adapter as trained
 COLUMNS = ("arm", "lambda", "prompts", "samples", "kl", "kl_per_token", "tokens", "ended")  # of summary.csv
 # what stands behind a name in the further columns of its estimates and comparisons
 OWN = "_(se|low|high|failed|group_.*|(minus|win|tie|loss)_lambda_.*)"

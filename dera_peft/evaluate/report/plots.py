@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.typing import LineStyleType
 
-from dera_peft.engine.plan import LOGITS, WEIGHTS
+from dera_peft.engine.names import LOGITS, WEIGHTS
 from dera_peft.evaluate.analysis.curve import Curve, through_points
 from dera_peft.evaluate.analysis.recommend import Recommendation
 from dera_peft.evaluate.analysis.summary import Estimate, LambdaSummary
