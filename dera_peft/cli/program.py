@@ -2,7 +2,8 @@
 
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from dera_peft.errors import DeRaError
 
@@ -45,6 +46,21 @@ def run_program(program: Callable[[], None], debug: bool = False) -> None:
         if end.code == INTERRUPTED:
             _tell_interrupted()
         raise
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Ends the process group that its body joined, if a launcher started several processes; after an error too."""
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        distributed = sys.modules.get("torch.distributed")  # importing it takes seconds, which --help does not need
+        has_group = distributed is not None and distributed.is_available() and distributed.is_initialized()
+        # NCCL would wait for the other processes, which need not have failed; that this one exits ends them
+        if has_group and not (failed and distributed.get_backend() == "nccl"):
+            distributed.destroy_process_group()
 
 
 def _tell_interrupted() -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import typer
 
+from dera_peft.cli.program import process_group
 from dera_peft.engine.names import LOGITS
 from dera_peft.evaluate.config import SweepConfig
 from dera_peft.settings import part, setting
@@ -45,18 +46,18 @@ def sweep(settings: SweepSettings) -> None:
     if settings.check:
         from dera_peft.cli.check import check
 
-        check(config)
+        with process_group():
+            check(config)
         return
     from rich.console import Console
 
-    from dera_peft.checkpoint.devices import join_processes
     from dera_peft.cli.console import printable
     from dera_peft.cli.sweep_tables import further_columns, main_columns, show_samples, tables, tell, tell_failures
     from dera_peft.evaluate.run import sweep as run_sweep
     from dera_peft.progress import show_progress
 
-    result = run_sweep(config, progress=show_progress)
-    join_processes().destroy_process_group()
+    with process_group():
+        result = run_sweep(config, progress=show_progress)
     if result is None:  # of several processes the first one tells
         return
     console = Console()

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import typer
 
+from dera_peft.cli.program import process_group
 from dera_peft.quiet import be_quiet
 
 # What follows the command's name, --help too, is for the program's own parser.
@@ -39,7 +40,5 @@ def dpo(context: typer.Context) -> None:
 
 def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> None:
     """Runs a training program; `torchrun` may have started several of it."""
-    main(arguments)
-    from accelerate import PartialState  # not before: it takes seconds, which --help does not need
-
-    PartialState().destroy_process_group()
+    with process_group():
+        main(arguments)
