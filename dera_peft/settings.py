@@ -62,7 +62,9 @@ class Setting:
         option: its name on the command line, beside that of the field.
         parse: makes the value of the texts that the command line gave, where an option may be repeated or has a form of
             its own.
-        on_command_line: False for a value that has no form as text.
+        normalize: makes of a checked value the one that is kept.
+        has_no: whether a switch has a `--no-` form, for what a file says.
+        on_command_line: False for a value of Python alone, which is neither an option nor a key.
     """
 
     help: str
@@ -71,6 +73,8 @@ class Setting:
     panel: str | None = None
     option: str | None = None
     parse: Callable[[Sequence[str]], Any] | None = None
+    normalize: Callable[[Any], Any] | None = None
+    has_no: bool = True
     on_command_line: bool = True
 
 
@@ -92,13 +96,16 @@ class Settings:
     """Base of the settings' dataclasses: every field is checked, and converted to its type."""
 
     called: ClassVar[str] = "this command"  # whose settings they are, for messages
+    # of each of these groups one is enough: one on the command line takes the place of another in the file
+    instead: ClassVar[tuple[tuple[str, ...], ...]] = ()
     __dataclass_fields__: ClassVar[dict[str, Field]]  # every subclass is a dataclass
 
     def __post_init__(self):
         hints = type_hints(type(self))
         for each in fields(self):
-            value = read_value(each.name, getattr(self, each.name), hints[each.name], setting_of(each).check)
-            object.__setattr__(self, each.name, value)
+            about = setting_of(each)
+            value = read_value(each.name, getattr(self, each.name), hints[each.name], about.check)
+            object.__setattr__(self, each.name, value if about.normalize is None else about.normalize(value))
 
     @classmethod
     def read(cls, file: str | os.PathLike | None = None, **given: Any) -> Self:
@@ -108,7 +115,7 @@ class Settings:
         Raises:
             DeRaError: no such file, not a mapping, a key that is not one (with the nearest name), or a missing one.
         """
-        settings = {} if file is None else read_keys(file, [each.name for each in fields(cls)], cls.called)
+        settings = {} if file is None else read_keys(file, key_names(cls), cls.called)
         settings = cls.merge(settings, {name: value for name, value in given.items() if value is not None})
         for each in fields(cls):
             if each.default is MISSING and each.default_factory is MISSING and each.name not in settings:
@@ -118,7 +125,14 @@ class Settings:
     @classmethod
     def merge(cls, values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         """The settings of a file, `values`, with those of the command line before them."""
-        return {**values, **given}
+        groups = [group for kind in cls.__mro__ for group in vars(kind).get("instead", ())]
+        replaced = {name for group in groups if not given.keys().isdisjoint(group) for name in group}
+        return {**{name: value for name, value in values.items() if name not in replaced}, **given}
+
+
+def key_names(kind: type) -> list[str]:
+    """The fields that a file may set."""
+    return [each.name for each in fields(kind) if setting_of(each).on_command_line]
 
 
 def setting_of(each: Field) -> Setting:
@@ -244,7 +258,7 @@ def read_yaml(file: str | os.PathLike) -> dict[str, Any]:
     except OSError as error:
         raise DeRaError(f"config={os.fspath(file)!r} can't be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DeRaError(f"config={os.fspath(file)!r} is not valid YAML: {error}") from None
+        raise DeRaError(f"config={os.fspath(file)!r} is not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:  # an empty file
         return {}
     if not isinstance(values, dict):

@@ -39,10 +39,11 @@ INTRODUCTION = """# Commands and settings
 Made by `python tests/settings_page.py > docs/reference/settings.md` from the code: do not edit it by hand.
 `dera COMMAND --help` shows the same settings with examples.
 
-A setting is declared once, so its option, its key in a YAML file and its Python argument have one name, type and
-default. A value on the command line comes before one in the file of `--config`, and that before the default. Options
-may be written with hyphens or underscores (`--max-new-tokens`, `--max_new_tokens`), and so may keys. An option or key
-that does not exist is an error that names the nearest one.
+A setting is declared once, so its option, its key in a YAML file and its Python argument have one type, default and
+check. Key and argument have one name, and so has the option; one that can be repeated (`--lambda`, `--reward`,
+`--model`) has the singular too. A value on the command line comes before one in the file of `--config`, and that before
+the default. Options may be written with hyphens or underscores (`--max-new-tokens`, `--max_new_tokens`), and so may
+keys. An option or key that does not exist is an error that names the nearest one.
 
 <div class="settings" markdown>
 """

@@ -48,6 +48,7 @@ class Example(Weights):
     """A setting of every type."""
 
     called: ClassVar[str] = "an example"
+    instead: ClassVar[tuple[tuple[str, ...], ...]] = (("count", "share"),)
 
     name: str = setting(help="What it is called.")
     kind: Literal["plain", "dora"] = setting("plain", "Of adapter.")
@@ -179,6 +180,22 @@ def test_the_command_line_comes_before_the_file_and_that_before_the_defaults(run
     assert run("--config", str(file)) == Example(name="a", rank=3, chat=True, values=(7.0,), share=0.25)
     found = run("--config", str(file), "--rank", "4", "--no-chat", "--value", "1,2", "--value", "3")
     assert found == Example(name="a", rank=4, values=(1.0, 2.0, 3.0), share=0.25)
+
+
+def test_one_on_the_command_line_takes_the_place_of_another_in_the_file(tmp_path):
+    file = tmp_path / "example.yaml"
+    file.write_text("name: a\nshare: 0.25\nrank: 3\n")
+    assert Example.read(file, count=2) == Example(name="a", count=2, rank=3)
+    file.write_text("prompts: a.txt\nrule: kl_budget\nkl_budget: 2\nadapter: a\n")
+    assert SweepConfig.read(file, adapters={"b": "c"}, rule="reward").adapter is None
+    assert SweepConfig.read(file, lambdas=[0.5, -0.0, 0, 0.5]).lambdas == (0.5, 0.0), "each λ once"
+
+
+def test_what_is_of_python_alone_is_no_key(tmp_path):
+    file = tmp_path / "info.yaml"
+    file.write_text("base_arguments: {attn_implementation: eager}\n")
+    with pytest.raises(DeRaError, match="'base_arguments' is not a key of"):
+        InfoSettings.read(file)
 
 
 def test_options_of_every_type(run, tmp_path):

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dera_peft.checkpoint.fingerprint import cached_revision
 from dera_peft.settings import Setting, Settings, setting
@@ -30,6 +30,8 @@ class ModelSource(Settings):
         DeRaError: a value has another type; or, when it is resolved or loaded, what it names does not exist, can't be
             read or does not fit.
     """
+
+    instead: ClassVar[tuple[tuple[str, ...], ...]] = (("adapter", "adapters"),)
 
     base: str | None = setting(
         None,
@@ -64,7 +66,7 @@ class ModelSource(Settings):
         None, "Load the base in 4 bits (nf4, fp4) or 8 bits (int8) with bitsandbytes.", metavar="KIND", panel=PANEL
     )
     dtype: Dtype | None = setting(
-        None, "float32, bfloat16 or float16; the base's own by default.", metavar="DTYPE", panel=PANEL
+        None, "float32, bfloat16, float16 or float64; auto, the base's own, by default.", metavar="DTYPE", panel=PANEL
     )
     device_map: Any = setting(
         None,
@@ -73,7 +75,7 @@ class ModelSource(Settings):
         panel=PANEL,
     )
     trust_remote_code: bool | None = setting(
-        None, "Run the Python code that a base on the hub brings with it.", panel=PANEL
+        None, "Run the Python code that a base on the hub brings with it.", panel=PANEL, has_no=False
     )
     base_arguments: Mapping[str, Any] = field(
         default_factory=dict,

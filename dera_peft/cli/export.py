@@ -42,7 +42,10 @@ def export(settings: ExportSettings) -> None:
 
     prompts = settings.read_prompts()
     source = part(settings, ModelSource).placed()
-    tokens = encode(prompts, source.tokenizer(), source.config, NEW_TOKENS, settings.chat) if prompts else []
+    tokens = []
+    if prompts:
+        base_config, tokenizer = source.config, source.tokenizer()
+        tokens = encode(prompts, tokenizer, base_config, NEW_TOKENS, settings.chat)
     fit = DeRaModel.from_source(source).export(settings.lam, settings.output, tokens)
     if settings.json:
         print(json.dumps({"folder": settings.output, "lambda": settings.lam, **fit}, ensure_ascii=False))

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from dera_peft.checkpoint.source import ModelSource
 from dera_peft.cli.inputs import resolve_one_aligned
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class GenerateSettings(PromptSettings, Sampling, ModelSource):
     """The settings of `dera generate`."""
+
+    instead: ClassVar[tuple[tuple[str, ...], ...]] = (("greedy", "temperature"),)
 
     lambdas: tuple[float, ...] = lambdas_setting(
         (), "Strengths; the one that dera.json names, else 1, unless given.", "Prompts"
@@ -108,8 +110,8 @@ def generate(settings: GenerateSettings) -> None:
 
     new_tokens, seconds = 0, 0.0
     if todo:
-        tokenizer = source.tokenizer()
-        tokens = encode(prompts, tokenizer, source.config, sampling.max_new_tokens, settings.chat)
+        base_config, tokenizer = source.config, source.tokenizer()
+        tokens = encode(prompts, tokenizer, base_config, sampling.max_new_tokens, settings.chat)
         model = DeRaModel.from_source(source)
         start = time.perf_counter()
         if settings.stream:

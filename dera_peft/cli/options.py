@@ -89,7 +89,7 @@ def _annotation(each: Field, hint: Any) -> Any:
     kind, is_list = (str, True) if about.parse is not None else _kind(hint)
     names = [option_name(each)]
     if kind is bool:
-        names = [f"{names[0]}/--no-{names[0][2:]}"]
+        names = [f"{names[0]}/--no-{names[0][2:]}"] if about.has_no else names
     elif (own := "--" + each.name.replace("_", "-")) not in names:
         names.append(own)
     option = typer.Option(
@@ -129,7 +129,9 @@ def _kind(hint: Any) -> tuple[Any, bool]:
             return (str if get_origin(item) is Literal else item), True  # Typer knows no list of literals
         if _is_mapping(kind):
             return str, True
-        if kind in (bool, int, float, str, Path) or get_origin(kind) is Literal:
+        # the normalized names of options, in which "_" is "-", would be shown for choices too
+        is_choice = get_origin(kind) is Literal and not any("_" in choice for choice in get_args(kind))
+        if kind in (bool, int, float, str, Path) or is_choice:
             return kind, False
     return str, False
 

@@ -13,14 +13,19 @@ TRAINERS_DEBUG = ("underflow_overflow", "tpu_metrics_debug")  # what transformer
 
 
 def split_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
-    """The arguments without `--debug`, wherever it stands, and whether it was there. A trainer's own --debug stays."""
-    followers = [*arguments[1:], ""]
-    rest = [
-        argument
-        for argument, follower in zip(arguments, followers, strict=True)
-        if argument != DEBUG or follower in TRAINERS_DEBUG
-    ]
-    return rest, len(rest) < len(arguments)
+    """
+    The arguments without `--debug` (or `--debug true`), wherever it stands, and whether it was there. A trainer's own
+    --debug stays.
+    """
+    rest: list[str] = []
+    debug = False
+    for place, argument in enumerate(arguments):
+        follower = arguments[place + 1] if place + 1 < len(arguments) else ""
+        if argument == DEBUG and follower not in TRAINERS_DEBUG:
+            debug = True
+        elif not (argument == "true" and place and arguments[place - 1] == DEBUG):
+            rest.append(argument)
+    return rest, debug
 
 
 def run_program(program: Callable[[], None], debug: bool = False) -> None:

@@ -219,9 +219,9 @@ def score(settings: ScoreSettings) -> None:
         _print_rows(finished[key] for key in wanted if key in finished)
 
     if missing:
-        tokenizer = source.tokenizer()
-        prompts = encode([each.prompt for each in given], tokenizer, source.config, 1, settings.chat)
-        completions = encode_completions(given, prompts, tokenizer, source.config, settings.end)
+        base_config, tokenizer = source.config, source.tokenizer()
+        prompts = encode([each.prompt for each in given], tokenizer, base_config, 1, settings.chat)
+        completions = encode_completions(given, prompts, tokenizer, base_config, settings.end)
         _tell_of_other_splits(given, completions, settings.end)
         model = DeRaModel.from_source(source)
         with show_progress("scoring", len(wanted), done) as advance:

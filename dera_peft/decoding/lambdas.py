@@ -21,7 +21,15 @@ FINITE = Check(lambda values: all(map(is_lambda, values)), "finite numbers")
 def lambdas_setting(default: tuple[float, ...], help: str, panel: str) -> Any:
     """The λ of a run, `tuple[float, ...]`: `--lambda 0,0.5 --lambda 1` on the command line."""
     help = f"{help} With commas, or the option repeated."
-    return setting(default, help, check=FINITE, metavar="λ[,λ…]", panel=panel, option="--lambda", parse=read_lambdas)
+    return setting(
+        default, help, check=FINITE, metavar="λ[,λ…]", panel=panel, option="--lambda", parse=read_lambdas,
+        normalize=unique,
+    )  # fmt: skip
+
+
+def unique(lambdas: Sequence[float]) -> tuple[float, ...]:
+    """Each once, in their order; -0.0 is 0.0."""
+    return tuple(dict.fromkeys(lam + 0.0 for lam in lambdas))
 
 
 def read_lambdas(texts: Sequence[str]) -> list[float]:
@@ -36,10 +44,8 @@ def read_lambdas(texts: Sequence[str]) -> list[float]:
             ) from None
         if not is_lambda(value):
             raise DeRaError(f"--lambda: {part.strip()!r} is not finite in fp32, in which logits are mixed.")
-        value += 0.0  # -0.0 is 0.0
-        if value not in values:
-            values.append(value)
-    return values
+        values.append(value)
+    return list(unique(values))
 
 
 def read_lambda_by_name(texts: Sequence[str]) -> float | dict[str, float]:

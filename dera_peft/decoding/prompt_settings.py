@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from typing import ClassVar
 
 from dera_peft.decoding.prompts import Prompt, from_file, from_lines, from_texts
 from dera_peft.errors import DeRaError
@@ -13,6 +14,8 @@ PANEL = "Prompts"
 @dataclass(frozen=True)
 class PromptSettings(Settings):
     """Which prompts a command is given."""
+
+    instead: ClassVar[tuple[tuple[str, ...], ...]] = (("prompt", "prompts"),)
 
     prompt: tuple[str, ...] = setting((), "A prompt; can be repeated.", metavar="TEXT", panel=PANEL)
     prompts: str | None = setting(

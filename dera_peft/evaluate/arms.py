@@ -52,8 +52,8 @@ class Arm:
 
     @property
     def adapter(self) -> str:
-        """What the user named."""
-        return str(self.source.adapter or self.source.base)
+        """The folder or hub id that the user named."""
+        return named_adapter(self.source)
 
     @property
     def beta(self) -> float | None:
@@ -61,6 +61,12 @@ class Arm:
 
     def load(self, device_map: Any) -> DeRaModel:
         return DeRaModel.from_source(replace(self.source, device_map=device_map), mixing=self.mixing)
+
+
+def named_adapter(source: ModelSource) -> str:
+    """What names the aligned model: an adapter, or a folder with a dera.json."""
+    several = (source.adapters or {}).values()
+    return str(source.adapter or next(iter(several), None) or source.base)
 
 
 def beta_of(record: Record) -> float | None:
@@ -102,7 +108,7 @@ def _resolve(source: ModelSource) -> Record:
     record = source.resolve()
     if len(record.branches) > 2:
         raise DeRaError(
-            f"dera sweep takes one aligned model, and adapter={source.adapter or source.base!r} is a record of "
+            f"dera sweep takes one aligned model, and adapter={named_adapter(source)!r} is a record of "
             f"{list(record.branches)[1:]}: sweep one of their adapters, or a mixture of them (dera export)."
         )
     return record

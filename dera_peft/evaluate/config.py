@@ -111,8 +111,6 @@ class SweepConfig(Sampling, ModelSource):
         if not isinstance(self.models, Mapping) or not all(self.models.values()):
             raise DeRaError(f"models={self.models!r} must map names to adapters, as {{retrained: runs/dpo-2}}.")
         super().__post_init__()
-        # -0.0 is 0.0
-        object.__setattr__(self, "lambdas", tuple(dict.fromkeys(lam + 0.0 for lam in self.lambdas)))
         for name in ("rewards", "mixing"):
             values = getattr(self, name)
             if twice := next((value for value in values if values.count(value) > 1), None):
@@ -143,4 +141,4 @@ class SweepConfig(Sampling, ModelSource):
         """A rule that knows no budget takes the place of the file's rule with its budget."""
         if given.get("rule") not in (None, "kl_budget") and "kl_budget" not in given:
             values = {name: value for name, value in values.items() if name != "kl_budget"}
-        return {**values, **given}
+        return super().merge(values, given)

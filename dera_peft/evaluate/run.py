@@ -122,8 +122,8 @@ def _warn(config: SweepConfig, reused: int, count: int) -> None:
 
 def encode_prompts(config: SweepConfig, arm: Arm, prompts: Sequence[Prompt]) -> tuple[Any, list[list[int]]]:
     """The tokenizer, and each prompt's token ids."""
-    tokenizer = arm.source.tokenizer()
-    return tokenizer, encode(prompts, tokenizer, arm.source.config, config.max_new_tokens, config.chat)
+    base_config, tokenizer = arm.source.config, arm.source.tokenizer()
+    return tokenizer, encode(prompts, tokenizer, base_config, config.max_new_tokens, config.chat)
 
 
 def _check_rewards(rewards: Sequence[NamedReward]) -> None:
@@ -190,9 +190,7 @@ def _finish(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJud
             reason = str(error)
     command = None
     if recommendation is not None and recommendation.beta is not None and recommendation.lam != 1:
-        adapter = config.adapter or config.base
-        assert adapter is not None  # the model was loaded
-        command = retrain_command(adapter, first.record, recommendation.beta, folder)
+        command = retrain_command(first.adapter, first.record, recommendation.beta, folder)
 
     models = {arm.name: arm.place for arm in worker.arms if not arm.is_own}
     title = f"{len(worker.prompts)} prompts, {config.samples} samples each; bars: 95 % over prompts"
@@ -281,7 +279,7 @@ def _facts(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJudg
         changed = "greedy"
     facts = {
         "base": first.record.base,
-        "adapter": str(config.adapter or config.base),
+        "adapter": first.adapter,
         "β of its training": "not known" if first.beta is None else f"{first.beta:g}",
         "quantization": config.quantization or "none",
         "prompts": f"{len(worker.prompts)} of {config.prompts if isinstance(config.prompts, str) else 'a list'}",

@@ -55,6 +55,12 @@ def test_help_teaches(dera):
         assert f"dera {command}" in out
 
 
+def test_without_a_command_the_commands_are_shown(dera):
+    code, out, err = dera()
+    assert code in (0, 2)
+    assert "generate" in out + err
+
+
 def test_help_does_not_import_torch():
     program = """
 import sys
