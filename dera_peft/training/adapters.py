@@ -109,12 +109,19 @@ def check_trains(adapter: str, config: LoraConfig, argument: str = "adapter") ->
 
 
 def merge(base: PreTrainedModel, adapter: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Merges an adapter into a base, and saves that and the tokenizer; whole, or not at all."""
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    """
+    Merges an adapter into a base, and saves that and the tokenizer; whole, or not at all.
+
+    What is in `folder` before is kept, as `folder.old` at the last, until the new one is in its place.
+    """
+    unfinished, old = folder.with_name(f"{folder.name}.unfinished"), folder.with_name(f"{folder.name}.old")
     PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True).save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
     unfinished.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def copy_adapter(adapter: str, folder: Path) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dera_peft import DeRaError, DeRaModel
 from dera_peft.checkpoint.record import Record
+from dera_peft.training.adapters import merge
 from dera_peft.training.sft_model import find_sft_model, find_sft_model_to_train
 from dera_peft.training.trainer import ModelConfig
 
@@ -247,3 +248,36 @@ def test_an_unfinished_model_is_no_start(tiny_base, texts, preferences, tmp_path
     (folder / "run.json").write_text(json.dumps({**state, "complete": False}))
     with pytest.raises(DeRaError, match="is unfinished"):
         train("dpo", tmp_path / "dpo", model_name_or_path=folder, dataset_name=preferences)
+
+
+def test_a_merge_that_is_killed_loses_neither_model(tiny_base, tiny_adapter, tmp_path, monkeypatch):
+    def merge_into(folder):
+        base = AutoModelForCausalLM.from_pretrained(tiny_base)
+        merge(base, tiny_adapter, AutoTokenizer.from_pretrained(tiny_base), folder)
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    folder, file = tmp_path / "merged", "model.safetensors"
+    folder.mkdir()
+    (folder / file).write_text("before")
+    rename = Path.rename
+
+    def killed_in_between(path, new):
+        return killed() if path.name.endswith(".unfinished") else rename(path, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed_in_between)
+        with pytest.raises(KeyboardInterrupt):
+            merge_into(folder)
+    assert (tmp_path / "merged.old" / file).read_text() == "before"
+    merge_into(folder)
+    assert len(load_file(folder / file)) > 10
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            merge_into(folder)
+    assert len(load_file(folder / file)) > 10
+    merge_into(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
