@@ -17,6 +17,7 @@ from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.plan import WeightPlan, read_lam
 from dera_peft.engine.quantized import keep_packed
 from dera_peft.errors import DeRaError
+from dera_peft.files import write_atomically
 
 SECOND = re.compile(r"\.lora_(embedding_)?B(\.|$)")  # B of B·A, and its bias
 COMBINED = "dera_export"  # a name that the PeftModel holds for a moment
@@ -80,7 +81,7 @@ def export(
         sources=" and ".join(f"`{name}` (times {factor:g})" for name, factor in factors.items()),
         fit=describe_fit(fit),
     )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_atomically(folder / "README.md", card)
     return fit
 
 

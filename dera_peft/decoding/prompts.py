@@ -152,8 +152,8 @@ def from_dataset(
     name: str, split: str = "train", subset: str | None = None, column: str = "prompt", limit: int | None = None
 ) -> list[Prompt]:
     """
-    Prompts from a dataset (see `data.read_dataset`): texts, or chats; of a chat that ends with an answer, what stands
-    before it. Its other columns are the prompts' own.
+    Prompts from a dataset (see `datasets.read_dataset`): texts, or chats; of a chat that ends with an answer, what
+    stands before it. Its other columns are the prompts' own.
 
     Args:
         limit: read the first so many rows; None for all.

@@ -5,7 +5,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to be made: of which prompt, at which λ (None for a model without one), the how-manieth sample."""
+    """
+    One completion to be made.
+
+    Attributes:
+        index: of its prompt, from 0.
+        lam: λ; None for a model without one.
+        sample: its number among the completions of its prompt and λ, from 0.
+    """
 
     index: int
     lam: float | None

@@ -29,7 +29,7 @@ class GeneratedRow:
         prompt_index: the place of its prompt in the list of prompts, from 0.
         prompt, columns: of its prompt: the text or chat, and the further columns of its row.
         lam: λ; None for a model without one.
-        sample: the how-manieth of its prompt and λ.
+        sample: its number among the completions of its prompt and λ, from 0.
         num_tokens: with the end token if there is one.
         finish_reason: "eos" if the model ended it, "length" if the limit of tokens did.
     """

@@ -2,7 +2,7 @@
 The rows that a sweep keeps: completions, their scores, and their rewards and verdicts, in a log of each kind.
 
 A row begins with the fingerprint ("run") of all that it depends on. A score or a reward whose fingerprint is no longer
-right is as good as not there, and stays in its file.
+right is ignored and made anew; the old row stays in its file.
 """
 
 from collections.abc import Callable
