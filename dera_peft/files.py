@@ -1,7 +1,9 @@
-"""Writing whole files."""
+"""Writing whole files, and the name of one that two rooms know."""
 
 import os
 from pathlib import Path
+
+RUN_FILE = "run.json"  # training's, of which settings and inputs made a folder; `training.program.OutputFolder`
 
 
 def write_atomically(file: str | os.PathLike, content: str | bytes) -> None:

@@ -4,7 +4,6 @@ import platform
 import statistics
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from rich.table import Table
 from dera_peft.bench.contenders import BASE, BASE_TWICE
 from dera_peft.bench.measure import Timings
 from dera_peft.formatting import format_bytes
-
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "dera-peft")
+from dera_peft.versions import package_versions
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -34,7 +32,7 @@ def environment(device: torch.device) -> dict:
         "device": torch.cuda.get_device_name(device) if on_cuda else f"CPU, {torch.get_num_threads()} threads",
         "machine": platform.machine(),
         "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
-        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "versions": package_versions("bitsandbytes") | {"python": platform.python_version()},
     }
 
 

@@ -1,6 +1,5 @@
 """A quick check before a long sweep: does the adapter respond to λ, and where does text fall apart?"""
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from dera_peft.evaluate.arms import make_arms
 from dera_peft.evaluate.config import SweepConfig
 from dera_peft.evaluate.run import encode_prompts
 from dera_peft.progress import Progress, no_progress
-from dera_peft.rewards.metrics import repetition
+from dera_peft.rewards.metrics import perplexity_of, repetition
 
 PROMPTS, TOKENS = 8, 64  # at most so many prompts, and tokens a completion
 LAMBDAS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # checked as well as the sweep's own
@@ -135,8 +134,7 @@ def check(config: SweepConfig, progress: Progress = no_progress) -> Check | None
                 CheckedLambda(
                     lam,
                     kl_per_token=sum(each.kl[1].sum().item() for each in scored) / count,
-                    # of a text that the reference holds impossible it would be infinite
-                    perplexity=math.exp(min(-sum(each.total[0].item() for each in scored) / count, 700.0)),
+                    perplexity=perplexity_of(sum(each.total[0].item() for each in scored), count),
                     repetition=sum(repetition(each.tokens) for each in completions) / len(completions),
                     same=sum(each.tokens == reference[each.request.index] for each in completions) / len(completions),
                 )

@@ -10,7 +10,7 @@ import yaml
 
 from dera_peft.checkpoint.record import Record
 from dera_peft.engine.names import REFERENCE
-from dera_peft.files import write_atomically
+from dera_peft.files import RUN_FILE, write_atomically
 
 FILE_NAME = "retrain.yaml"
 DERIVED = ("accelerator_config",)  # an object that the trainer's arguments make for themselves
@@ -53,7 +53,7 @@ def retrain_command(adapter: str, record: Record, beta: float, folder: Path) -> 
 def _settings(adapter: str) -> tuple[dict[str, Any], int] | None:
     """What `dera dpo` was told, and by how many processes it ran, if its folder still says so."""
     try:
-        record = json.loads((Path(adapter) / "run.json").read_text(encoding="utf-8"))
+        record = json.loads((Path(adapter) / RUN_FILE).read_text(encoding="utf-8"))
         settings, given = record["settings"], record.get("given")
         processes = settings.pop("processes", 1)
         if given is None:  # an older folder has only what is not at its default

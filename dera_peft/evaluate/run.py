@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,9 @@ from dera_peft.progress import Progress, no_progress
 from dera_peft.rewards.functions import NamedReward, check_columns, load_rewards
 from dera_peft.rewards.judges import NamedJudge, load_judge
 from dera_peft.rewards.metrics import Measured, is_better_low
+from dera_peft.versions import package_versions
 
 FILES = ("report.html", "sweep.png", "sweep.svg", "pareto.png", "pareto.svg", "summary.csv", "samples.jsonl")
-PACKAGES = ("dera-peft", "torch", "transformers", "peft")
 IN_MEMORY = ("log_p", "kl_grid", "token_views")  # of a row, what samples.jsonl does without
 
 logger = logging.getLogger(__name__)
@@ -296,6 +295,6 @@ def _facts(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJudg
     if sampling.temperature not in (0, 1):
         facts["KL and perplexity"] = "at temperature 1, along samples that were drawn at the temperature above"
     return facts | {
-        "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
+        "versions": ", ".join(f"{name} {version}" for name, version in package_versions().items()),
         "date": date.today().isoformat(),
     }

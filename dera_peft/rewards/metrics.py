@@ -11,6 +11,7 @@ from typing import Any
 from dera_peft.errors import DeRaError
 
 REPEATED = 4  # tokens: Welleck et al., "Neural Text Generation with Unlikelihood Training" (2020), seq-rep-4
+LARGEST_EXPONENT = 700.0  # of exp, in float64
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,12 @@ def repetition(tokens: Sequence[int]) -> float:
 def perplexity(measured: Measured) -> float | None:
     if measured.log_ref is None or not measured.length:
         return None
-    # of a text that the reference holds impossible it would be infinite
-    return math.exp(min(-measured.log_ref / measured.length, 700.0))
+    return perplexity_of(measured.log_ref, measured.length)
+
+
+def perplexity_of(log_probability: float, num_tokens: int) -> float:
+    """Finite, too, for a text that a model holds impossible."""
+    return math.exp(min(-log_probability / num_tokens, LARGEST_EXPONENT))
 
 
 def implicit(measured: Measured, beta: float) -> float | None:

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from dera_peft.errors import DeRaError
-from dera_peft.files import write_atomically
+from dera_peft.files import RUN_FILE, write_atomically
 from dera_peft.messages import is_main_process
 from dera_peft.settings import COUNT, Settings, setting
 
 logger = logging.getLogger(__name__)
 
-FILE_NAME = "run.json"
 # What the programs write, beside a tokenizer, which every run writes anew; with --overwrite it goes.
 MODEL_FILES = ("adapter_config.json", "adapter_model.*", "config.json", "generation_config.json", "model*.safetensors*")
 MODEL_FOLDERS = ("merged", "sft")
@@ -142,7 +141,7 @@ class OutputFolder:
         given: dict | None = None,
     ):
         self.folder = Path(folder)
-        self.file = self.folder / FILE_NAME
+        self.file = self.folder / RUN_FILE
         self.record = {"settings": settings, "inputs": inputs}
         self.given = {} if given is None else {"given": given}
         self.is_complete = False
@@ -160,7 +159,7 @@ class OutputFolder:
     def is_unfinished(folder: str | os.PathLike) -> bool:
         """Whether a program has begun to fill `folder`, and has not come to its end."""
         try:
-            return not json.loads((Path(folder) / FILE_NAME).read_text(encoding="utf-8"))["complete"]
+            return not json.loads((Path(folder) / RUN_FILE).read_text(encoding="utf-8"))["complete"]
         except FileNotFoundError:
             return False
         except (ValueError, KeyError, TypeError):

@@ -1,6 +1,5 @@
 """What a training program writes into `dera.json`."""
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,8 +12,7 @@ from dera_peft.checkpoint.record import Record
 from dera_peft.engine.names import ALIGNED, REFERENCE
 from dera_peft.training.rows import RowCount
 from dera_peft.training.sft_model import SFTModel
-
-PACKAGES = ("dera-peft", "peft", "torch", "transformers", "trl")
+from dera_peft.versions import package_versions
 
 
 def training_record(
@@ -33,7 +31,7 @@ def training_record(
         "steps": trainer.state.global_step,
         "metrics": metrics,
         "processes": args.world_size,
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": package_versions("trl"),
     }
 
 

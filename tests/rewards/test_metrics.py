@@ -5,7 +5,7 @@ import math
 import pytest
 
 from dera_peft import DeRaError
-from dera_peft.rewards.metrics import Measured, read_metric
+from dera_peft.rewards.metrics import Measured, perplexity_of, read_metric
 
 
 def value(name: str, beta: float | None = None, **measured) -> float | None:
@@ -67,3 +67,8 @@ def test_a_folder_may_be_called_like_a_metric(tmp_path, monkeypatch):
     (tmp_path / "lengths").mkdir()
     monkeypatch.chdir(tmp_path)
     assert read_metric("lengths") is None
+
+
+def test_the_perplexity_of_an_impossible_text_is_finite():
+    assert perplexity_of(-6.0, 3) == pytest.approx(7.389056)
+    assert math.isfinite(perplexity_of(-math.inf, 3))
