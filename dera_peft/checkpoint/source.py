@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dera_peft.checkpoint.fingerprint import cached_revision
+from dera_peft.errors import DeRaError
 from dera_peft.settings import Setting, Settings, setting
 
 if TYPE_CHECKING:
@@ -97,6 +98,23 @@ class ModelSource(Settings):
             DeRaError: they don't say which base or which adapter, or say it twice.
         """
         return self._record
+
+    def resolve_one(self, command: str, way_out: str) -> "Record":
+        """
+        The record of a model with one aligned adapter.
+
+        Args:
+            command: who takes only one, for the message.
+            way_out: what to do with several.
+
+        Raises:
+            DeRaError: it has several; or see `resolve`.
+        """
+        record = self.resolve()
+        if len(record.branches) > 2:
+            found = "adapters has" if self.adapters else f"adapter={self.adapter or self.base!r} is a record of"
+            raise DeRaError(f"{command} takes one aligned model, and {found} {list(record.branches)[1:]}: {way_out}")
+        return record
 
     @cached_property
     def _record(self) -> "Record":

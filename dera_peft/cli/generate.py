@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
 from dera_peft.checkpoint.source import ModelSource
-from dera_peft.cli.inputs import resolve_one_aligned
 from dera_peft.decoding.lambdas import lambdas_setting
 from dera_peft.decoding.prompt_settings import PromptSettings
 from dera_peft.decoding.requests import Request
@@ -80,8 +79,8 @@ def generate(settings: GenerateSettings) -> None:
 
     prompts = settings.read_prompts_or_lines()
     source, sampling = part(settings, ModelSource).placed(), settings.sampling
-    record = resolve_one_aligned(
-        source, "dera generate", "use DeRaModel.generate with lam by name, or export a mixture of them (dera export)."
+    record = source.resolve_one(
+        "dera generate", "use DeRaModel.generate with lam by name, or export a mixture of them (dera export)."
     )
     default = cast("float", record.lam)  # of one aligned branch it is one number
     requests = [

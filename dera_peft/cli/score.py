@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dera_peft.checkpoint.source import ModelSource
-from dera_peft.cli.inputs import resolve_one_aligned
 from dera_peft.decoding.jsonl import parse_row
 from dera_peft.decoding.lambdas import lambdas_setting
 from dera_peft.decoding.prompt_settings import PromptSettings
@@ -191,7 +190,7 @@ def score(settings: ScoreSettings) -> None:
 
     given = read_completions(settings.completions)
     source = part(settings, ModelSource).placed()
-    record = resolve_one_aligned(source, "dera score", "use dera_peft.evaluate.score with lam by name.")
+    record = source.resolve_one("dera score", "use dera_peft.evaluate.score with lam by name.")
     lambdas = settings.lambdas or (cast("float", record.lam),)  # of one aligned branch it is one number
     run = settings_fingerprint(
         {

@@ -21,6 +21,8 @@ from dera_peft.model import DeRaModel
 GRID_STEPS = 4  # points of the fine grid between two λ of the sweep
 MAX_GRID = 81  # points in all
 
+COMMAND, WAY_OUT = "dera sweep", "sweep one of their adapters, or a mixture of them (dera export)."
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -84,7 +86,7 @@ def make_arms(config: SweepConfig) -> list[Arm]:
         DeRaError: there is no such model, or it stands over another reference, or it is several aligned models.
     """
     source = config.source
-    record = _resolve(source)
+    record = source.resolve_one(COMMAND, WAY_OUT)
     arms = [
         Arm(mixing, source, mixing, config.lambdas, True, None, _run(config, source, mixing))
         for mixing in sorted(config.mixing)  # logits, weights
@@ -92,7 +94,7 @@ def make_arms(config: SweepConfig) -> list[Arm]:
     for name, adapter in config.models.items():
         base = None if Record.is_in(adapter) else record.base
         other = replace(source, base=base, adapter=adapter, adapters=None)
-        found = _resolve(other)
+        found = other.resolve_one(COMMAND, WAY_OUT)
         if reference_of(found) != reference_of(record):
             raise DeRaError(
                 f"models: {name!r} ({adapter!r}) stands over another reference than the sweep's adapter, so that its "
@@ -102,16 +104,6 @@ def make_arms(config: SweepConfig) -> list[Arm]:
         place = None if beta is None or its_beta is None else beta / its_beta
         arms.append(Arm(name, other, LOGITS, (1.0,), False, place, _run(config, other, LOGITS)))
     return arms
-
-
-def _resolve(source: ModelSource) -> Record:
-    record = source.resolve()
-    if len(record.branches) > 2:
-        raise DeRaError(
-            f"dera sweep takes one aligned model, and adapter={named_adapter(source)!r} is a record of "
-            f"{list(record.branches)[1:]}: sweep one of their adapters, or a mixture of them (dera export)."
-        )
-    return record
 
 
 def _run(config: SweepConfig, source: ModelSource, mixing: str) -> str:

@@ -219,6 +219,15 @@ def test_files_that_cannot_be_read(tiny_base, tiny_adapter, tmp_path):
     assert "format 1" in error(tmp_path / "record")
 
 
+def test_a_command_may_take_one_aligned_model_alone(tiny_base, tiny_adapter, top_adapter):
+    one = ModelSource(base=str(tiny_base), adapter=str(tiny_adapter))
+    assert one.resolve_one("dera score", "do it twice.") is one.resolve()
+    several = ModelSource(base=str(tiny_base), adapters={"a": str(tiny_adapter), "b": str(top_adapter)})
+    with pytest.raises(DeRaError) as caught:
+        several.resolve_one("dera score", "do it twice.")
+    assert str(caught.value) == "dera score takes one aligned model, and adapters has ['a', 'b']: do it twice."
+
+
 def test_settings_that_are_not_known(tiny_base, tiny_adapter):
     assert "'int3'" in error(tiny_base, tiny_adapter, quantization="int3")
     assert "'float31'" in error(tiny_base, tiny_adapter, dtype="float31")
