@@ -21,7 +21,7 @@ FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parque
 SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes
 
 
-def read_dataset(name: str, split: str = "train", config: str | None = None, argument: str = "dataset") -> Dataset:
+def read_dataset(name: str, split: str = "train", config: str | None = None, argument: str = "dataset_name") -> Dataset:
     """
     Rows of a dataset.
 

@@ -13,6 +13,7 @@ from dera_peft.errors import DeRaError
 from dera_peft.user_code import is_object_path, load_object
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 Chat = list[dict[str, str]]
@@ -40,11 +41,12 @@ class Prompt:
     columns: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
+        texts: list[str] = []  # of an empty chat
         if is_chat(self.content):
             texts = [message["content"] for message in self.content]
         elif isinstance(self.content, str):
             texts = [self.content]
-        else:
+        elif self.content != []:
             raise DeRaError(f"{self.source}: a prompt must be a text or a list of chat messages; got {self.content!r}.")
         if not any(text.strip() for text in texts):
             raise DeRaError(f"{self.source}: the prompt is empty.")
@@ -145,35 +147,61 @@ def read_prompts(
         return from_rows(source, "prompts", column)[:limit]
     if Path(source).suffix in FILES or source.rpartition(":")[0].endswith(".py"):
         return from_file(source, column)[:limit]
-    return from_dataset(source, split, subset, column, limit)
+    prompts, _ = from_dataset(source, split, subset, column, limit)
+    return prompts
 
 
 def from_dataset(
-    name: str, split: str = "train", subset: str | None = None, column: str = "prompt", limit: int | None = None
-) -> list[Prompt]:
+    name: str,
+    split: str = "train",
+    subset: str | None = None,
+    column: str = "prompt",
+    limit: int | None = None,
+    *,
+    argument: str = "prompts",
+    columns: Sequence[str] | None = None,
+    skip_empty: bool = False,
+) -> tuple[list[Prompt], int]:
     """
     Prompts from a dataset (see `datasets.read_dataset`): texts, or chats; of a chat that ends with an answer, what
-    stands before it. Its other columns are the prompts' own.
+    stands before it.
 
     Args:
         limit: read the first so many rows; None for all.
+        argument: what names the dataset for the user, for messages.
+        columns: those that become the prompts' own; None for all but the prompt's.
+        skip_empty: leave out rows that have no prompt, where they are an error otherwise.
+
+    Returns:
+        The prompts, and how many rows were left out.
     """
     from dera_peft.decoding.datasets import (
         read_dataset,  # datasets takes a second to import, which a file of prompts does not need
     )
 
-    dataset = read_dataset(name, split, subset, "prompts")
-    if column not in dataset.column_names:
-        raise DeRaError(f"prompts={name!r} has no column {column!r}; it has {dataset.column_names}: set prompt_column.")
+    dataset = read_dataset(name, split, subset, argument)
+    for each in (column, *(columns or ())):
+        if each not in dataset.column_names:
+            way_out = ": set prompt_column." if each == column else "."
+            raise DeRaError(f"{argument}={name!r} has no column {each!r}; it has {dataset.column_names}{way_out}")
+    if columns is not None:
+        dataset = cast("Dataset", dataset.select_columns(list(dict.fromkeys((column, *columns)))))
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
     found = cast("Iterable[dict[str, Any]]", dataset)  # as a Dataset's rows are unless it was given another format
-    rows = {f"{name}, row {number}": dict(row) for number, row in enumerate(found, start=1)}
-    for row in rows.values():
-        content = row[column]
-        if is_chat(content) and len(content) > 1 and content[-1]["role"] == "assistant":
-            row[column] = content[:-1]
-    return _from_rows(rows, column)
+    prompts: list[Prompt] = []
+    for number, row in enumerate(found, start=1):
+        source, content = f"{name}, row {number}", row[column]
+        if is_chat(content) and content[-1]["role"] == "assistant":
+            content = content[:-1]
+        texts = [message["content"] for message in content] if is_chat(content) else [content]
+        if skip_empty and not any(isinstance(text, str) and text.strip() for text in texts):
+            continue
+        lam = row.get("lambda") if columns is None else None
+        own = [each for each in row if each not in (column, "lambda")] if columns is None else columns
+        lambdas = None if lam is None else _read_lambdas(lam, source)
+        prompts.append(Prompt(len(prompts), content, source, lambdas, {each: row[each] for each in own}))
+    return prompts, len(dataset) - len(prompts)
 
 
 def from_rows(rows: Iterable[Any], source: str, column: str = "prompt") -> list[Prompt]:

@@ -13,10 +13,10 @@ those of a single one.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from dera_peft.checkpoint.source import Dtype, ModelSource, Quantization
 from dera_peft.decoding.prompt_settings import PromptSettings
@@ -27,6 +27,7 @@ from dera_peft.training.pairs import BEST_WORST, EMPTY, TOO_LONG, make_pairs, ou
 from dera_peft.training.program import OutputFolder, ProgramSettings, check_processes, settings_of
 
 if TYPE_CHECKING:
+    from dera_peft.decoding.prompts import Prompt
     from dera_peft.training.sft_model import SFTModel
 
 # What does not decide a completion or its reward: where they are there already, they are reused.
@@ -128,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from dera_peft.checkpoint.devices import device_map_of, join_processes
     from dera_peft.checkpoint.fingerprint import settings_fingerprint
-    from dera_peft.decoding.prompts import column_names, from_file
+    from dera_peft.decoding.prompts import column_names
     from dera_peft.decoding.requests import Request
     from dera_peft.decoding.rows import RewardedRow, RowLog, expect_prompts
     from dera_peft.files import write_atomically
@@ -144,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_processes(settings.num_processes)
     device_map = device_map_of(settings.device_map, processes)
     reward = load_reward(settings.reward, device_map)
-    prompts, empty = (from_file(settings.prompts), 0) if settings.prompts else read_dataset_prompts(settings)
+    prompts, empty = read_prompts(settings)
     sft_model = find_sft_model(
         settings.model_name_or_path,
         settings.sft_adapter,
@@ -202,29 +203,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{len(pairs)} pairs from {len(prompts) + empty} prompts in {folder / 'preferences.jsonl'}")
 
 
-def read_dataset_prompts(settings: PreferenceSettings) -> tuple[list, int]:
-    """The prompts of the dataset, and how many of its rows had none."""
-    from dera_peft.decoding.datasets import read_dataset
-    from dera_peft.decoding.prompts import Prompt, is_chat
+def read_prompts(settings: PreferenceSettings) -> "tuple[list[Prompt], int]":
+    """The prompts of a file, or of a dataset; and how many rows of the dataset have none."""
+    from dera_peft.decoding.prompts import from_dataset, from_file
 
-    assert settings.dataset_name is not None  # checked before
-    dataset = read_dataset(settings.dataset_name, settings.dataset_split, settings.dataset_config)
-    for name in (settings.prompt_column, *settings.reward_columns):
-        if name not in dataset.column_names:
-            raise DeRaError(f"dataset={settings.dataset_name!r} has no column {name!r}; it has {dataset.column_names}.")
-    prompts, empty = [], 0
-    rows = dataset.select_columns([settings.prompt_column, *settings.reward_columns])
-    for number, row in enumerate(cast("Iterable[dict[str, Any]]", rows), start=1):
-        content = row[settings.prompt_column]
-        if is_chat(content) and content[-1]["role"] == "assistant":
-            content = content[:-1]
-        texts = [message["content"] for message in content] if is_chat(content) else [content]
-        if content is None or not any(isinstance(text, str) and text.strip() for text in texts):
-            empty += 1
-            continue
-        columns = {name: row[name] for name in settings.reward_columns}
-        prompts.append(Prompt(len(prompts), content, f"{settings.dataset_name}, row {number}", columns=columns))
-    return prompts, empty
+    if settings.prompts:
+        return from_file(settings.prompts), 0
+    assert settings.dataset_name is not None  # one of the two was checked to be there
+    return from_dataset(
+        settings.dataset_name,
+        settings.dataset_split,
+        settings.dataset_config,
+        settings.prompt_column,
+        argument="dataset_name",
+        columns=settings.reward_columns,
+        skip_empty=True,
+    )
 
 
 def sample(

@@ -9,7 +9,7 @@ from tiny_models import make_tokenizer
 from transformers import LlamaConfig
 
 from dera_peft import DeRaError
-from dera_peft.decoding.prompts import encode, from_file, from_lines, from_texts, read_prompts
+from dera_peft.decoding.prompts import encode, from_dataset, from_file, from_lines, from_texts, read_prompts
 
 CHAT = [{"role": "user", "content": "Hello"}]
 
@@ -72,6 +72,22 @@ def test_prompts_of_a_dataset(tmp_path):
         read_prompts(f"{tmp_path}/saved")
     with pytest.raises(DeRaError, match=r"prompts='.*none', split='train': FileNotFoundError"):
         read_prompts(f"{tmp_path}/none")
+
+
+def test_rows_of_a_dataset_without_a_prompt_are_an_error_or_left_out(tmp_path):
+    answer = {"role": "assistant", "content": "Hi"}
+    rows = [{"chat": [answer], "topic": "x", "n": 1}, {"chat": None, "topic": "y", "n": 2}]
+    rows += [{"chat": [*CHAT, answer], "topic": "z", "n": 3}]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "rows")
+    name = str(tmp_path / "rows")
+    with pytest.raises(DeRaError, match="rows, row 1: the prompt is empty"):
+        read_prompts(name, "chat")
+    settings = {"column": "chat", "argument": "dataset_name", "skip_empty": True}
+    (found,), left_out = from_dataset(name, columns=["n", "chat"], **settings)
+    assert (found.index, found.content, found.source, left_out) == (0, CHAT, f"{name}, row 3", 2)
+    assert found.columns == {"n": 3, "chat": [*CHAT, answer]}
+    with pytest.raises(DeRaError, match=r"^dataset_name='.*' has no column 'm'; it has \['chat', 'topic', 'n'\]\.$"):
+        from_dataset(name, columns=["m"], **settings)
 
 
 @pytest.mark.parametrize(
