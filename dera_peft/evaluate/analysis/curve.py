@@ -115,7 +115,7 @@ def estimate_curve(rows: Sequence[dict], grid: Sequence[float], rewards: Sequenc
     own = [row for row in rows if row["arm"] == LOGITS]
     measured = sorted({row["lambda"] for row in own})
     if len(measured) < 2:
-        return Curve(reason="it takes two λ to say something of those between")
+        return Curve(reason="estimates between λ need at least two decoded ones")
     if missing := [lam for lam in measured if lam not in grid]:
         raise DeRaError(f"grid={list(grid)!r} must hold each λ that was decoded; {missing[0]:g} is not there.")
     positions = prompt_positions(rows)

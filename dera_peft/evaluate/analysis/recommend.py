@@ -77,7 +77,7 @@ class Recommendation:
         rule = f"{self.rule!r}, {RULES[self.rule]}"
         if self.kl_budget is not None:
             rule += f" of {self.kl_budget:g} nats"
-        between = " and those between that the samples tell of" if self.between else ""
+        between = " and those estimated between them" if self.between else ""
         of = f"{self.reward!r}" + (f" in the group {self.group!r}" if self.group is not None else "")
         measured = ", ".join(f"{lam:g}" for lam in self.measured)
         lines = [

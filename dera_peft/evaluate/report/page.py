@@ -24,7 +24,7 @@ LISTED_FAILURES = 20
 MINUS = "\N{MINUS SIGN}"
 # what a browser would obey rather than show: control characters, and those that turn the direction of text
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-SVG_COLORS = {INK: "ink", MUTED: "muted", PAPER: "paper", **{color: f"line-{n}" for n, color in enumerate(COLORS)}}
+SVG_COLORS = {INK: "ink", MUTED: "muted", PAPER: "paper", **{color: f"arm-{n}" for n, color in enumerate(COLORS)}}
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,9 @@ def samples_data(rows: Sequence[dict], names: Mapping[str, str]) -> dict[str, An
 
     Returns:
         `arms` ([{arm, name, lambdas}]); `branches` (names); `texts`; and `pairs`, each with `index`, `sample`,
-        `prompt` ([[role or null, text], …]) and `rows` (by arm, one per λ). A row has `lambda`, `text`, `tokens`,
-        `finish`, `kl`, `rewards`, `judged`, `errors`, and `token_views`: null, or per token [text, JS, then text and
-        probability of each of a branch's best, branch by branch].
+        `prompt` ([[role or null, text], …]) and `rows` (by arm, one per λ). A row has `lambda`, `text`, `num_tokens`,
+        `finish_reason`, `kl`, `rewards`, `judged`, `errors`, and `token_views`: null, or per token [text, JS, then text
+        and probability of each of a branch's best, branch by branch].
     """
     texts: dict[str, int] = {}
     branches = next(
@@ -59,8 +59,8 @@ def samples_data(rows: Sequence[dict], names: Mapping[str, str]) -> dict[str, An
             {
                 "lambda": row["lambda"],
                 "text": row["completion"],
-                "tokens": row["num_tokens"],
-                "finish": row["finish_reason"],
+                "num_tokens": row["num_tokens"],
+                "finish_reason": row["finish_reason"],
                 "kl": row["kl"],
                 "rewards": row["rewards"],
                 "judged": row.get("judged", {}),

@@ -207,7 +207,7 @@ def test_where_there_is_no_curve():
     assert reason_off(replace(pure, repetition_penalty=1.2)).startswith("repetition_penalty")
     table = Table(prompts=2, strength=1.0)
     curve = estimate_curve(table.rows([0.5], [0.5], samples=1), [0.5], ["r"])
-    assert (curve.points, curve.reason) == ([], "it takes two λ to say something of those between")
+    assert (curve.points, curve.reason) == ([], "estimates between λ need at least two decoded ones")
     with pytest.raises(DeRaError, match=r"must hold each λ that was decoded; 0.5 is not there"):
         estimate_curve(table.rows([0.0, 0.5], [0.0], samples=1), [0.0], ["r"])
 

@@ -123,7 +123,7 @@ def test_a_lambda_between_the_measured_ones():
     assert found.difference.se == pytest.approx(0.1, rel=0.1)  # λ=1 is the same in all resamples
     assert found.distinguishable
     said = found.text()
-    assert "among the measured λ (0, 0.5, 1, 2) and those between that the samples tell of." in said
+    assert "among the measured λ (0, 0.5, 1, 2) and those estimated between them." in said
     assert "This λ was not decoded: its numbers are estimated" in said
     assert "Between λ = 1 and 2 the samples don't tell what all λ give: add λ = 1.4 to the sweep." in said
 

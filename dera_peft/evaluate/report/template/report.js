@@ -108,8 +108,8 @@
     const judged = Object.entries(row.judged).map(
       ([against, verdict]) => `judge: ${verdict === null ? "no verdict" : outcome[verdict]} against λ=${against}`,
     );
-    const how = row.finish === "length" ? "cut at the limit" : "ended";
-    const all = [...rewards, `KL ${number(row.kl, 2)} nats`, ...judged, `${row.tokens} tokens, ${how}`];
+    const how = row.finish_reason === "length" ? "cut at the limit" : "ended";
+    const all = [...rewards, `KL ${number(row.kl, 2)} nats`, ...judged, `${row.num_tokens} tokens, ${how}`];
     const errors = Object.entries(row.errors).map(([name, message]) =>
       element("span", "error", ` · ${seen(name)} failed: ${seen(message)}`),
     );
