@@ -115,7 +115,7 @@ class Settings:
         Raises:
             DeRaError: no such file, not a mapping, a key that is not one (with the nearest name), or a missing one.
         """
-        settings = {} if file is None else read_keys(file, key_names(cls), cls.called)
+        settings = {} if file is None else read_keys(file, [each.name for each in user_fields(cls)], cls.called)
         settings = cls.merge(settings, {name: value for name, value in given.items() if value is not None})
         for each in fields(cls):
             if each.default is MISSING and each.default_factory is MISSING and each.name not in settings:
@@ -130,9 +130,9 @@ class Settings:
         return {**{name: value for name, value in values.items() if name not in replaced}, **given}
 
 
-def key_names(kind: type) -> list[str]:
-    """The fields that a file may set."""
-    return [each.name for each in fields(kind) if setting_of(each).on_command_line]
+def user_fields(kind: type) -> list[Field]:
+    """The fields that a command line and a file may set, as against those of Python alone."""
+    return [each for each in fields(kind) if setting_of(each).on_command_line]
 
 
 def setting_of(each: Field) -> Setting:

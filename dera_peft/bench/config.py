@@ -110,7 +110,7 @@ class BenchedModel(ModelSource):
 
     @property
     def title(self) -> str:
-        parts = [self.shape or self.adapter or self.base, self.quantization, self.dtype]
+        parts = [self.shape or self.name, self.quantization, self.dtype]
         if self.layers is not None:
             parts.append(f"{self.layers} layers")
         if self.top != 1.0:

@@ -108,10 +108,7 @@ def load(
     Raises:
         DeRaError: one of them can't be read, does not fit the other, or can't be quantized here.
     """
-    base = record.base
-    if record.base_revision is not None:
-        base_arguments.setdefault("revision", record.base_revision)
-    revision = base_arguments.get("revision")
+    base, revision = record.base, base_arguments.get("revision")
     checked = check(record, base_arguments, config=config)
     record.check_quantization(quantization or configured_quantization(checked.config, base_arguments))
     model: PreTrainedModel | PeftModel = load_base(

@@ -90,6 +90,12 @@ class ModelSource(Settings):
             object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         super().__post_init__()
 
+    @property
+    def name(self) -> str:
+        """What names the aligned model: an adapter, or a folder with a dera.json."""
+        several = (self.adapters or {}).values()
+        return str(self.adapter or next(iter(several), None) or self.base)
+
     def resolve(self) -> "Record":
         """
         Which base, adapters and branches are meant, from the names and the records beside them; read once.
@@ -112,7 +118,7 @@ class ModelSource(Settings):
         """
         record = self.resolve()
         if len(record.branches) > 2:
-            found = "adapters has" if self.adapters else f"adapter={self.adapter or self.base!r} is a record of"
+            found = "adapters has" if self.adapters else f"adapter={self.name!r} is a record of"
             raise DeRaError(f"{command} takes one aligned model, and {found} {list(record.branches)[1:]}: {way_out}")
         return record
 

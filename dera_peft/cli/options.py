@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -11,7 +11,7 @@ import typer
 
 from dera_peft.errors import DeRaError
 from dera_peft.quiet import be_quiet
-from dera_peft.settings import alternatives, option_name, read_pairs, setting_of, type_hints
+from dera_peft.settings import alternatives, option_name, read_pairs, setting_of, type_hints, user_fields
 
 PANELS = ("Model", "Prompts", "Sampling", "What is measured", "Measuring", "Output")  # in this order on a help page
 
@@ -80,8 +80,7 @@ def _with_options(function: Callable[[Any], None], settings: type) -> Callable[.
 
 def shown_fields(settings: type) -> list[Field]:
     """The fields that are options, by panel."""
-    shown = [each for each in fields(settings) if setting_of(each).on_command_line]
-    return sorted(shown, key=lambda each: PANELS.index(setting_of(each).panel or PANELS[-1]))
+    return sorted(user_fields(settings), key=lambda each: PANELS.index(setting_of(each).panel or PANELS[-1]))
 
 
 def _annotation(each: Field, hint: Any) -> Any:

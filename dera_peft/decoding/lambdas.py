@@ -33,7 +33,7 @@ def unique(lambdas: Sequence[float]) -> tuple[float, ...]:
 
 
 def read_lambdas(texts: Sequence[str]) -> list[float]:
-    """`["0,0.5", "1"]` -> [0.0, 0.5, 1.0]; each once, in the order given."""
+    """`["0,0.5", "1"]` -> [0.0, 0.5, 1.0]."""
     values: list[float] = []
     for part in ",".join(texts).split(","):
         try:
@@ -45,7 +45,7 @@ def read_lambdas(texts: Sequence[str]) -> list[float]:
         if not is_lambda(value):
             raise DeRaError(f"--lambda: {part.strip()!r} is not finite in fp32, in which logits are mixed.")
         values.append(value)
-    return list(unique(values))
+    return values
 
 
 def read_lambda_by_name(texts: Sequence[str]) -> float | dict[str, float]:

@@ -55,7 +55,7 @@ class Arm:
     @property
     def adapter(self) -> str:
         """The folder or hub id that the user named."""
-        return named_adapter(self.source)
+        return self.source.name
 
     @property
     def beta(self) -> float | None:
@@ -63,12 +63,6 @@ class Arm:
 
     def load(self, device_map: Any) -> DeRaModel:
         return DeRaModel.from_source(replace(self.source, device_map=device_map), mixing=self.mixing)
-
-
-def named_adapter(source: ModelSource) -> str:
-    """What names the aligned model: an adapter, or a folder with a dera.json."""
-    several = (source.adapters or {}).values()
-    return str(source.adapter or next(iter(several), None) or source.base)
 
 
 def beta_of(record: Record) -> float | None:

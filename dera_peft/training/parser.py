@@ -10,7 +10,7 @@ from typing import Any, Literal, NoReturn, cast, get_args, get_origin
 from trl import TrlParser
 
 from dera_peft.errors import DeRaError
-from dera_peft.settings import Settings, alternatives, nearest, read_keys, setting_of, type_hints
+from dera_peft.settings import Settings, alternatives, nearest, read_keys, setting_of, type_hints, user_fields
 
 ENVIRONMENT = "env"  # TRL's key for variables of the environment
 NOT_GIVEN = object()
@@ -108,8 +108,8 @@ def argparse_form(settings: type[Settings]) -> type:
     arguments of argparse.
     """
     hints = type_hints(settings)
-    shown = [each for each in fields(settings) if setting_of(each).on_command_line]
-    return make_dataclass(settings.__name__, [_argparse_field(each, hints[each.name]) for each in shown])
+    shown = [_argparse_field(each, hints[each.name]) for each in user_fields(settings)]
+    return make_dataclass(settings.__name__, shown)
 
 
 def _argparse_field(each: Field, hint: Any) -> tuple[str, Any, Any]:

@@ -131,3 +131,9 @@ def test_the_config_is_read_once(tiny_base, tiny_adapter, monkeypatch):
     assert source.config.num_hidden_layers == 6
     DeRaModel.from_source(source)
     assert read == [str(tiny_base)]
+
+
+def test_the_name_is_what_the_user_pointed_at():
+    assert ModelSource.read(base="org/base", adapter="org/lora").name == "org/lora"
+    assert ModelSource.read(base="org/base", adapters={"brief": "org/brief"}).name == "org/brief"
+    assert ModelSource.read(base="runs/saved").name == "runs/saved"
