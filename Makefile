@@ -1,6 +1,7 @@
 # make demo   set up, then fine-tune, align, sweep and decode on an embedded tiny model
 # make test   set up, then run the tests
 # make lint   set up, then check style and types
+# make gpu-check   on a machine with a GPU and the packages: its tests, the demo, and the figures of docs/performance.md
 # make docs   set up, then build the documentation into site/; a broken link or reference fails
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ RUN := $(VENV)/bin/python
 SETUP := $(VENV)/.complete
 DOCS_SETUP := $(VENV)/.docs-complete
 
-.PHONY: demo test lint docs setup clean
+.PHONY: demo test lint docs setup clean gpu-check
 
 demo: $(SETUP)
 	$(VENV)/bin/dera sft --config configs/tiny/sft.yaml
@@ -24,6 +25,9 @@ lint: $(SETUP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyrefly check --python-interpreter-path $(RUN)
+
+gpu-check: # installs nothing: such a machine may have no network
+	$(PYTHON) tests/gpu_check.py
 
 docs: $(DOCS_SETUP)
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict # with --quiet warnings would not be counted

@@ -22,6 +22,18 @@ pytest_plugins = ["small_runs"]
 STORIES = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260k"
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption("--gpu", action="store_true", help="run what is marked gpu; without it, no test sees a GPU")
+
+
+def pytest_configure(config) -> None:
+    """Without --gpu the tests are of the CPU, on every machine; subprocesses and xdist's workers inherit it."""
+    if config.getoption("--gpu"):
+        config.option.markexpr = "gpu"
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch first asks for a device
+
+
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch) -> None:
     """What is told once in a process is told once in each test."""

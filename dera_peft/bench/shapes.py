@@ -111,17 +111,17 @@ def make_random(
 
     Args:
         dtype: of the weights; bfloat16 on a CUDA device and float32 on others, unless given.
-        quantization: None, "nf4" or "fp4", of all linear layers but the head. The weights are then made on the CPU and
-            quantized layer by layer on their way to the device.
+        quantization: None, "nf4" or "fp4", of all linear layers but the head. Each layer's weights are made and
+            quantized on the device before the next one's, so that they are never all there unquantized.
         top: the share of the layers, from the top, that the adapter is on.
     """
     torch.manual_seed(seed)
     weights_dtype = read_dtype(dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    with torch.device("cpu" if quantization else device):
+    with torch.device("meta" if quantization else device):
         base = AutoModelForCausalLM.from_config(config, dtype=weights_dtype)
     if quantization:
-        _quantize(base, quantization, weights_dtype, device)
-    base.to(device).eval()
+        _make_quantized(base, quantization, device)
+    base.eval()
     depth = config.num_hidden_layers
     adapted = max(1, round(depth * top))
     adapter = LoraConfig(
@@ -148,21 +148,28 @@ def _linear_layers(base: PreTrainedModel) -> list[tuple[str, nn.Linear]]:
     ]
 
 
-def _quantize(base: PreTrainedModel, quantization: str, dtype: torch.dtype | str, device: torch.device) -> None:
+def _make_quantized(base: PreTrainedModel, quantization: str, device: torch.device) -> None:
+    """Gives a model on the meta device random weights: quantized ones in its linear layers, its own kind elsewhere."""
     import bitsandbytes as bnb  # imported when asked for: it warns where there is no GPU
 
     for name, linear in _linear_layers(base):
+        weight = torch.empty(linear.weight.shape, dtype=base.dtype, device=device)
         packed = bnb.nn.Linear4bit(
-            linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type=quantization
+            linear.in_features, linear.out_features, bias=False, compute_dtype=base.dtype, quant_type=quantization
         )
         # torch declares a Parameter's __init__, and bitsandbytes its own __new__
         packed.weight = bnb.nn.Params4bit(
-            linear.weight.data,
+            weight.normal_(std=base.config.initializer_range),
             requires_grad=False,
             compress_statistics=True,  # pyrefly: ignore[unexpected-keyword]
             quant_type=quantization,  # pyrefly: ignore[unexpected-keyword]
         )
+        packed._is_hf_initialized = True  # pyrefly: ignore[bad-argument-type] # what init_weights below asks for
         base.set_submodule(name, packed.to(device))
+    for module in base.modules():
+        if not isinstance(module, bnb.nn.Linear4bit):
+            module.to_empty(device=device, recurse=False)
+    base.init_weights()
     base.is_loaded_in_4bit = True  # pyrefly: ignore[bad-argument-type] # what PEFT asks a base for that transformers loaded
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
 from dera_peft.checkpoint.source import ModelSource
+from dera_peft.decoding.batch_size import batch_size_setting
 from dera_peft.decoding.lambdas import lambdas_setting
 from dera_peft.decoding.prompt_settings import PromptSettings
 from dera_peft.decoding.requests import Request
@@ -37,7 +38,7 @@ class GenerateSettings(PromptSettings, Sampling, ModelSource):
     )
     greedy: bool = setting(False, "The same as --temperature 0.", panel="Sampling")
     samples: int = setting(1, "Completions per prompt and λ.", check=COUNT, metavar="N", panel="Sampling")
-    batch_size: int = setting(16, "Completions decoded at once.", check=COUNT, metavar="N", panel="Sampling")
+    batch_size: int | None = batch_size_setting("Sampling")
     output: Path | None = setting(
         None,
         "A .jsonl file: a line per completion, written as it finishes. Run again, it is continued.",

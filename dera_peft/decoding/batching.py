@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 from dera_peft.decoding.memory import Attempt, go_on_with_half
 from dera_peft.decoding.noise import logits_processor, row_key
 from dera_peft.decoding.requests import Completion, Request
+from dera_peft.decoding.room import Room
 from dera_peft.decoding.sampling import Sampling
 from dera_peft.engine.generation import PLAIN_GENERATION
 from dera_peft.engine.mixture import MixtureModel
@@ -21,7 +22,6 @@ from dera_peft.engine.prefill import Prefill, can_be_shared
 from dera_peft.errors import DeRaError
 from dera_peft.messages import warn_once
 
-BATCH_TOKENS = 32 * 1024  # 4 GiB of keys and values in one branch of a model of 8 billion parameters (GQA, bf16)
 GROUP_BATCHES = 8  # of a group: one of them may be short
 BOTH_BRANCHES = 0.5  # a λ that needs both
 
@@ -44,10 +44,10 @@ def decode(
     prompts: Sequence[Sequence[int]] | Mapping[int, Sequence[int]],
     requests: Sequence[Request],
     sampling: Sampling,
-    batch_size: int,
+    batch_size: int | None = None,
     streamer: BaseStreamer | None = None,
     *,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
 ) -> Iterator[list[Completion]]:
     """
     Yields each batch of completions as it is finished. A batch mixes λ freely; each row pays for the branches it needs.
@@ -62,10 +62,10 @@ def decode(
         prompts: token ids by prompt index, from `prompts.encode`.
         model: a `MixtureModel`, or any causal language model for requests without λ.
         requests: indices into `prompts`.
-        batch_size: at most so many completions are decoded at once.
+        batch_size: at most so many completions are decoded at once; `Room.sequences` unless given.
         streamer: of transformers, for a single request.
         batch_tokens: at most so many tokens are held at once (but one request's at least): those of a batch, its new
-            ones included, and those of the prompts that are kept for the batches to come.
+            ones included, and those of the prompts that are kept for the batches to come; `Room.cached` unless given.
 
     Raises:
         DeRaError: a request has no λ and the model needs one, or the other way round; or too little memory for a single
@@ -75,6 +75,8 @@ def decode(
         if (request.lam is None) == isinstance(model, MixtureModel):
             raise DeRaError(f"{request}: a request has a λ where the model is a DeRaModel, and None where it is not.")
     _say_what_is_left_aside(model)
+    room = Room.of(model)
+    batch_size, batch_tokens = batch_size or room.sequences, batch_tokens or room.cached
     queue = _Queue(model, prompts, requests, batch_size, batch_tokens, sampling.max_new_tokens)
     prefill = None
     while queue:

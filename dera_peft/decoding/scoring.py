@@ -8,17 +8,13 @@ from typing import Any
 import torch
 
 from dera_peft.decoding.memory import Attempt, go_on_with_half
+from dera_peft.decoding.room import Room
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.names import WEIGHTS
 from dera_peft.engine.padding import pad
 from dera_peft.engine.plan import BatchPlan, read_lam
 from dera_peft.engine.prefill import Prefill, can_be_shared
 from dera_peft.errors import DeRaError
-
-# Of one pass over a slice of the sequences, in all branches. The first bounds what the layers hold; the second the
-# logits, which fill the memory at a vocabulary of 150,000.
-MAX_TOKENS = 16 * 1024
-MAX_LOGITS = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -110,10 +106,10 @@ def score_each(
     waiting = sorted(
         range(len(prompts)), key=lambda index: (len(prompts[index]), tuple(prompts[index]), len(completions[index]))
     )
-    halvings = 0
+    room, halvings = Room.of(model), 0
     while waiting:
         lengths = [(len(prompts[index]), len(completions[index])) for index in waiting]
-        chosen = waiting[: _slice_size(model, lengths, halvings, shares)]
+        chosen = waiting[: _slice_size(model, lengths, room, halvings, shares)]
         error = None
         if len(chosen) == 1:
             error = (
@@ -152,7 +148,9 @@ def _check(model, prompts, completions, temperature, top) -> None:
         raise DeRaError(f"top={top!r} must be from 0 to the vocabulary's {vocabulary} tokens.")
 
 
-def _slice_size(model: MixtureModel, lengths: Sequence[tuple[int, int]], halvings: int, shares: bool) -> int:
+def _slice_size(
+    model: MixtureModel, lengths: Sequence[tuple[int, int]], room: Room, halvings: int, shares: bool
+) -> int:
     """How many of the first sequences, of (prompt, completion) lengths, to take at once; at least one."""
     vocabulary = model.config.get_text_config().vocab_size
     passes = 2 if model.mixing == WEIGHTS else len(model.branches)  # whose logits are held at once
@@ -162,7 +160,7 @@ def _slice_size(model: MixtureModel, lengths: Sequence[tuple[int, int]], halving
         tokens = count * longest * passes
         logits = count * (longest - first_prompt) * passes * vocabulary
         is_other = shares and prompt != first_prompt  # prompts that are shared stand without padding
-        if count > 1 and (is_other or tokens > MAX_TOKENS >> halvings or logits > MAX_LOGITS >> halvings):
+        if count > 1 and (is_other or tokens > room.tokens >> halvings or logits > room.logits >> halvings):
             return count - 1
     return len(lengths)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from dera_peft.checkpoint.source import ModelSource
+from dera_peft.decoding.batch_size import batch_size_setting
 from dera_peft.decoding.lambdas import is_lambda, lambdas_setting
 from dera_peft.decoding.prompt_settings import PromptSettings
 from dera_peft.decoding.sampling import Sampling
@@ -61,7 +62,7 @@ class SweepConfig(Sampling, ModelSource):
         panel=SAMPLING,
         option="--model",
     )
-    batch_size: int = setting(32, "Completions decoded at once, at most.", check=COUNT, metavar="N", panel=SAMPLING)
+    batch_size: int | None = batch_size_setting(SAMPLING)
     rewards: tuple[str | Callable, ...] = setting(
         (),
         "What scores completions; can be repeated, and λ is chosen by the first one. path.py:name of "

@@ -30,6 +30,7 @@ from dera_peft.rewards.models import RewardModel
 
 TOP = 3  # tokens of each branch that the report names
 DIGITS = 6  # of what is kept: nats
+CALLED_AT_ONCE = 32  # completions that a reward or a judge gets in one call, where no batch size is given
 
 
 @dataclass
@@ -279,8 +280,9 @@ class SweepWorker:
         if not todo:
             return
         with self.progress(description, len(places), len(places) - len(todo)) as advance:
-            for start in range(0, len(todo), self.config.batch_size):
-                batch = todo[start : start + self.config.batch_size]
+            at_once = self.config.batch_size or CALLED_AT_ONCE
+            for start in range(0, len(todo), at_once):
+                batch = todo[start : start + at_once]
                 values = call([places[place] for place in batch])
                 self.reward_log.append(
                     RewardRow(run, *key, name=name, value=value, error=error)

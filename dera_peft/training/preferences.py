@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dera_peft.checkpoint.source import Dtype, ModelSource, Quantization
+from dera_peft.decoding.batch_size import batch_size_setting
 from dera_peft.decoding.prompt_settings import PromptSettings
 from dera_peft.decoding.sampling import Sampling
 from dera_peft.errors import DeRaError
@@ -94,7 +95,7 @@ class PreferenceSettings(ProgramSettings):
         "have it; 0: it is always the better one.",
         metavar="T",
     )
-    batch_size: int = setting(64, "Completions sampled at once.", check=AT_LEAST_1, metavar="N")
+    batch_size: int | None = batch_size_setting()
 
     def __post_init__(self):
         super().__post_init__()

@@ -117,6 +117,12 @@ def test_a_quantized_shape(quantization):
     linear = base.passes[0].model.model.layers[0].mlp.up_proj.weight
     assert head.dtype == torch.bfloat16
     assert linear.quant_state.quant_type == quantization
+    plain = make_contenders(BenchedModel(**{**TINY, "dtype": "bfloat16"}).build(), [BASE])[0].passes[0].model
+    assert not any(tensor.is_meta for tensor in base.tensors)
+    assert torch.equal(base.passes[0].model.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq)
+    assert torch.equal(base.passes[0].model.model.norm.weight, plain.model.norm.weight)
+    assert base.passes[0].model.model.embed_tokens.weight is head, "they are tied"
+    assert head.std().item() == pytest.approx(0.02, rel=0.05)
 
 
 @pytest.mark.parametrize("shape", sorted(SHAPES))

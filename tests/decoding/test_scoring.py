@@ -50,7 +50,7 @@ def test_each_sequence_by_itself(two, tiny_model, temperature, monkeypatch):
     tiny_model.base.register_forward_hook(lambda *_: passes.append(1))
     together = score(tiny_model, PROMPTS, COMPLETIONS, LAM, temperature, top=3)
     assert len(passes) == 1, "all λ of all sequences from one pass"
-    monkeypatch.setattr(scoring, "MAX_TOKENS", 1)
+    monkeypatch.setattr(scoring.Room, "of", lambda model: scoring.Room(tokens=1))
     one_by_one = score(tiny_model, PROMPTS, COMPLETIONS, LAM, temperature, top=3)
     assert len(passes) == 5, "one a sequence, and none for the empty completion"
     for found in (whole, together, one_by_one):
@@ -94,7 +94,7 @@ def test_a_completion_that_is_scored_alone_shares_nothing(tiny_base, tiny_adapte
     model = DeRaModel.from_pretrained(tiny_base, tiny_adapter)
     passes = []
     model.base.model.layers[0].register_forward_pre_hook(lambda _, args: passes.append(args[0].shape[1]))
-    monkeypatch.setattr(scoring, "MAX_LOGITS", 1)
+    monkeypatch.setattr(scoring.Room, "of", lambda model: scoring.Room(logits=1))
     score(model, [PROMPTS[0]] * 3, COMPLETIONS[:1] * 3, LAM)
     assert passes == [len(PROMPTS[0]) + len(COMPLETIONS[0]) - 1] * 3
 
@@ -122,7 +122,7 @@ def test_too_little_memory_halves_the_slice_and_says_so(tiny_model, monkeypatch,
         return real(model, prompts, *args)
 
     monkeypatch.setattr(scoring, "_score_slice", short_of_memory)
-    monkeypatch.setattr(scoring, "MAX_TOKENS", 128)
+    monkeypatch.setattr(scoring.Room, "of", lambda model: scoring.Room(tokens=128))
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     for scored, same in zip(score(tiny_model, PROMPTS, COMPLETIONS, LAM), expected, strict=True):
         close(scored.log_p, same.log_p.double())

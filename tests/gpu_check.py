@@ -1,0 +1,242 @@
+"""
+Checks the project on a machine with a GPU, and measures it there: `make gpu-check`.
+
+It runs the tests marked gpu, the four steps of the demo, a QLoRA DPO of a few steps on the Llama-8B shape (its peak
+memory against what the recipe computes), and `dera bench`, alone on the GPU, in bf16 and NF4. Nothing is installed or
+downloaded. What was found goes to runs/gpu-check/figures.json, and a table of the aims to the screen; the exit status
+is 1 where a check failed, whatever the figures are.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+GIB = 2**30
+RECIPE = ROOT / "configs" / "llama-3.1-8b-qlora" / "dpo.yaml"
+COMPUTED = 9.5 * 1e9  # bytes, as the recipe computes them
+STEPS = ("tests", "demo", "qlora", "bench")
+BATCHES = (1, 8, 32)
+BASE, TWICE, DERA, REFERENCE, TWO = "base, B rows", "base, 2B rows", "DeRa λ=0.5", "DeRa λ=0", "two models, two passes"
+
+
+class Checker:
+    """
+    Runs the steps as commands of their own, and keeps what they found.
+
+    Args:
+        folder: for what they write.
+        logs: gets the output of each command.
+    """
+
+    def __init__(self, folder: Path, logs: Path):
+        self.folder, self.logs, self.start = folder, logs, time.time()
+        (folder / "configs").symlink_to(ROOT / "configs")
+        logs.mkdir(parents=True, exist_ok=True)
+
+    def say(self, text: str) -> None:
+        print(f"[{time.time() - self.start:5.0f} s] {text}", flush=True)
+
+    def command(self, name: str, *arguments: object) -> tuple[dict, str]:
+        """Runs `python <arguments>`; returns its seconds and status, and what it printed to stdout."""
+        self.say(f"{name} …")
+        began, log = time.time(), self.logs / f"{name.replace(' ', '-')}.log"
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        with log.open("w") as errors:
+            done = subprocess.run(
+                [sys.executable, *map(str, arguments)],
+                cwd=self.folder,
+                env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+            errors.write(done.stdout)
+        seconds = time.time() - began
+        self.say(f"{name}: {'done' if done.returncode == 0 else f'FAILED, see {log}'} after {seconds:.0f} s")
+        return {"seconds": round(seconds, 1), "passed": done.returncode == 0}, done.stdout
+
+    def tests(self) -> dict:
+        report = self.folder / "tests.xml"
+        found, _ = self.command("tests", "-m", "pytest", ROOT, "--gpu", "-q", f"--junitxml={report}")
+        if report.is_file():
+            counts = ElementTree.parse(report).getroot().find("testsuite").attrib
+            found |= {key: int(counts[key]) for key in ("tests", "failures", "errors", "skipped")}
+        return found
+
+    def demo(self) -> dict:
+        """The four commands of `make demo`, on the GPU."""
+        found = {}
+        for step in ("sft", "preferences", "dpo", "sweep"):
+            found[step], _ = self.command(
+                f"demo {step}", "-m", "dera_peft.cli", step, "--config", f"configs/tiny/{step}.yaml"
+            )
+            if not found[step]["passed"]:
+                break
+        return {"passed": all(one["passed"] for one in found.values()), "steps": found}
+
+    def qlora(self) -> dict:
+        """A few steps of the recipe's DPO over random weights of its base's shape, on pairs of full length."""
+        made, _ = self.command("qlora base", __file__, "--make-llama", self.folder / "llama")
+        if not made["passed"]:
+            return made
+        found, out = self.command(
+            "qlora dpo", __file__, "--dpo", "--config", RECIPE,
+            "--model_name_or_path", self.folder / "llama" / "base", "--sft_adapter", self.folder / "llama" / "sft",
+            "--dataset_name", self.folder / "llama" / "pairs", "--output_dir", self.folder / "llama" / "dpo",
+            "--max_steps", 3, "--gradient_accumulation_steps", 2, "--eval_strategy", "no", "--logging_steps", 1,
+            "--optim", "adamw_torch",  # the recipe's paged moments are not in the allocator's count
+        )  # fmt: skip
+        if found["passed"]:
+            found |= json.loads(out.splitlines()[-1]) | {"computed_bytes": COMPUTED}
+        return found
+
+    def bench(self) -> dict:
+        found = {}
+        for dtype, quantization in (("bf16", ()), ("nf4", ("--quantization", "nf4"))):
+            for engine, names, rounds in (
+                ("captured", (BASE, TWICE, DERA, REFERENCE, "DeRa λ=1", TWO), 3),
+                ("dynamic", (BASE, DERA, "PEFT, mixed batch"), 1),
+            ):
+                only = [part for name in names for part in ("--only", name)]
+                status, out = self.command(
+                    f"bench {dtype} {engine}", "-m", "dera_peft.cli", "bench", "--shape", "llama-8b", "--dtype",
+                    "bfloat16", *quantization, "--batch", ",".join(map(str, BATCHES)), "--prompt", 64, "--new", 24,
+                    "--rounds", rounds, "--engine", engine, *only, "--json",
+                )  # fmt: skip
+                found[f"{dtype} {engine}"] = status | (json.loads(out) if status["passed"] else {})
+        return {"passed": all(one["passed"] for one in found.values()), "runs": found}
+
+
+def aims(found: dict) -> list[tuple[str, str, str]]:
+    """What was aimed at on an H100 or H200, and what was measured: rows of (what, aim, measured)."""
+    rows = []
+    for dtype, own in (("bf16", TWICE), ("nf4", TWICE)):
+        run = found.get("bench", {}).get("runs", {}).get(f"{dtype} captured", {})
+        by = {(row["contender"], row["batch"]): row for row in run.get("results", [])}
+        if not by:
+            continue
+
+        def step(name: str, batch: int, by=by) -> float:
+            return by[name, batch]["step_seconds"]["median"]
+
+        for batch, bf16_aim in ((1, 1.12), (8, 1.08)):
+            aim = bf16_aim if dtype == "bf16" else 1.10
+            ratio = step(DERA, batch) / step(own, batch)
+            rows.append((f"{dtype}, B = {batch}: DeRa λ=0.5, × base at 2B rows", f"≤ {aim:.2f}", f"{ratio:.2f}"))
+        ratio = step(TWO, 1) / step(DERA, 1)
+        rows.append((f"{dtype}, B = 1: faster than two models, eager", "≥ 5 ×", f"{ratio:.1f} ×"))
+        rows.append((f"{dtype}, B = 1: λ=0, × base", "≤ 1.01", f"{step(REFERENCE, 1) / step(BASE, 1):.2f}"))
+        if dtype == "bf16":
+            for name, aim in ((BASE, "≥ 60 %"), (DERA, "≥ 55 %")):
+                rows.append((f"bf16, B = 1: bandwidth, {name}", aim, f"{by[name, 1]['bandwidth_share']:.0%}"))
+        else:
+            ratio = by[DERA, 1]["peak_bytes"] / by[TWO, 1]["peak_bytes"]
+            rows.append(("nf4, B = 1: peak memory, × two NF4 models", "≤ 0.60", f"{ratio:.2f}"))
+    if "peak_allocated" in found.get("qlora", {}):
+        measured = found["qlora"]["peak_allocated"]
+        rows.append(
+            ("QLoRA DPO of an 8B: peak memory", f"{COMPUTED / 1e9:.1f} GB computed", f"{measured / 1e9:.1f} GB")
+        )
+    return rows
+
+
+def make_llama(folder: Path, shape: str = "llama-8b", device: str = "cuda") -> None:
+    """A random Llama-8B in bf16 with a tokenizer, an SFT adapter over it, and pairs of about 1,000 tokens."""
+    import torch
+
+    sys.path.insert(0, str(ROOT / "configs" / "tiny"))
+    import world
+
+    from dera_peft.bench.shapes import make_random, read_config
+
+    peft_model = make_random(read_config(shape, 1024), "bfloat16", torch.device(device))
+    peft_model.save_pretrained(folder / "sft")
+    peft_model.unload().save_pretrained(folder / "base")
+    _, tokenizer = world.model()
+    tokenizer.model_max_length = 1024
+    tokenizer.chat_template = (ROOT / "configs" / "llama-3.1-8b-qlora" / "chat_template.jinja").read_text()
+    tokenizer.save_pretrained(folder / "base")
+    ids = tokenizer(" ".join(row["prompt"] + row["completion"] for row in world.stories().select(range(50))))[
+        "input_ids"
+    ]
+    answers = [tokenizer.decode(ids[start : start + 960], skip_special_tokens=True) for start in range(0, 1600, 100)]
+    rows = [
+        {
+            "chosen": [{"role": "user", "content": f"Story {i}"}, {"role": "assistant", "content": answers[i]}],
+            "rejected": [{"role": "user", "content": f"Story {i}"}, {"role": "assistant", "content": answers[i + 1]}],
+        }
+        for i in range(len(answers) - 1)
+    ]
+    (folder / "pairs").mkdir()
+    for split in ("train", "test"):
+        (folder / "pairs" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run_dpo(arguments: list[str]) -> None:
+    """`dera dpo`, then its peak memory as a line of JSON."""
+    import torch
+
+    from dera_peft.training import dpo
+
+    dpo.main(arguments)
+    peaks = {"peak_allocated": torch.cuda.max_memory_allocated(), "peak_reserved": torch.cuda.max_memory_reserved()}
+    print(json.dumps(peaks))
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--make-llama"]:
+        make_llama(Path(sys.argv[2]))
+        return 0
+    if sys.argv[1:2] == ["--dpo"]:
+        run_dpo(sys.argv[2:])
+        return 0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "runs" / "gpu-check", help="folder for figures.json and the logs"
+    )
+    parser.add_argument("--only", default=",".join(STEPS), help=f"steps with commas, of {', '.join(STEPS)}")
+    arguments = parser.parse_args()
+    steps = arguments.only.split(",")
+    if unknown := set(steps) - set(STEPS):
+        parser.error(f"--only: {sorted(unknown)[0]!r} is not a step; there are {', '.join(STEPS)}")
+    import torch
+
+    if not torch.cuda.is_available():
+        print("error: there is no CUDA device here, which make gpu-check is for", file=sys.stderr)
+        return 2
+    from dera_peft.bench.report import environment
+
+    found: dict = {"environment": environment(torch.device("cuda"))}
+    with tempfile.TemporaryDirectory() as folder:
+        checker = Checker(Path(folder), arguments.output.resolve() / "logs")
+        figures = arguments.output / "figures.json"
+
+        def keep(name: str, result: dict) -> None:
+            found[name] = result
+            figures.write_text(json.dumps(found, indent=1, ensure_ascii=False))
+
+        with ThreadPoolExecutor() as pool:  # no times are taken of these: they share the GPU
+            together = {name: pool.submit(getattr(checker, name)) for name in steps if name != "bench"}
+            for name, result in together.items():
+                keep(name, result.result())
+        if "bench" in steps:
+            keep("bench", checker.bench())
+    facts = found["environment"]
+    print(f"\n{facts['device']}, {facts['date']}; " + ", ".join(f"{k} {v}" for k, v in facts["versions"].items()))
+    for what, aim, measured in aims(found):
+        print(f"{what:55} {aim:>20} {measured:>10}")
+    failed = [name for name in steps if not found[name]["passed"]]
+    print(f"failed: {', '.join(failed)}" if failed else "all passed", f"(figures: {figures})")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
