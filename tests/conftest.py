@@ -23,15 +23,38 @@ STORIES = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories26
 
 
 def pytest_addoption(parser) -> None:
-    parser.addoption("--gpu", action="store_true", help="run what is marked gpu; without it, no test sees a GPU")
+    parser.addoption(
+        "--gpu",
+        action="store_true",
+        help="run what is marked gpu, and what takes a `device`, on a GPU; without it no test sees one",
+    )
 
 
 def pytest_configure(config) -> None:
     """Without --gpu the tests are of the CPU, on every machine; subprocesses and xdist's workers inherit it."""
     if config.getoption("--gpu"):
-        config.option.markexpr = "gpu"
+        torch.backends.cudnn.allow_tf32 = False  # convolutions in fp32, as products are by default
     else:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch first asks for a device
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    on_gpu = config.getoption("--gpu")
+    skip = pytest.mark.skip(reason="needs --gpu")
+    kept = []
+    for item in items:
+        is_marked = item.get_closest_marker("gpu") is not None
+        if is_marked and not on_gpu:
+            item.add_marker(skip)
+        if not on_gpu or is_marked or "device" in item.fixturenames:
+            kept.append(item)
+    items[:] = kept
+
+
+@pytest.fixture(scope="session")
+def device(request) -> torch.device:
+    """Where a test computes that is run on a CPU, and with --gpu on a GPU."""
+    return torch.device("cuda" if request.config.getoption("--gpu") else "cpu")
 
 
 @pytest.fixture(autouse=True)

@@ -94,7 +94,6 @@ def test_the_adapter_stays_in_fp32_on_a_cpu(tiny_base, tiny_adapter):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_adapter_is_cast_once_to_the_bases_dtype_on_a_gpu(tiny_base, tiny_adapter):
     model = DeRaModel.from_pretrained(tiny_base, tiny_adapter, dtype="bfloat16", device_map="cuda")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

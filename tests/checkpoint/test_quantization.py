@@ -13,18 +13,20 @@ NEW = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token
 
 
 def two_passes(peft_model):
-    z_aligned = peft_model(IDS).logits
+    ids = IDS.to(peft_model.device)
+    z_aligned = peft_model(ids).logits
     with peft_model.disable_adapter():
-        z_ref = peft_model(IDS).logits
+        z_ref = peft_model(ids).logits
     assert (z_ref - z_aligned).abs().max() > 1
     return z_ref, z_aligned
 
 
 def assert_mixture(model, atol=2e-4):
-    found, output = model(IDS, lam=LAM).logits, model.generate(IDS, lam=LAM, num_beams=3, **NEW)
-    cacheless = model.generate(IDS, lam=LAM, num_beams=3, use_cache=False, **NEW)
+    ids = IDS.to(model.device)
+    found, output = model(ids, lam=LAM).logits, model.generate(ids, lam=LAM, num_beams=3, **NEW)
+    cacheless = model.generate(ids, lam=LAM, num_beams=3, use_cache=False, **NEW)
     z_ref, z_aligned = two_passes(model.unwrap())
-    weight = torch.tensor(LAM)[:, None, None]
+    weight = torch.tensor(LAM, device=ids.device)[:, None, None]
     torch.testing.assert_close(found, (1 - weight) * z_ref + weight * z_aligned, atol=atol, rtol=1e-5)
     assert output.tolist() == cacheless.tolist()
     return z_ref
@@ -32,14 +34,16 @@ def assert_mixture(model, atol=2e-4):
 
 @torch.no_grad()
 @pytest.mark.parametrize("quantization", ["nf4", "fp4"])
-def test_four_bits(tiny_base, tiny_adapter, quantization):
+def test_four_bits(tiny_base, tiny_adapter, quantization, device):
     pytest.importorskip("bitsandbytes")
-    model = DeRaModel.from_pretrained(tiny_base, tiny_adapter, quantization=quantization, dtype=torch.float32)
+    model = DeRaModel.from_pretrained(
+        tiny_base, tiny_adapter, quantization=quantization, dtype=torch.float32, device_map=str(device)
+    )
     weight = model.base.model.layers[0].mlp.up_proj.base_layer.weight
     assert weight.quant_state.quant_type == quantization
     z_ref = assert_mixture(model)
     full = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)(IDS).logits
-    assert (z_ref - full).abs().max() > 1e-2, "the base must really be quantized"
+    assert (z_ref.cpu() - full).abs().max() > 1e-2, "the base must really be quantized"
 
 
 @torch.no_grad()
@@ -58,10 +62,11 @@ def test_int8_is_exact_to_the_precision_of_int8(tiny_base, tiny_adapter):
 
 
 @torch.no_grad()
-def test_dora_over_four_bits(tiny_base, tmp_path):
+def test_dora_over_four_bits(tiny_base, tmp_path, device):
     pytest.importorskip("bitsandbytes")
     adapter = make_adapter(tiny_base, tmp_path / "dora", use_dora=True)
-    assert_mixture(DeRaModel.from_pretrained(tiny_base, adapter, quantization="nf4", dtype=torch.float32))
+    options = {"quantization": "nf4", "dtype": torch.float32, "device_map": str(device)}
+    assert_mixture(DeRaModel.from_pretrained(tiny_base, adapter, **options))
 
 
 @torch.no_grad()

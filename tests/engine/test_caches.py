@@ -72,7 +72,6 @@ def test_no_mask_is_made_for_a_batch_without_padding(tiny_base, top_adapter):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_an_offloaded_cache(tiny_base, tiny_adapter):
     model = DeRaModel.from_pretrained(tiny_base, tiny_adapter).to("cuda")
     ids = IDS.to("cuda")

@@ -30,8 +30,7 @@ PADDING = [3, 0, 5, 2]
 NEW = {"max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
 
 
-@pytest.fixture(scope="module")
-def batch():
+def make_batch() -> dict[str, torch.Tensor]:
     ids = torch.randint(3, VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(ids)
     for row, count in enumerate(PADDING):
@@ -39,11 +38,16 @@ def batch():
     return {"input_ids": ids, "attention_mask": mask}
 
 
+@pytest.fixture(scope="module")
+def batch(device):
+    return {name: value.to(device) for name, value in make_batch().items()}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("upper", [False, True], ids=["all layers", "upper half"])
 @pytest.mark.parametrize("base", BASES, ids=lambda base: f"{base.model_type} {base.note}".strip())
-def test_base(base, upper, batch):
-    reference = make_base(base)
+def test_base(base, upper, batch, device):
+    reference = make_base(base).to(device)
     layers = {"layers_to_transform": [2, 3]} if upper else {}
     peft_model = adapt(copy.deepcopy(reference), target_modules=base.targets, **layers)
     aligned = copy.deepcopy(peft_model).merge_and_unload().eval()
@@ -55,7 +59,7 @@ def test_base(base, upper, batch):
     model = DeRaModel.from_peft(peft_model)
     assert model.fork_layer == (2 if upper and base.forks_above_input else 0)
 
-    weight = torch.tensor(LAM)[:, None, None]
+    weight = torch.tensor(LAM, device=device)[:, None, None]
     real = batch["attention_mask"].bool()
     z_ref, z_aligned = reference(**inputs).logits, aligned(**inputs).logits
     assert (z_ref.argmax(-1) != z_aligned.argmax(-1))[real].sum() >= 4, "the branches must write other texts"
@@ -86,17 +90,17 @@ class TwoEncoderDecoders(TwoModels):
 
 @torch.no_grad()
 @pytest.mark.parametrize("base", ENCODER_DECODERS, ids=lambda base: base.model_type)
-def test_encoder_decoder(base, batch, tmp_path):
-    reference = make_base(base)
+def test_encoder_decoder(base, batch, tmp_path, device):
+    reference = make_base(base).to(device)
     reference.save_pretrained(tmp_path / "base")
     peft_model = adapt(copy.deepcopy(reference), target_modules=base.targets, task_type="SEQ_2_SEQ_LM")
     peft_model.save_pretrained(tmp_path / "adapter")
     aligned = copy.deepcopy(peft_model).merge_and_unload().eval()
     source = {"input_ids": batch["input_ids"].flip(1), "attention_mask": batch["attention_mask"].flip(1)}
-    start = torch.full((4, 1), reference.generation_config.decoder_start_token_id)
+    start = torch.full((4, 1), reference.generation_config.decoder_start_token_id, device=device)
 
     def mixture(lam, repeat=1):
-        weight = torch.tensor(lam).repeat_interleave(repeat)[:, None, None]
+        weight = torch.tensor(lam, device=device).repeat_interleave(repeat)[:, None, None]
         expanded = {name: value.repeat_interleave(repeat, dim=0) for name, value in source.items()}
         return TwoEncoderDecoders(reference, aligned, weight, expanded)
 
@@ -104,11 +108,12 @@ def test_encoder_decoder(base, batch, tmp_path):
         return mixture(lam, repeat).generate(start, **NEW, **kwargs).tolist()
 
     assert by_two([0.0] * 4) != by_two([1.0] * 4)
-    labels = torch.randint(3, VOCABULARY, (4, 5), generator=torch.Generator().manual_seed(5))
+    labels = torch.randint(3, VOCABULARY, (4, 5), generator=torch.Generator().manual_seed(5)).to(device)
     decoder_input_ids = reference.prepare_decoder_input_ids_from_labels(labels)
     expected = mixture(LAM)(decoder_input_ids).logits
     loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), labels.flatten())
-    for model in (DeRaModel.from_peft(peft_model), DeRaModel.from_pretrained(tmp_path / "base", tmp_path / "adapter")):
+    loaded = DeRaModel.from_pretrained(tmp_path / "base", tmp_path / "adapter", device_map=str(device))
+    for model in (DeRaModel.from_peft(peft_model), loaded):
         output = model(**source, labels=labels, lam=LAM)
         torch.testing.assert_close(output.logits, expected, atol=2e-4, rtol=1e-5)
         torch.testing.assert_close(output.loss, loss, atol=2e-4, rtol=1e-5)
@@ -122,7 +127,7 @@ def test_encoder_decoder(base, batch, tmp_path):
 
 
 @torch.no_grad()
-def test_an_encoder_decoder_behind_the_commands(batch):
+def test_an_encoder_decoder_behind_the_commands():
     """`dera generate`'s decoding, in batches of other lengths, and what `dera info` says."""
     base = next(base for base in ENCODER_DECODERS if base.model_type == "bart")  # its positions are absolute
     model = DeRaModel.from_peft(adapt(make_base(base), target_modules=base.targets, task_type="SEQ_2_SEQ_LM"))
@@ -177,8 +182,8 @@ def make_tiny(kind):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_adapter(kind, batch, tmp_path):
-    base = make_tiny(kind)
+def test_adapter(kind, batch, tmp_path, device):
+    base = make_tiny(kind).to(device)
     base.save_pretrained(tmp_path / "base")
     peft_model = adapt(base, **{"target_modules": LINEAR, **kind.settings})
     peft_model.save_pretrained(tmp_path / "adapter")
@@ -188,9 +193,10 @@ def test_adapter(kind, batch, tmp_path):
         z_ref = peft_model(**inputs).logits
     real = batch["attention_mask"].bool()
     assert (z_ref - z_aligned)[real].abs().max() > 0.2, "the branches must differ"
-    weight = torch.tensor(LAM)[:, None, None]
+    weight = torch.tensor(LAM, device=device)[:, None, None]
     expected = (1 - weight) * z_ref + weight * z_aligned
-    for model in (DeRaModel.from_peft(peft_model), DeRaModel.from_pretrained(tmp_path / "base", tmp_path / "adapter")):
+    loaded = DeRaModel.from_pretrained(tmp_path / "base", tmp_path / "adapter", device_map=str(device))
+    for model in (DeRaModel.from_peft(peft_model), loaded):
         torch.testing.assert_close(model(**inputs, lam=LAM).logits[real], expected[real], atol=2e-4, rtol=1e-5)
         torch.testing.assert_close(model(**inputs, lam=0).logits, z_ref, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(model(**inputs, lam=1).logits, z_aligned, atol=1e-5, rtol=1e-5)
@@ -204,8 +210,9 @@ def test_adapter(kind, batch, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", BIASES, ids=lambda kind: kind.name)
-def test_trained_biases(kind, batch, tmp_path):
+def test_trained_biases(kind, tmp_path):
     """PEFT's own loading loses the base's biases, so the reference is a base of its own."""
+    batch = make_batch()
     reference = make_tiny(kind)
     reference.save_pretrained(tmp_path / "base")
     trained = adapt(copy.deepcopy(reference), **kind.settings)
