@@ -143,7 +143,7 @@ def aims(found: dict) -> list[tuple[str, str, str]]:
     if "peak_allocated" in found.get("qlora", {}):
         measured = found["qlora"]["peak_allocated"]
         rows.append(
-            ("QLoRA DPO of an 8B: peak memory", f"{COMPUTED / 1e9:.1f} GB computed", f"{measured / 1e9:.1f} GB")
+            ("QLoRA DPO of an 8B: peak memory", f"{COMPUTED / 1e9:.1f} GB, computed", f"{measured / 1e9:.1f} GB")
         )
     return rows
 

@@ -1,0 +1,38 @@
+"""What `make gpu-check` makes of its figures, and what it says where there is no GPU."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu_check
+import torch
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+def row(contender: str, batch: int, step: float, **more) -> dict:
+    return {"contender": contender, "batch": batch, "step_seconds": {"median": step}, **more}
+
+
+def test_figures_against_the_aims():
+    rows = [
+        row(gpu_check.BASE, 1, 8e-3, bandwidth_share=0.62), row(gpu_check.TWICE, 1, 8.2e-3),
+        row(gpu_check.DERA, 1, 9.02e-3, bandwidth_share=0.57, peak_bytes=6e9), row(gpu_check.REFERENCE, 1, 8.04e-3),
+        row(gpu_check.TWO, 1, 54.12e-3, peak_bytes=12e9), row(gpu_check.TWICE, 8, 9e-3), row(gpu_check.DERA, 8, 9.9e-3),
+    ]  # fmt: skip
+    runs = {"bf16 captured": {"results": rows}, "nf4 captured": {"passed": False}}
+    found = {"bench": {"runs": runs}, "qlora": {"peak_allocated": 8.25e9}}
+    assert [(aim, measured) for _, aim, measured in gpu_check.aims(found)] == [
+        ("≤ 1.12", "1.10"), ("≤ 1.08", "1.10"), ("≥ 5 ×", "6.0 ×"), ("≤ 1.01", "1.01"),
+        ("≥ 60 %", "62%"), ("≥ 55 %", "57%"), ("9.5 GB, computed", "8.2 GB"),
+    ]  # fmt: skip
+    runs["nf4 captured"] = {"results": rows}
+    assert gpu_check.aims(found)[-2][1:] == ("≤ 0.60", "0.50")
+    assert gpu_check.aims({}) == []
+
+
+def test_without_a_gpu_it_says_so():
+    assert not torch.cuda.is_available()
+    run = subprocess.run([sys.executable, TESTS / "gpu_check.py"], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr == "error: there is no CUDA device here, which make gpu-check is for\n"
