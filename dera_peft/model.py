@@ -46,6 +46,7 @@ class DeRaModel(MixtureModel):
         trust_remote_code: bool | None = None,
         lam: float | Mapping[str, float] | None = None,
         mixing: str | None = None,
+        capture: bool | None = None,
         **base_arguments: Any,
     ) -> Self:
         """
@@ -67,6 +68,7 @@ class DeRaModel(MixtureModel):
             lam: the default λ, a number or a dict by adapter; the record's, else 1.0.
             mixing: "logits" (DeRa), or "weights" to scale the adapters' weights by λ instead; the record's, else
                 "logits".
+            capture: whether `generate` records decoding steps as CUDA graphs, where it can and is not told otherwise.
             base_arguments: further arguments of `AutoModelForCausalLM.from_pretrained` (`AutoModelForSeq2SeqLM` where
                 the base has an encoder), as `quantization_config` or `attn_implementation`.
 
@@ -84,6 +86,7 @@ class DeRaModel(MixtureModel):
             device_map=device_map,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            capture=capture,
             base_arguments=base_arguments,
         )
         return cls.from_source(source, lam, mixing)
@@ -99,6 +102,7 @@ class DeRaModel(MixtureModel):
         lam, mixing = record.lam if lam is None else lam, record.mixing if mixing is None else mixing
         model = cls(loaded.peft_model, branches, lam, mixing)
         model.record = model._loaded = record
+        model.capture = source.capture
         return model
 
     # the options that transformers has for weights are none of an adapter's folder

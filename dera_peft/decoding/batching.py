@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -220,12 +220,12 @@ def _decode_batch(
         length, padding = 1, [0] * len(batch)
     end = model.generation_config.eos_token_id
     ends = set(end if isinstance(end, list) else [] if end is None else [end])
-    inputs = {}
+    inputs: dict[str, Any] = {}
     if batch[0].lam is not None:
         inputs["lam"] = model.plan([request.lam for request in batch], len(batch))
     if prefill is not None:
         assert places is not None  # they come with it
-        inputs["past_key_values"] = prefill.select(places, length, inputs.get("lam"))
+        inputs["past_key_values"] = prefill.select(places, length, inputs.get("lam"), sampling.max_new_tokens)
     sequences = model.generate(
         input_ids.to(model.device),
         attention_mask=attention_mask.to(model.device),

@@ -3,9 +3,12 @@
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.generation.configuration_utils import GenerationMode
 
+from dera_peft.engine.capturable import why_not_call, why_not_model
+from dera_peft.engine.capture import CapturedCache, Captures, is_wanted
 from dera_peft.engine.plan import BatchPlan
 from dera_peft.engine.wiring import Wiring
 from dera_peft.errors import DeRaError
@@ -36,14 +39,21 @@ class MixtureGenerationMixin(GenerationMixin):
     """
     What a `MixtureModel` does otherwise than other models when it generates.
 
+    Attributes:
+        capture: whether decoding steps are captured as CUDA graphs where they can be, unless a call of `generate` says.
+            None leaves it to the package.
+
     transformers declares the `self` of its own mixin as a protocol which no `PreTrainedModel` meets (its dtype and
     device are properties), so a type checker is told to pass over each call of the mixin's methods.
     """
+
+    capture: bool | None = None
 
     if TYPE_CHECKING:  # what it needs of the class that it is mixed into
         base: PreTrainedModel
         config: PreTrainedConfig
         _wiring: Wiring
+        _captures: Captures
 
         @property
         def device(self) -> torch.device: ...
@@ -55,17 +65,30 @@ class MixtureGenerationMixin(GenerationMixin):
         def _check_cache(self, past_key_values: Cache | None, plan: BatchPlan) -> None: ...
         def _check_wrapped(self) -> None: ...
 
-    def generate(self, inputs: torch.Tensor | None = None, *args, lam: Any = None, **kwargs):
+    def generate(
+        self, inputs: torch.Tensor | None = None, *args, lam: Any = None, capture: bool | None = None, **kwargs
+    ):
         """
         transformers' `generate` at strength `lam` (see `MixtureModel`). All other arguments are transformers' own.
 
         λ's count is checked against the prompts before beams and return sequences expand them.
 
+        Args:
+            capture: whether decoding steps are recorded once as a CUDA graph and replayed for each token, which is
+                several times as fast for small batches; the model's `capture` unless given. Where it can't be done (on
+                a CPU, with beams, offloaded weights, LLM.int8(), recurrent states), a warning says why, once, and the
+                steps are computed as ever.
+
         Raises:
             DeRaError: λ does not fit; or with `guidance_scale` or `assistant_model`, whose forward passes know no λ.
         """
         self._check_wrapped()
-        return super().generate(inputs, *args, lam=lam, **kwargs)  # pyrefly: ignore[bad-argument-type]
+        with self._captures.call(self.capture if capture is None else capture):
+            output = super().generate(inputs, *args, lam=lam, **kwargs)  # pyrefly: ignore[bad-argument-type]
+            cache = self._captures.current
+            if cache is not None and not isinstance(output, torch.Tensor):  # the next call will overwrite the cache
+                output.past_key_values = cache.as_dynamic(self.config.get_text_config(decoder=True))
+        return output
 
     def _prepare_generation_config(self, generation_config, **kwargs):
         # λ is taken out first: a generation config that has a `lam` of its own would swallow the argument
@@ -124,6 +147,52 @@ class MixtureGenerationMixin(GenerationMixin):
         for index, layer in enumerate(past_key_values.layers):
             layer.reorder_cache(beam_idx if index < self.fork_layer else rows)
         return past_key_values
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict,
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> bool:
+        cache = model_kwargs.get("past_key_values")
+        captures = self._captures
+        if is_wanted(captures.asked):
+            reason = self._why_not_captured() or why_not_call(generation_config, generation_mode, cache)
+            if reason is None:
+                if cache is None:
+                    length = max(max_cache_length, generation_config.max_cache_len or 0)
+                    cache = captures.take(cast("PreTrainedModel", self), self._wiring, model_kwargs["lam"], length)
+                model_kwargs["past_key_values"] = captures.current = cache
+                return True
+            captures.say(reason)
+        return super()._prepare_cache_for_generation(  # pyrefly: ignore[bad-argument-type]
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+    def captured_cache(self, plan: BatchPlan, length: int) -> CapturedCache | None:
+        """
+        A cache for `generate` to go on from, over which it will capture steps; None where it won't.
+
+        Args:
+            plan: the call's, from `plan`.
+            length: of the sequences at most, in tokens.
+        """
+        if not is_wanted(self.capture) or self._why_not_captured() is not None:
+            return None
+        return self._captures.take(cast("PreTrainedModel", self), self._wiring, plan, length)
+
+    def _why_not_captured(self) -> str | None:
+        return why_not_model(cast("PreTrainedModel", self), self._wiring, self._captures)
+
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, CapturedCache):
+            return cache is self._captures.current
+        return super()._valid_auto_compile_criteria(  # pyrefly: ignore[bad-argument-type]
+            model_kwargs, generation_config
+        )
 
     def _supports_default_dynamic_cache(self) -> bool:
         return self.base._supports_default_dynamic_cache()

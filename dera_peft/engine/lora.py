@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from peft.tuners.lora import Embedding as LoraEmbedding
@@ -28,6 +28,7 @@ class Routing:
         length: S, the batch's number of tokens a sequence.
         keep_branches: whether the head runs for each branch, since their logits are asked for.
         forked: the inputs forked so far, see `fork_inputs`.
+        side_stream: while a step is recorded as a CUDA graph, the stream for products beside the base's.
     """
 
     plan: BatchPlan  # not there before the first batch
@@ -36,6 +37,7 @@ class Routing:
         self.length = 1
         self.keep_branches = False
         self.forked: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.side_stream: torch.cuda.Stream | None = None
 
     def start(self, plan: BatchPlan, length: int, keep_branches: bool = False) -> None:
         self.plan, self.length, self.keep_branches, self.forked = plan, length, keep_branches, []
@@ -76,6 +78,11 @@ class Adapted:
     def is_replaced(self) -> bool:
         """Whether an adapter replaces the module's weights, instead of adding a product to its output."""
         return isinstance(self.module, AuxiliaryTrainingWrapper)
+
+    @property
+    def scalings(self) -> dict[str, float]:
+        """The factors by which the adapters' products are multiplied."""
+        return {} if not isinstance(self.module, LoraLayer) else {n: self.module.scaling[n] for n in self.module.r}
 
     @property
     def scales(self) -> bool:
@@ -193,35 +200,72 @@ def _lora_forward(adapted: Adapted, layer: LoraLayer, routing: Routing) -> Calla
     place for the rows of the branches that have the adapter.
     """
     name, base_layer = adapted.name, layer.base_layer
-    adds = {adapter: _make_add(layer, adapter) for adapter in adapted.adapters.intersection(layer.r)}
+    shares = {adapter: _make_share(layer, adapter) for adapter in adapted.adapters.intersection(layer.r)}
 
     def forward(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         plan = routing.plan
+        if routing.side_stream is not None:
+            return forward_beside(x, routing.side_stream, *args, **kwargs)
         y = base_layer(x, *args, **kwargs)
         for adapter, runs in plan.adapter_rows.items():
-            add = adds.get(adapter)
-            if add is None:
+            share = shares.get(adapter)
+            if share is None:
                 continue
             for run in runs:
                 if run.start is None:  # all rows
-                    add(x, y, plan)
+                    share.add(share.lower(x, plan), y, plan)
                 else:
                     rows = routing.rows(name, x, run)
-                    add(x[rows], y[rows], plan)
+                    share.add(share.lower(x[rows], plan), y[rows], plan)
+        return y
+
+    def forward_beside(x: torch.Tensor, side: torch.cuda.Stream, *args, **kwargs) -> torch.Tensor:
+        """The same, with the small products with A on a second stream: they take no time beside the base's product."""
+        plan, main = routing.plan, torch.cuda.current_stream()
+        side.wait_stream(main)
+        lowered = []
+        with torch.cuda.stream(side):
+            for adapter, runs in plan.adapter_rows.items():
+                share = shares.get(adapter)
+                if share is None:
+                    continue
+                for run in runs:
+                    rows = routing.rows(name, x, run)
+                    lowered.append((share, rows, share.lower(x[rows], plan)))
+        y = base_layer(x, *args, **kwargs)
+        main.wait_stream(side)
+        for share, rows, low in lowered:
+            share.add(low, y[rows], plan)
         return y
 
     return forward
 
 
-def _make_add(layer: LoraLayer, adapter: str) -> Callable[[torch.Tensor, torch.Tensor, BatchPlan], None]:
-    """The function that adds an adapter's share, of the rows x, to the rows y in place."""
+class _Share(NamedTuple):
+    """
+    How an adapter's share is added to a module's output, in two functions.
+
+    Attributes:
+        lower: of the rows x and the plan, what needs no output yet: A·x for plain LoRA.
+        add: adds to the rows y in place what `lower` gave.
+    """
+
+    lower: Callable[[torch.Tensor, BatchPlan], torch.Tensor]
+    add: Callable[[torch.Tensor, torch.Tensor, BatchPlan], None]
+
+
+def _as_it_is(x: torch.Tensor, plan: BatchPlan) -> torch.Tensor:
+    return x
+
+
+def _make_share(layer: LoraLayer, adapter: str) -> _Share:
     if adapter in layer.lora_variant:
         variant = layer.lora_variant[adapter]
 
         def add_variant(x: torch.Tensor, y: torch.Tensor, plan: BatchPlan) -> None:
             y.copy_(variant.forward(layer, active_adapter=adapter, x=_cast(layer, adapter, x), result=y))
 
-        return add_variant
+        return _Share(_as_it_is, add_variant)
     is_plain = (
         not isinstance(layer, LoraEmbedding)
         and layer.lora_B[adapter].bias is None
@@ -229,15 +273,15 @@ def _make_add(layer: LoraLayer, adapter: str) -> Callable[[torch.Tensor, torch.T
         and not layer.lora_A[adapter].weight.is_meta
     )
     if is_plain:
-        return _make_add_product(layer, adapter)
+        return _make_product(layer, adapter)
 
     def add_delta(x: torch.Tensor, y: torch.Tensor, plan: BatchPlan) -> None:
         y.add_(_scaled(_delta(layer, adapter, x), plan, adapter), alpha=layer.scaling[adapter])
 
-    return add_delta
+    return _Share(_as_it_is, add_delta)
 
 
-def _make_add_product(layer: LoraLayer, adapter: str) -> Callable[[torch.Tensor, torch.Tensor, BatchPlan], None]:
+def _make_product(layer: LoraLayer, adapter: str) -> _Share:
     """
     The same in few operations, and in few steps of Python: while one token a row is decoded, their number costs more
     than the products themselves.
@@ -249,20 +293,22 @@ def _make_add_product(layer: LoraLayer, adapter: str) -> Callable[[torch.Tensor,
     a_parameters = cast("dict[str, nn.Parameter]", lora_a._parameters)
     b_parameters = cast("dict[str, nn.Parameter]", lora_b._parameters)
 
-    def add_product(x: torch.Tensor, y: torch.Tensor, plan: BatchPlan) -> None:
-        a, b = a_parameters["weight"], b_parameters["weight"]
+    def lower(x: torch.Tensor, plan: BatchPlan) -> torch.Tensor:
+        a = a_parameters["weight"]
         if x.dtype != a.dtype:
             x = x.type(a.dtype)
         low = nn.functional.linear(dropout(x) if dropout.training else x, a)
-        if plan.adapter_scale:
-            low = _scaled(low, plan, adapter)
+        return _scaled(low, plan, adapter) if plan.adapter_scale else low
+
+    def add(low: torch.Tensor, y: torch.Tensor, plan: BatchPlan) -> None:
+        b = b_parameters["weight"]
         if low.dtype == b.dtype == y.dtype:
             # folded to [n·S, D], the product and the sum are one call
             y.view(-1, outputs).addmm_(low.view(-1, rank), b.t(), alpha=scaling[adapter])
         else:
             y.add_(nn.functional.linear(low, b).type(y.dtype), alpha=scaling[adapter])
 
-    return add_product
+    return _Share(lower, add)
 
 
 def _biased_forward(name: str, bias: TrainedBias, routing: Routing, unbiased: Callable) -> Callable:

@@ -1,19 +1,20 @@
 """`MixtureModel`: fork and join around a base model, so that one base decodes at any λ."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import CompileConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 
 from dera_peft.engine.adapter_kinds import check_adapter_kind, check_keeps_biases
 from dera_peft.engine.biases import hand_over_biases
+from dera_peft.engine.capture import CapturedStep, Captures
 from dera_peft.engine.generation import MixtureGenerationMixin
 from dera_peft.engine.lora import Adapted
 from dera_peft.engine.names import ALIGNED, LOGITS, REFERENCE, WEIGHTS
@@ -100,6 +101,7 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
         self.training = base.training
         self.lam = check_default_lam(lam, [branch.name for branch in branches if branch.name != REFERENCE])
         self.mixing = mixing
+        self._captures = Captures()
         self._wire(branches)
 
     def forward(
@@ -274,6 +276,7 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
         """
         self._check_wrapped()
         (peft_model,) = self._peft_model
+        self._captures.clear()
         self._wiring.remove()
         hand_over_biases(self.base)
         self.base = None  # pyrefly: ignore[bad-assignment] # what _check_wrapped looks for
@@ -339,6 +342,13 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
         return self._wiring.adapted
 
     # -- what transformers asks of a model: the base's answers ---------------------------------------------------------
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
+        """What computes a step of the call of `generate` in progress, where transformers does not do it by itself."""
+        cache = self._captures.current
+        if cache is None:
+            return super().get_compiled_call(compile_config)
+        return CapturedStep(self, self._wiring, self._captures, cache)
 
     # None where the base has no experts
     def _check_and_adjust_experts_implementation(  # pyrefly: ignore[bad-override]

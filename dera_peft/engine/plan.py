@@ -167,6 +167,23 @@ class BatchPlan:
         # adapter name -> a further scale of its delta for each row; none where logits are mixed
         self.adapter_scale: dict[str, torch.Tensor] = {}
 
+    @property
+    def structure(self) -> tuple:
+        """What a forward pass does under this plan; two plans of one structure differ in the values of λ alone."""
+        return (type(self), self.branches, self.pattern, self.every_branch)
+
+    def copy(self) -> "BatchPlan":
+        """The same plan in tensors of its own."""
+        return BatchPlan(self.branches, self.lam, self.device, self.every_branch)
+
+    def take_lam(self, other: "BatchPlan") -> None:
+        """Becomes `other`, of the same structure, in the tensors that it has: they may be part of a recorded step."""
+        self.lam, self.pattern = other.lam, other.pattern
+        for segment, its in zip(self.segments, other.segments, strict=True):
+            segment.weights.copy_(its.weights)
+        for name, scale in self.adapter_scale.items():
+            scale.copy_(other.adapter_scale[name])
+
     def expand(self, repeats: int) -> "BatchPlan":
         """The plan for a batch in which each sequence stands `repeats` times in a row, as for beams."""
         if repeats == 1:
@@ -271,6 +288,13 @@ class WeightPlan(BatchPlan):
                 self.adapter_scale[name] = (weights @ has_it).to(self.device, torch.float32)
         self.adapter_rows = {name: [slice(None)] for name in names if name in common or self.adapter_scale[name].any()}
         self.pattern = tuple(map(tuple, lam.tolist()))  # keys and values depend on λ itself
+
+    @property
+    def structure(self) -> tuple:
+        return (type(self), self.mixed_branches, self.batch_size, tuple(self.adapter_rows))
+
+    def copy(self) -> "WeightPlan":
+        return WeightPlan(self.mixed_branches, self.lam, self.device)
 
     def expand(self, repeats: int) -> "WeightPlan":
         if repeats == 1:

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from dera_peft.engine.capture import CapturedCache
 from dera_peft.engine.generation import PLAIN_GENERATION
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.padding import pad
@@ -49,16 +50,18 @@ class Prefill:
         self.cache = model.generate(
             input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
-            **({} if plan is None else {"lam": plan}),
             **PLAIN_GENERATION,
             max_new_tokens=1,
             do_sample=False,
             num_beams=1,
             pad_token_id=pad_token_id,
+            **({} if plan is None else {"lam": plan, "capture": False}),
             return_dict_in_generate=True,
         ).past_key_values
 
-    def select(self, sequences: Sequence[int], length: int, plan: BatchPlan | None) -> DynamicCache:
+    def select(
+        self, sequences: Sequence[int], length: int, plan: BatchPlan | None, new_tokens: int | None = None
+    ) -> DynamicCache | CapturedCache:
         """
         A cache of its own for a batch, from which `generate` goes on with the prompts' last tokens.
 
@@ -66,6 +69,7 @@ class Prefill:
             sequences: which prompt each of the batch's sequences is of; one may stand any number of times.
             length: of the batch's longest prompt.
             plan: the batch's, from `model.plan`.
+            new_tokens: that `generate` will add at most; None for any other forward pass.
         """
         by_sequence = torch.tensor(sequences)
         by_row = by_sequence
@@ -73,7 +77,11 @@ class Prefill:
             assert self.plan is not None  # a model with λ has plans here and there
             by_row = plan.rows_in(self.plan, by_sequence.to(plan.device))
         first_forked = self.model.fork_layer if isinstance(self.model, MixtureModel) else 0
-        cache = _new_cache(self.model)
+        cache = None
+        if isinstance(self.model, MixtureModel) and plan is not None and new_tokens is not None:
+            cache = self.model.captured_cache(plan, length + new_tokens)
+        if cache is None:
+            cache = _new_cache(self.model)
         for index, layer in enumerate(self.cache.layers):
             if layer.is_initialized:  # layers that share another's keys and values have none
                 rows = (by_sequence if index < first_forked else by_row).to(layer.keys.device)

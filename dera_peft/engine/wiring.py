@@ -70,6 +70,14 @@ class Wiring:
             if module.name in self._replaced:
                 module.module.forward = self._replaced[module.name]
 
+    def find_other_hook(self) -> str | None:
+        """A module of the base with a hook on its forward that is not one of these, by name."""
+        own = {handle.id for handle in self._handles}
+        for name, module in self.base.named_modules():
+            if not own.issuperset((*module._forward_hooks, *module._forward_pre_hooks)):
+                return name or "the base"
+        return None
+
     def fork(self, inputs: Any) -> Any:
         """`inputs` (a nest of tuples, lists and dicts) with every `[B, ...]` tensor as `[R, ...]`."""
         return fork_inputs(inputs, self.routing.plan, self._num_heads, self.routing.forked)
