@@ -38,7 +38,10 @@ class Recorder(Protocol):
     """What records steps: `CudaGraphs`, or a stand-in for it on another device."""
 
     device_type: str
-    side_stream: torch.cuda.Stream | None  # for products beside the base's, see `engine.lora`
+
+    def start(self, device: torch.device) -> torch.cuda.Stream | None:
+        """Before anything else; gives a second stream where there is one, for products beside the base's."""
+        ...
 
     def warm_up(self, step: Callable[[], Any], device: torch.device) -> Any:
         """Computes a step and returns its output. Raises `CannotRecord`, with the output, if it can't be recorded."""
@@ -123,10 +126,12 @@ class CapturedCache(StaticCache):
     def nbytes(self) -> int:
         return sum(keys.nbytes + values.nbytes for _, _, keys, values in self.states())
 
-    def start(self, plan: BatchPlan) -> None:
-        """Empties it for a call under `plan`, which has the structure of its own."""
-        self.reset()
-        self.plan.take_lam(plan)
+    def follow(self, plan: BatchPlan) -> None:
+        """Goes on under `plan`."""
+        if plan.structure == self.plan.structure:
+            self.plan.take_lam(plan)
+        else:
+            self.plan, self.recordings = plan.copy(), {}
 
     def as_dynamic(self, config: PreTrainedConfig) -> DynamicCache:
         """A copy of what it holds in a cache that grows, as other calls return it."""
@@ -167,16 +172,27 @@ class CapturedStep:
                 layer.cumulative_length_int += 1  # which the step does on the host, where a replay does nothing
         else:
             try:
-                if recording.warm < WARM_UP:
-                    recording.warm += 1
-                    return self.captures.recorder.warm_up(partial(self.model, **inputs), self.model.device)
-                self._record(recording, varying)
+                output = self._warm_up_or_record(recording, inputs, varying)
             except CannotRecord as reason:
                 self.captures.refuse(str(reason))
-                return self.model(**inputs) if reason.output is None else reason.output
+                output = self.model(**inputs) if reason.output is None else reason.output
+            if output is not None:
+                return output
         assert recording.replay is not None
         recording.replay()
         return recording.make_output(past_key_values=self.cache)
+
+    def _warm_up_or_record(self, recording: _Recording, inputs: dict, varying: dict) -> Any:
+        """The step's output, or None where it was recorded, and so not computed."""
+        recorder, device = self.captures.recorder, self.model.device
+        self.routing.side_stream = recorder.start(device)
+        try:
+            if recording.warm < WARM_UP:
+                recording.warm += 1
+                return recorder.warm_up(partial(self.model, **inputs), device)
+            self._record(recording, varying)
+        finally:
+            self.routing.side_stream = None
 
     def _record(self, recording: _Recording, varying: dict) -> None:
         """
@@ -187,7 +203,6 @@ class CapturedStep:
         static = map_tensors(lambda tensor: tensor.clone(memory_format=torch.contiguous_format), varying)
         lengths = [layer.cumulative_length_int for layer in cache.sliding]
         before = host_state(model)
-        self.routing.side_stream = recorder.side_stream
         try:
             replay, output = recorder.record(
                 partial(model, **static, past_key_values=cache, lam=cache.plan), model.device
@@ -201,8 +216,6 @@ class CapturedStep:
             for (name, attribute), value in before.items():
                 vars(model.get_submodule(name))[attribute] = value
             raise
-        finally:
-            self.routing.side_stream = None
         recording.replay, recording.buffers = replay, list(tensors_in(static))
         recording.make_output = partial(type(output), logits=output.logits)
 
@@ -247,14 +260,17 @@ class Captures:
             self.asked, self.current = before
 
     def take(self, model: PreTrainedModel, wiring: Wiring, plan: BatchPlan, length: int) -> CapturedCache:
-        """An empty cache for at least `length` tokens: an idle one with its recordings if there is such a one."""
+        """
+        An empty cache for at least `length` tokens, to follow the plan: an idle one with its recordings if there is one
+        of this shape.
+        """
         self._check_fresh(model, wiring)
         length = -(-length // LENGTHS) * LENGTHS
         key = self._key(plan, length)
         for place, (its_key, cache) in enumerate(self._idle):
             if its_key == key:
                 del self._idle[place]
-                cache.start(plan)
+                cache.reset()
                 return cache
         return CapturedCache(model.config.get_text_config(decoder=True), length, plan)
 

@@ -28,17 +28,21 @@ class CudaGraphs:
 
     Its graphs share one pool of memory. They may: only one is replayed at a time, and what it returns is read before
     the next replay.
-
-    Attributes:
-        side_stream: a second stream, which work of a step may be put on that is to run beside the rest.
     """
 
     device_type = "cuda"
 
     def __init__(self):
-        self.side_stream: torch.cuda.Stream | None = None
         self._stream: torch.cuda.Stream | None = None
+        self._side: torch.cuda.Stream | None = None
         self._pool = None
+
+    def start(self, device: torch.device) -> torch.cuda.Stream:
+        """Before anything else; gives a second stream, for what in a step may run beside the rest."""
+        if self._stream is None or self._side is None or self._stream.device != device:
+            self._stream, self._side = torch.cuda.Stream(device), torch.cuda.Stream(device)
+            self._pool = torch.cuda.graph_pool_handle()
+        return self._side
 
     def warm_up(self, step: Callable[[], Any], device: torch.device) -> Any:
         """
@@ -47,9 +51,7 @@ class CudaGraphs:
         Raises:
             CannotRecord: it waits for the device, which a graph can't; with the step's output.
         """
-        if self._stream is None or self._stream.device != device:
-            self._stream, self.side_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
-            self._pool = torch.cuda.graph_pool_handle()
+        assert self._stream is not None  # start made it
         before, main = torch.cuda.get_sync_debug_mode(), torch.cuda.current_stream(device)
         self._stream.wait_stream(main)
         with warnings.catch_warnings(record=True) as caught, torch.cuda.stream(self._stream):
@@ -72,6 +74,7 @@ class CudaGraphs:
         Raises:
             CannotRecord: CUDA refuses an operation of the step.
         """
+        assert self._stream is not None  # start made it
         graph = torch.cuda.CUDAGraph()
         try:
             # the outer context restores the stream where the capture fails
@@ -81,12 +84,12 @@ class CudaGraphs:
                 torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
             ):
                 output = step()
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
             self._stream = None  # the pool may be left as one that is being recorded into
             # and so is the generator, which could draw no numbers any more
             generator = torch.cuda.default_generators[device.index]
             generator.graphsafe_set_state(generator.clone_state())
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             raise CannotRecord(f"CUDA refuses to record a step ({str(error).splitlines()[0]})") from error
         return graph.replay, output

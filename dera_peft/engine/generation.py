@@ -161,9 +161,11 @@ class MixtureGenerationMixin(GenerationMixin):
         if is_wanted(captures.asked):
             reason = self._why_not_captured() or why_not_call(generation_config, generation_mode, cache)
             if reason is None:
+                plan = model_kwargs["lam"]
                 if cache is None:
                     length = max(max_cache_length, generation_config.max_cache_len or 0)
-                    cache = captures.take(cast("PreTrainedModel", self), self._wiring, model_kwargs["lam"], length)
+                    cache = captures.take(cast("PreTrainedModel", self), self._wiring, plan, length)
+                cache.follow(plan)
                 model_kwargs["past_key_values"] = captures.current = cache
                 return True
             captures.say(reason)

@@ -28,7 +28,7 @@ class Routing:
         length: S, the batch's number of tokens a sequence.
         keep_branches: whether the head runs for each branch, since their logits are asked for.
         forked: the inputs forked so far, see `fork_inputs`.
-        side_stream: while a step is recorded as a CUDA graph, the stream for products beside the base's.
+        side_stream: for products beside the base's, while a step is recorded as a CUDA graph.
     """
 
     plan: BatchPlan  # not there before the first batch

@@ -1,11 +1,80 @@
-"""A stand-in for CUDA graphs on a CPU: what it replays does what a graph would do, and no more."""
+"""
+Captured steps against eager ones, on a CUDA device and, with a stand-in for its graphs, on a CPU.
+
+A test that takes `device` from `DEVICES` and its models from `watch` runs on both.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
+from transformers.cache_utils import StaticCache
 
-from dera_peft.engine.capture import CapturedCache, host_state
+from dera_peft import DeRaModel
+from dera_peft.engine.capture import LENGTHS, CapturedCache, Captures, host_state
+from dera_peft.engine.cuda_graph import CudaGraphs
+
+CUDA = pytest.param(
+    "cuda",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+)
+DEVICES = ["cpu", CUDA]
+OPTIONS = {"max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
+
+
+class Counted:
+    """A recorder, with how many recordings and replays there were."""
+
+    def __init__(self, recorder):
+        self.recorder, self.device_type = recorder, recorder.device_type
+        self.recordings = self.replays = 0
+
+    def start(self, device):
+        return self.recorder.start(device)
+
+    def warm_up(self, step, device):
+        return self.recorder.warm_up(step, device)
+
+    def record(self, step, device):
+        replay, output = self.recorder.record(step, device)
+        self.recordings += 1
+
+        def counted() -> None:
+            self.replays += 1
+            replay()
+
+        return counted, output
+
+
+def watch(model: DeRaModel, device: str) -> Counted:
+    """Moves a model, and has its recordings counted; a CPU's are those of the stand-in."""
+    model.to(device)
+    recorder = Counted(CudaGraphs() if device == "cuda" else EagerRecorder())
+    model._captures = Captures(recorder)
+    return recorder
+
+
+def run(model: DeRaModel, capture: bool, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens `[B, S]`, and the logits of each step, captured or eager, over a static cache of the same length."""
+    options = {**OPTIONS, **options}
+    ids = options.pop("input_ids", None)
+    length = (0 if ids is None else ids.shape[1]) + options["max_new_tokens"]
+    if not capture:
+        config = model.config.get_text_config(decoder=True)
+        options["past_key_values"] = StaticCache(config=config, max_cache_len=-(-length // LENGTHS) * LENGTHS)
+        options["disable_compile"] = True
+    torch.manual_seed(0)
+    output = model.generate(ids, capture=capture, output_logits=True, return_dict_in_generate=True, **options)
+    return output.sequences, torch.stack(output.logits)
+
+
+def assert_bit_equal(model: DeRaModel, **options: Any) -> torch.Tensor:
+    """Tokens of the captured run, after comparing them and all logits to the eager run's."""
+    (tokens, logits), (eager_tokens, eager_logits) = (run(model, capture, **options) for capture in (True, False))
+    assert tokens.tolist() == eager_tokens.tolist()
+    assert torch.equal(logits, eager_logits)
+    return tokens
 
 
 class EagerRecorder:
@@ -16,22 +85,17 @@ class EagerRecorder:
     nothing on the host. So the function runs with the host's state as it was at the recording, which is put back
     afterwards; and it fails if tensors have moved since, or if a step changes more of the host's state than a recording
     knows of.
-
-    Attributes:
-        recordings, replays: how many there were.
     """
 
     device_type = "cpu"
-    side_stream = None
 
-    def __init__(self):
-        self.recordings = self.replays = 0
+    def start(self, device: torch.device) -> None:
+        """It has no streams."""
 
     def warm_up(self, step: Callable[[], Any], device: torch.device) -> Any:
         return step()
 
     def record(self, step: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
-        self.recordings += 1
         model, cache = step.func, step.keywords["past_key_values"]
         assert isinstance(cache, CapturedCache)
         states = [
@@ -47,7 +111,6 @@ class EagerRecorder:
         addresses = _addresses(model, step.keywords)
 
         def replay() -> None:
-            self.replays += 1
             assert _addresses(model, step.keywords) == addresses, "a replay would read memory that is no longer there"
             now, host = _lengths(cache), host_state(model)
             _set_lengths(cache, lengths)
