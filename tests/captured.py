@@ -1,25 +1,17 @@
-"""
-Captured steps against eager ones, on a CUDA device and, with a stand-in for its graphs, on a CPU.
-
-A test that takes `device` from `DEVICES` and its models from `watch` runs on both.
-"""
+"""Captured steps against eager ones, on a CUDA device and, with a stand-in for its graphs, on a CPU."""
 
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
+from compatibility import VOCABULARY
 from transformers.cache_utils import StaticCache
 
 from dera_peft import DeRaModel
 from dera_peft.engine.capture import LENGTHS, CapturedCache, Captures, host_state
 from dera_peft.engine.cuda_graph import CudaGraphs
 
-CUDA = pytest.param(
-    "cuda",
-    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
-)
-DEVICES = ["cpu", CUDA]
+LAM = [0.0, 0.5, 1.0, 1.5]
 OPTIONS = {"max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -47,10 +39,19 @@ class Counted:
         return counted, output
 
 
-def watch(model: DeRaModel, device: str) -> Counted:
+def padded(device: torch.device) -> dict[str, torch.Tensor]:
+    """Four prompts of different lengths."""
+    ids = torch.randint(3, VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    for row, count in enumerate([3, 0, 5, 2]):
+        ids[row, :count], mask[row, :count] = 0, 0
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def watch(model: DeRaModel, device: torch.device) -> Counted:
     """Moves a model, and has its recordings counted; a CPU's are those of the stand-in."""
     model.to(device)
-    recorder = Counted(CudaGraphs() if device == "cuda" else EagerRecorder())
+    recorder = Counted(CudaGraphs() if device.type == "cuda" else EagerRecorder())
     model._captures = Captures(recorder)
     return recorder
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from captured import CUDA, DEVICES, OPTIONS, Counted, EagerRecorder, assert_bit_equal, run, watch
+from captured import LAM, OPTIONS, Counted, EagerRecorder, assert_bit_equal, padded, run, watch
 from compatibility import BASES, ENCODER_DECODERS, LINEAR, VOCABULARY
 from tiny_bases import adapt, make_base
 from tiny_models import make_adapter, make_tokenizer
@@ -23,31 +23,18 @@ from dera_peft.engine import capture
 from dera_peft.engine.capture import CapturedCache, Captures
 from dera_peft.engine.cuda_graph import CannotRecord
 
-LAM = [0.0, 0.5, 1.0, 1.5]
+CPU = torch.device("cpu")
 LLAMA = BASES[0]
-
-
-def padded(device: str, length: int = 6) -> dict[str, torch.Tensor]:
-    ids = torch.randint(3, VOCABULARY, (4, length), generator=torch.Generator().manual_seed(2))
-    mask = torch.ones_like(ids)
-    for row, count in enumerate([3, 0, 5, 2]):
-        ids[row, :count], mask[row, :count] = 0, 0
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
 def make_model(**options) -> DeRaModel:
     return DeRaModel.from_peft(adapt(make_base(LLAMA), **{"target_modules": LINEAR, **options}))
 
 
-@pytest.fixture(params=DEVICES)
-def device(request) -> str:
-    return request.param
-
-
-@pytest.fixture(params=DEVICES, scope="module")
-def llama(request) -> tuple[DeRaModel, Counted, dict]:
+@pytest.fixture(scope="module")
+def llama(device) -> tuple[DeRaModel, Counted, dict]:
     model = make_model()
-    return model, watch(model, request.param), padded(request.param)
+    return model, watch(model, device), padded(device)
 
 
 class Shift:
@@ -184,7 +171,7 @@ def test_several_adapters(tiny_base, tiny_adapter, tmp_path, device):
 def test_four_bits(tiny_base, tiny_adapter, device, quantization):
     pytest.importorskip("bitsandbytes")
     model = DeRaModel.from_pretrained(
-        tiny_base, tiny_adapter, quantization=quantization, dtype=torch.float32, device_map=device
+        tiny_base, tiny_adapter, quantization=quantization, dtype=torch.float32, device_map=str(device)
     )
     recorder = watch(model, device)
     assert_bit_equal(model, **padded(device), lam=LAM)
@@ -251,21 +238,21 @@ def test_memory_is_given_back(device):
         return weakref.ref(model._captures._idle[0][1])
 
     def held() -> int:
-        return torch.cuda.memory_allocated() if device == "cuda" else 0
+        return torch.cuda.memory_allocated() if device.type == "cuda" else 0
 
     cache = use()
     assert cache() is not None
     with_cache = held()
     model._captures.clear()
-    if device == "cpu":
+    if device.type == "cpu":
         gc.collect()  # the stand-in's recording holds its cache
     assert cache() is None
     without_cache = held()
-    assert device == "cpu" or without_cache < with_cache
+    assert device.type == "cpu" or without_cache < with_cache
     for _ in range(3):
         use()
         model._captures.clear()
-    if device == "cuda":
+    if device.type == "cuda":
         assert held() == without_cache
     model.unwrap()
 
@@ -374,7 +361,7 @@ def cases_of_models():
 @pytest.mark.parametrize(("change", "reason"), cases_of_models(), ids=lambda value: getattr(value, "__name__", ""))
 def test_models_that_stay_eager(change, reason, caplog):
     model = make_model()
-    recorder, inputs = watch(model, "cpu"), padded("cpu")
+    recorder, inputs = watch(model, CPU), padded(CPU)
     change(model)
     expected = model.generate(**inputs, lam=LAM, **OPTIONS).tolist()
     assert model.generate(**inputs, lam=LAM, capture=True, **OPTIONS).tolist() == expected
@@ -405,17 +392,17 @@ def test_offloaded_layers_stay_eager(tiny_base, tiny_adapter, tmp_path, caplog):
     places |= {f"model.layers.{index}": "disk" if index == 2 else "cpu" for index in range(6)}
     model = DeRaModel.from_pretrained(tiny_base, tiny_adapter, device_map=places, offload_folder=tmp_path)
     model._captures = Captures(Counted(EagerRecorder()))
-    expected = model.generate(**padded("cpu"), lam=LAM, **OPTIONS).tolist()
-    assert model.generate(**padded("cpu"), lam=LAM, capture=True, **OPTIONS).tolist() == expected
+    expected = model.generate(**padded(CPU), lam=LAM, **OPTIONS).tolist()
+    assert model.generate(**padded(CPU), lam=LAM, capture=True, **OPTIONS).tolist() == expected
     assert "offloaded" in caplog.text
 
 
 def test_without_a_gpu_nothing_is_captured_and_only_who_asks_hears_of_it(tiny_base, tiny_adapter, caplog):
-    model = DeRaModel.from_pretrained(tiny_base, tiny_adapter, capture=True, device_map="cpu")
+    model = DeRaModel.from_pretrained(tiny_base, tiny_adapter, capture=True, device_map=CPU)
     assert model.capture is True
-    expected = model.generate(**padded("cpu"), lam=LAM, capture=False, **OPTIONS)
+    expected = model.generate(**padded(CPU), lam=LAM, capture=False, **OPTIONS)
     assert not caplog.records
-    assert model.generate(**padded("cpu"), lam=LAM, **OPTIONS).tolist() == expected.tolist()
+    assert model.generate(**padded(CPU), lam=LAM, **OPTIONS).tolist() == expected.tolist()
     assert [record.message for record in caplog.records] == [
         "decoding steps are not captured as CUDA graphs: the model is on cpu"
     ]
@@ -463,7 +450,7 @@ def test_a_step_that_changes_the_host_stays_eager(device, caplog):
 
 def test_a_recording_that_fails_leaves_nothing_behind(caplog):
     model = sliding_model()
-    recorder, inputs = watch(model, "cpu"), padded("cpu")
+    recorder, inputs = watch(model, CPU), padded(CPU)
 
     def refuse(step, device):
         EagerRecorder().record(step, device)  # on the host it has run: the layers' counters have advanced
@@ -475,7 +462,7 @@ def test_a_recording_that_fails_leaves_nothing_behind(caplog):
     assert model._captures.unfit == "CUDA refuses"
 
 
-@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.gpu
 def test_a_step_that_waits_for_the_device_stays_eager(device, caplog):
     model = sliding_model()
     recorder, inputs = watch(model, device), padded(device)
@@ -486,7 +473,7 @@ def test_a_step_that_waits_for_the_device_stays_eager(device, caplog):
     assert "test_capture.py" in caplog.text
 
 
-@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.gpu
 def test_a_capture_that_cuda_refuses_leaves_nothing_behind(device, caplog):
     model = sliding_model()
     recorder, inputs = watch(model, device), padded(device)
@@ -509,10 +496,10 @@ def test_a_capture_that_cuda_refuses_leaves_nothing_behind(device, caplog):
 def test_the_stand_in_notices_a_layer_that_branches_on_the_host(monkeypatch):
     """Else it could not tell whether a sliding window is safe to capture."""
     model = sliding_model(window=12)
-    watch(model, "cpu")
+    watch(model, CPU)
     monkeypatch.setattr(capture.SlidingLayer, "is_full", False)
     with pytest.raises(IndexError):  # one recording is replayed beyond the window
-        assert_bit_equal(model, **padded("cpu"), lam=LAM)
+        assert_bit_equal(model, **padded(CPU), lam=LAM)
 
 
 def test_the_pool_forgets_a_cache_that_failed(llama):

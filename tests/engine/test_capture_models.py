@@ -4,43 +4,29 @@ from dataclasses import replace
 
 import pytest
 import torch
-from captured import CUDA, DEVICES, OPTIONS, assert_bit_equal, watch
-from compatibility import BASES, KINDS, LINEAR, VOCABULARY
+from captured import LAM, OPTIONS, assert_bit_equal, padded, watch
+from compatibility import BASES, KINDS, LINEAR
 from tiny_bases import adapt, make_base
 
 from dera_peft import DeRaModel
 
-LAM = [0.0, 0.5, 1.0, 1.5]
 STAY_EAGER = ("mpt", "jamba", "bamba", "qwen3_next", "lfm2")
 CAPTURED = [base for base in BASES if base.model_type not in STAY_EAGER and not base.settings.get("alibi")]
 # the others run on a GPU alone: for the stand-in they are as these are
 ON_CPU = ("gemma2", "gpt2", "opt", "bloom", "deepseek_v3", "mixtral")
+KINDS_ON_CPU = ("DoRA", "`lora_bias`", "DoRA on the embeddings", "an adapter on the head")
 TRAINABLE_TOKENS = "`trainable_token_indices`"
 
 
-def padded(device: str) -> dict[str, torch.Tensor]:
-    ids = torch.randint(3, VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(2))
-    mask = torch.ones_like(ids)
-    for row, count in enumerate([3, 0, 5, 2]):
-        ids[row, :count], mask[row, :count] = 0, 0
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
-def on_both(values, on_cpu, name_of):
-    """Each value with a device: on a GPU all of them."""
-    return [
-        pytest.param(
-            value, getattr(device, "values", [device])[0], marks=getattr(device, "marks", ()), id=name_of(value)
-        )
-        for device in DEVICES
-        for value in values
-        if device is CUDA or on_cpu(value)
-    ]
+def each(values, on_cpu):
+    """The values as parameters, of which all but those for which `on_cpu` holds need a GPU."""
+    return [pytest.param(value, marks=() if on_cpu(value) else pytest.mark.gpu) for value in values]
 
 
 @pytest.mark.parametrize(
-    ("base", "device"),
-    on_both(CAPTURED, lambda base: base.model_type in ON_CPU, lambda base: f"{base.model_type} {base.note}".strip()),
+    "base",
+    each(CAPTURED, lambda base: base.model_type in ON_CPU),
+    ids=lambda base: f"{base.model_type} {base.note}".strip(),
 )
 def test_base(base, device):
     model = DeRaModel.from_peft(adapt(make_base(base), target_modules=base.targets))
@@ -50,25 +36,21 @@ def test_base(base, device):
 
 
 @pytest.mark.parametrize(
-    ("kind", "device"),
-    on_both(
-        [kind for kind in KINDS if kind.base == "llama"],
-        lambda kind: kind.name in ("DoRA", "`lora_bias`", "DoRA on the embeddings", "an adapter on the head"),
-        lambda kind: kind.name,
-    ),
+    "kind",
+    each((kind for kind in KINDS if kind.base == "llama"), lambda kind: kind.name in KINDS_ON_CPU),
+    ids=lambda kind: kind.name,
 )
 def test_adapter(kind, device):
     base = next(base for base in BASES if base.model_type == "llama")
     model = DeRaModel.from_peft(adapt(make_base(base), **{"target_modules": LINEAR, **kind.settings}))
     recorder = watch(model, device)
     assert_bit_equal(model, **padded(device), lam=LAM)
-    if kind.name == TRAINABLE_TOKENS and device == "cuda":  # PEFT makes their indices on the host in each forward pass
-        assert recorder.recordings == 0
+    if kind.name == TRAINABLE_TOKENS and device.type == "cuda":
+        assert recorder.recordings == 0  # PEFT makes their indices on the host in each forward pass
     else:
         assert (recorder.recordings, recorder.replays) == (1, 9)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["mistral", "gemma3_text", "gpt_oss"])
 def test_a_window_that_fills_while_it_decodes(name, device):
     """Of 12 tokens, the prompt's 6 and the first 6 new ones: then the same step rolls the window, in another graph."""
