@@ -50,7 +50,8 @@ def padded(device: torch.device) -> dict[str, torch.Tensor]:
 
 def watch(model: DeRaModel, device: torch.device) -> Counted:
     """Moves a model, and has its recordings counted; a CPU's are those of the stand-in."""
-    model.to(device)
+    if model.device.type != device.type:
+        model.to(device)
     recorder = Counted(CudaGraphs() if device.type == "cuda" else EagerRecorder())
     model._captures = Captures(recorder)
     return recorder

@@ -99,6 +99,8 @@ def decode(
             completions = _decode_batch(model, tokenizer, prompts, batch, sampling, streamer, prefill, places)
         if attempt.failed:
             prefill = None
+            if isinstance(model, MixtureModel):
+                model.release_captures()
             tokens = queue.halve(batch)
             go_on_with_half(f"out of memory: going on with half as many tokens at once, {tokens}")
             continue

@@ -174,8 +174,11 @@ class CapturedStep:
             try:
                 output = self._warm_up_or_record(recording, inputs, varying)
             except CannotRecord as reason:
-                self.captures.refuse(str(reason))
-                output = self.model(**inputs) if reason.output is None else reason.output
+                output = reason.output
+                if output is None or recording.warm == WARM_UP:  # what happens in a first step may be for once
+                    self.captures.refuse(str(reason))
+                if output is None:
+                    output = self.model(**inputs)
             if output is not None:
                 return output
         assert recording.replay is not None
@@ -220,10 +223,6 @@ class CapturedStep:
         recording.make_output = partial(type(output), logits=output.logits)
 
 
-def is_wanted(asked: bool | None) -> bool:
-    return BY_DEFAULT if asked is None else asked
-
-
 class Captures:
     """
     The captured steps of one model: of the call of `generate` in progress, and of earlier ones.
@@ -258,6 +257,10 @@ class Captures:
             raise
         finally:
             self.asked, self.current = before
+
+    def wants(self, asked: bool | None, device: torch.device) -> bool:
+        """Whether to capture steps, or to say why not, of a model on `device`."""
+        return BY_DEFAULT and device.type == self.recorder.device_type if asked is None else asked
 
     def take(self, model: PreTrainedModel, wiring: Wiring, plan: BatchPlan, length: int) -> CapturedCache:
         """

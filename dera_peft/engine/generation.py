@@ -8,7 +8,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationMode
 
 from dera_peft.engine.capturable import why_not_call, why_not_model
-from dera_peft.engine.capture import CapturedCache, Captures, is_wanted
+from dera_peft.engine.capture import CapturedCache, Captures
 from dera_peft.engine.plan import BatchPlan
 from dera_peft.engine.wiring import Wiring
 from dera_peft.errors import DeRaError
@@ -158,7 +158,7 @@ class MixtureGenerationMixin(GenerationMixin):
     ) -> bool:
         cache = model_kwargs.get("past_key_values")
         captures = self._captures
-        if is_wanted(captures.asked):
+        if captures.wants(captures.asked, self.device):
             reason = self._why_not_captured() or why_not_call(generation_config, generation_mode, cache)
             if reason is None:
                 plan = model_kwargs["lam"]
@@ -181,9 +181,13 @@ class MixtureGenerationMixin(GenerationMixin):
             plan: the call's, from `plan`.
             length: of the sequences at most, in tokens.
         """
-        if not is_wanted(self.capture) or self._why_not_captured() is not None:
+        if not self._captures.wants(self.capture, self.device) or self._why_not_captured() is not None:
             return None
         return self._captures.take(cast("PreTrainedModel", self), self._wiring, plan, length)
+
+    def release_captures(self) -> None:
+        """Gives back the memory that earlier calls' captured steps hold, for calls like them."""
+        self._captures.clear()
 
     def _why_not_captured(self) -> str | None:
         return why_not_model(cast("PreTrainedModel", self), self._wiring, self._captures)

@@ -243,7 +243,7 @@ def test_memory_is_given_back(device):
     cache = use()
     assert cache() is not None
     with_cache = held()
-    model._captures.clear()
+    model.release_captures()
     if device.type == "cpu":
         gc.collect()  # the stand-in's recording holds its cache
     assert cache() is None
@@ -251,7 +251,7 @@ def test_memory_is_given_back(device):
     assert device.type == "cpu" or without_cache < with_cache
     for _ in range(3):
         use()
-        model._captures.clear()
+        model.release_captures()
     if device.type == "cuda":
         assert held() == without_cache
     model.unwrap()
@@ -286,6 +286,20 @@ def test_a_model_that_changed_is_recorded_anew(device):
     texts.append(assert_bit_equal(model, **inputs, lam=LAM))
     assert recorder.recordings == 4
     assert texts[-1].tolist() != texts[0].tolist()
+
+
+def test_a_call_in_inference_mode_leaves_nothing_to_others(llama):
+    """Its tensors can't be written to outside."""
+    model, recorder, inputs = llama
+    model.release_captures()
+    with torch.inference_mode():
+        assert_bit_equal(model, **inputs, lam=LAM)
+    before = recorder.recordings
+    assert_bit_equal(model, **inputs, lam=LAM)
+    assert recorder.recordings == before + 1
+    with torch.inference_mode():
+        assert_bit_equal(model, **inputs, lam=LAM)
+    assert recorder.recordings == before + 1
 
 
 def test_weights_trained_in_place_are_read(llama):
