@@ -65,7 +65,7 @@ class Checker:
 
     def tests(self) -> dict:
         report = self.folder / "tests.xml"
-        found, _ = self.command("tests", "-m", "pytest", ROOT, "--gpu", "-q", f"--junitxml={report}")
+        found, _ = self.command("tests", "-m", "pytest", ROOT, "--gpu", "-q", "-n", 4, f"--junitxml={report}")
         if report.is_file():
             counts = ElementTree.parse(report).getroot().find("testsuite").attrib
             found |= {key: int(counts[key]) for key in ("tests", "failures", "errors", "skipped")}

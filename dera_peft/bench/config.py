@@ -136,10 +136,11 @@ class StepSettings(BenchedModel):
     only: tuple[str, ...] = setting(
         (), "Measure this contender, named as in the table; can be repeated.", metavar="NAME", panel=MEASURING
     )
-    engine: Literal["dynamic", "static"] = setting(
+    engine: Literal["dynamic", "static", "captured"] = setting(
         "dynamic",
-        "dynamic: eager, a growing cache. static: a static cache and a compiled step (CUDA graphs on a GPU), for those "
-        "that are one pass of a plain model or of DeRa.",
+        "dynamic: eager, a growing cache. static: a static cache and a compiled step (CUDA graphs on a GPU). captured: "
+        "a static cache and a step that is recorded as a CUDA graph. The last two are for those that are one pass of a "
+        "plain model or of DeRa; the others stay dynamic.",
         panel=MEASURING,
     )
     prefill_chunk: int | None = setting(

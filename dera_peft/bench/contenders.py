@@ -11,8 +11,9 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
+from dera_peft.bench.engines import ENGINES, Dynamic, Engine
 from dera_peft.engine.fork import find_layers
 from dera_peft.engine.names import ALIGNED
 from dera_peft.engine.plan import make_branches
@@ -50,21 +51,26 @@ class Pass:
     repeat: int = 1
     kwargs: Callable[[int], dict] = lambda batch_size: {}
     around: Callable[[], AbstractContextManager] = nullcontext
-    forward: Callable | None = None  # of a decoding step, where it is compiled
     cache: Cache | None = field(default=None, repr=False)
+    step: Callable | None = field(default=None, repr=False)  # what computes a decoding step
 
     def run(self, tokens: torch.Tensor, forward: Callable) -> torch.Tensor:
         """`[B, S]` int64 -> the last position's logits, `[B·repeat, V]` (of a DeRaModel `[B, V]`)."""
         tokens = tokens.repeat(self.repeat, 1) if self.repeat > 1 else tokens
         with self.around():
-            return forward(tokens, past_key_values=self.cache, logits_to_keep=1, **self._kwargs).logits[:, -1]
+            return forward(input_ids=tokens, past_key_values=self.cache, logits_to_keep=1, **self._kwargs).logits[:, -1]
 
     @property
     def config(self) -> PreTrainedConfig:
         return cast("PreTrainedConfig", self.model.config)  # a PeftModel's is its base's
 
-    def start(self, batch_size: int, cache: Cache) -> None:
-        self.cache, self._kwargs = cache, self.kwargs(batch_size)
+    def make_cache(self, engine: Engine, batch_size: int, length: int) -> tuple[Cache, Callable]:
+        """A cache, and what computes steps over it."""
+        cache = engine.make_cache(self.model, length, self.kwargs(batch_size).get("lam"))
+        return cache, engine.make_step(self.model, cache)
+
+    def start(self, batch_size: int, cache: Cache, step: Callable) -> None:
+        self.cache, self.step, self._kwargs = cache, step, self.kwargs(batch_size)
 
 
 class Contender:
@@ -74,16 +80,13 @@ class Contender:
     Args:
         passes: run one after the other for every token.
         mixes: whether their rows, together `[2B, V]`, are reference and aligned logits that are still to be mixed.
-        engine: "dynamic" (eager, a growing cache), or "static" (a static cache, and the step compiled whole, on a CUDA
-            device with CUDA graphs, as transformers' `generate` does it for bases that bitsandbytes has not quantized).
+        engine: how its steps are computed; eagerly unless given.
     """
 
-    def __init__(self, name: str, passes: Sequence[Pass], mixes: bool = False, engine: str = "dynamic"):
-        self.name, self.passes, self.mixes, self.engine = name, list(passes), mixes, engine
-        if engine == "static":
-            for one in self.passes:
-                one.forward = torch.compile(one.model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
-        self._static: dict[tuple[int, int], list[Cache]] = {}
+    def __init__(self, name: str, passes: Sequence[Pass], mixes: bool = False, engine: Engine | None = None):
+        self.name, self.passes, self.mixes = name, list(passes), mixes
+        self.engine = Dynamic() if engine is None else engine
+        self._kept: dict[tuple[int, int], list[tuple[Cache, Callable]]] = {}
 
     @torch.inference_mode()
     def prefill(self, input_ids: torch.Tensor, length: int, chunk: int | None = None) -> torch.Tensor:
@@ -93,42 +96,41 @@ class Contender:
         Args:
             chunk: tokens of the prompt that are computed at once; all without it.
         """
-        for one, cache in zip(self.passes, self._caches(len(input_ids), length), strict=True):
-            one.start(len(input_ids), cache)
+        for one, (cache, step) in zip(self.passes, self._caches(len(input_ids), length), strict=True):
+            one.start(len(input_ids), cache, step)
         *parts, last = input_ids.split(chunk or input_ids.shape[1], dim=1)
         for part in parts:
-            self._run(part, compiled=False)
-        return self._run(last, compiled=False)
+            self._run(part, [one.model for one in self.passes])
+        return self._run(last, [one.model for one in self.passes])
 
     @torch.inference_mode()
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """`[B, 1]` -> `[B, V]`."""
-        return self._run(tokens, compiled=self.engine == "static")
+        return self._run(tokens, [one.step for one in self.passes if one.step is not None])
 
-    def _run(self, tokens: torch.Tensor, compiled: bool) -> torch.Tensor:
-        rows = [one.run(tokens, (one.forward if compiled else None) or one.model) for one in self.passes]
+    def _run(self, tokens: torch.Tensor, forwards: Sequence[Callable]) -> torch.Tensor:
+        rows = [one.run(tokens, forward) for one, forward in zip(self.passes, forwards, strict=True)]
         if not self.mixes:
             return rows[0]
         reference, aligned = rows if len(rows) == 2 else rows[0].chunk(2)
         return torch.lerp(reference, aligned, LAM)
 
-    def _caches(self, batch_size: int, length: int) -> list[Cache]:
-        configs = [one.config for one in self.passes]
-        if self.engine == "dynamic":
-            return [DynamicCache(config=config) for config in configs]
-        # kept, since a captured graph belongs to its buffers
-        if (batch_size, length) not in self._static:
-            caches: list[Cache] = [StaticCache(config=config, max_cache_len=length) for config in configs]
-            self._static = {(batch_size, length): caches}
-        for cache in self._static[batch_size, length]:
-            cache.reset()
-        return self._static[batch_size, length]
+    def _caches(self, batch_size: int, length: int) -> list[tuple[Cache, Callable]]:
+        """Of each pass a cache, and what computes steps over it."""
+        kept = self._kept.get((batch_size, length))
+        if kept is None:
+            kept = [one.make_cache(self.engine, batch_size, length) for one in self.passes]
+            self._kept = {(batch_size, length): kept} if self.engine.keeps_caches else {}
+        else:
+            for cache, _ in kept:
+                cache.reset()
+        return kept
 
     def free(self) -> None:
-        """Lets go of the caches."""
-        self._static = {}
+        """Lets go of the caches, and of what was recorded over them."""
+        self._kept = {}
         for one in self.passes:
-            one.cache = None
+            one.cache = one.step = None
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -190,12 +192,14 @@ def make_dera(peft_model: PeftModel) -> DeRaModel:
     return DeRaModel(peft_model, make_branches([], {ALIGNED: adapter})).eval()
 
 
-def make_contenders(peft_model: PeftModel, names: Sequence[str] = NAMES, engine: str = "dynamic") -> list[Contender]:
+def make_contenders(
+    peft_model: PeftModel, names: Sequence[str] = NAMES, engine_name: str = "dynamic"
+) -> list[Contender]:
     """
     The contenders of `names`, over the weights of one PeftModel with one adapter; "two models" has a second copy.
 
-    With the static engine only those are compiled that are one forward pass of an ordinary model; the others have no
-    such engine of transformers' own, and stay as they are.
+    With another engine than the dynamic one (`engines.ENGINES`) only those have it that are one forward pass of an
+    ordinary model; the others stay as they are.
 
     Raises:
         DeRaError: a name is not known.
@@ -203,6 +207,7 @@ def make_contenders(peft_model: PeftModel, names: Sequence[str] = NAMES, engine:
     if unknown := [name for name in names if name not in NAMES]:
         raise DeRaError(f"--only: {unknown[0]!r} is not known; there are: {'; '.join(NAMES)}.")
     (adapter,) = peft_model.peft_config
+    engine = ENGINES[engine_name]()
     dera: dict[bool, DeRaModel] = {}
     plain: list[PreTrainedModel] = []
 

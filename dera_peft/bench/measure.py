@@ -149,6 +149,7 @@ def _warm_up(
     if on_cuda:
         # a first run, in which libraries take their workspaces and a step is compiled: neither is its own
         decode_forced(contender, tokens, prompt, chunk)
+        contender.free()  # caches and recordings are
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     found: list[torch.Tensor] = []
@@ -162,7 +163,7 @@ def _warm_up(
     timings.read_bytes = contender.read_bytes
     if on_cuda:
         timings.peak_bytes = timings.weights_bytes + torch.cuda.max_memory_allocated() - before
-    if contender.engine == "dynamic":
+    if not contender.engine.keeps_caches:
         contender.free()
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from captured import EagerRecorder
 from torch._dynamo.utils import counters
+from transformers.modeling_outputs import CausalLMOutput
 from typer.testing import CliRunner
 
 from dera_peft import DeRaError
@@ -26,10 +28,13 @@ from dera_peft.bench.contenders import (
     TWO_MODELS,
     make_contenders,
 )
+from dera_peft.bench.engines import ENGINES, Captured
 from dera_peft.bench.memory import measure_alone
 from dera_peft.bench.report import figures, spread
 from dera_peft.bench.shapes import SHAPES, read_config
 from dera_peft.cli.app import app
+from dera_peft.engine import mixture
+from dera_peft.engine.capture import Captures
 
 PROMPT, NEW = 6, 3
 TINY = {"shape": "tiny", "dtype": "float32", "device_map": "cpu"}
@@ -42,7 +47,7 @@ def contenders():
 
 def logits_of(contender, tokens, chunk=None):
     found = []
-    measuring.decode_forced(contender, tokens, PROMPT, chunk, found.append)
+    measuring.decode_forced(contender, tokens, PROMPT, chunk, lambda logits: found.append(logits.clone()))
     return torch.stack(found, dim=1)
 
 
@@ -266,18 +271,72 @@ def test_the_static_engine(monkeypatch, quantization):
     tokens = measuring.make_tokens(512, 2, PROMPT + NEW, torch.device("cpu"))
     peft_model = source.build()
     for static, eager in zip(
-        make_contenders(peft_model, names, engine="static"), make_contenders(peft_model, names), strict=True
+        make_contenders(peft_model, names, "static"), make_contenders(peft_model, names), strict=True
     ):
         for _ in range(2):  # the second time over the first one's cache
             torch.testing.assert_close(logits_of(static, tokens), logits_of(eager, tokens), atol=1e-5, rtol=1e-5)
         assert static.cache_bytes == eager.cache_bytes
 
 
+class EagerSteps:
+    """In place of CUDA graphs of a plain model: a replay computes the step on the same tensors."""
+
+    device_type = "cpu"
+
+    def start(self, device):
+        pass
+
+    def warm_up(self, step, device):
+        return step()
+
+    def record(self, step, device):
+        output = CausalLMOutput(logits=torch.empty(2, 1, 512))
+        return lambda: output.logits.copy_(step().logits), output
+
+
+def test_the_captured_engine(monkeypatch):
+    """What is around the recordings; of CUDA graphs, with --gpu, the logits are compared in the same way."""
+    monkeypatch.setitem(ENGINES, "captured", lambda: Captured(EagerSteps))
+    monkeypatch.setattr(mixture, "Captures", lambda: Captures(EagerRecorder()))
+    peft_model = BenchedModel(**TINY).build()
+    tokens = measuring.make_tokens(512, 2, PROMPT + 6, torch.device("cpu"))
+    captured, eager = (make_contenders(peft_model, [BASE, DERA], engine) for engine in ("captured", "dynamic"))
+    for one, other in zip(captured, eager, strict=True):
+        for _ in range(2):  # the second time all of its steps are replayed
+            torch.testing.assert_close(logits_of(one, tokens), logits_of(other, tokens), atol=1e-5, rtol=1e-5)
+    (((_, step),), ((cache, _),)) = (one._kept[2, PROMPT + 6] for one in captured)
+    assert step.replay is not None
+    assert [each.replay is not None for each in cache.recordings.values()] == [True]
+    captured[1].prefill(tokens[:, :PROMPT], PROMPT + 6)
+    captured[1].passes[0].model._captures.unfit = "it can't be"
+    with pytest.raises(DeRaError, match="--engine captured: it can't be"):
+        captured[1].step(tokens[:, :1])
+
+
+def test_the_captured_engine_needs_a_gpu():
+    (contender,) = make_contenders(BenchedModel(**TINY).build(), [BASE], "captured")
+    with pytest.raises(DeRaError, match="--engine captured: the model is on cpu"):
+        contender.prefill(torch.ones(1, 4, dtype=torch.long), 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_the_captured_engine_on_a_gpu(quantization):
+    source = BenchedModel(shape="tiny", dtype="float32", device_map="cuda", quantization=quantization)
+    peft_model, names = source.build(), [BASE, BASE_TWICE, DERA, DERA_REFERENCE, DERA_ALIGNED]
+    tokens = measuring.make_tokens(512, 2, PROMPT + 6, torch.device("cuda"))
+    captured, eager = (make_contenders(peft_model, names, engine) for engine in ("captured", "dynamic"))
+    for one, other in zip(captured, eager, strict=True):
+        for _ in range(2):
+            found = logits_of(one, tokens)
+            torch.testing.assert_close(found, logits_of(other, tokens), atol=1e-4, rtol=1e-5)
+
+
 def test_no_step_of_the_static_engine_is_compiled_in_a_measured_round(monkeypatch):
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda forward, mode, **kwargs: compile_(forward, backend="eager", **kwargs))
     source = BenchedModel(**TINY, layers=1)
-    contenders = make_contenders(source.build(), [DERA, DERA_ALIGNED, ON_OFF], engine="static")
+    contenders = make_contenders(source.build(), [DERA, DERA_ALIGNED, ON_OFF], "static")
     before = counters["stats"]["unique_graphs"]
     graphs = []  # after the warm-up and the round of each batch size
     for _ in measuring.measure(contenders, [1, 2, 3, 4, 5], prompt=4, new=2, rounds=1):
