@@ -10,6 +10,7 @@ from dera_peft.checkpoint.export import export
 from dera_peft.checkpoint.loading import load_adapter, save
 from dera_peft.checkpoint.record import Record
 from dera_peft.checkpoint.source import ModelSource
+from dera_peft.checkpoint.tokenizers import copy_tokenizer
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.plan import Branch, check_default_lam
 from dera_peft.errors import DeRaError
@@ -186,7 +187,11 @@ class DeRaModel(MixtureModel):
         Writes one plain PEFT adapter whose weights are scaled by λ, for any server that loads LoRA.
 
         It is an approximation of DeRa (it mixes weights, not logits); how far it is from it is measured on `prompts`.
-        See `checkpoint.export.export` for arguments, what it returns and raises.
+        The adapter's tokenizer is saved beside it, if it has one. See `checkpoint.export.export` for arguments, what it
+        returns and raises.
         """
         self._check_wrapped()
-        return export(self, lam, folder, prompts)
+        fit = export(self, lam, folder, prompts)
+        if self.record is not None:
+            copy_tokenizer(self.record, os.fspath(folder))
+        return fit

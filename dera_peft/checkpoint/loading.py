@@ -14,28 +14,22 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from dera_peft.checkpoint.adapters import attach_adapter, check_adapter, check_exists, is_adapter
-from dera_peft.checkpoint.fingerprint import base_fingerprint, cached_revision, cached_snapshot
+from dera_peft.checkpoint.end_tokens import end_tokens, end_with
+from dera_peft.checkpoint.fingerprint import base_fingerprint, cached_revision
 from dera_peft.checkpoint.quantization import check_quantization, quantization_config, quantization_name
 from dera_peft.checkpoint.record import Record
 from dera_peft.checkpoint.resolve import own_adapter
+from dera_peft.checkpoint.tokenizers import HUB_ARGUMENTS, copy_tokenizer, find_tokenizer, tokenizer_places
 from dera_peft.engine.biases import biases_at
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.plan import check_default_lam
 from dera_peft.engine.quantized import keep_packed
 from dera_peft.errors import DeRaError, first_line
-
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
-    "sentencepiece.bpe.model",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,10 +112,17 @@ def load(
     for name, folder in record.adapters.items():
         model = attach_adapter(model, folder, name, checked.modules[name])
     assert isinstance(model, PeftModel)  # a record has an aligned branch, with an adapter
+    end_as_trained(cast("PreTrainedModel", model.get_base_model()), record, base_arguments)
     record = replace(
         record, base_fingerprint=base_fingerprint(base, revision), base_revision=cached_revision(base, revision)
     )
     return Loaded(model, record)
+
+
+def end_as_trained(model: PreTrainedModel, record: Record, base_arguments: Mapping[str, Any]) -> None:
+    """Makes the base's `generate` end at all of `end_tokens`."""
+    tokenizer = find_tokenizer(*tokenizer_places(record), base_arguments=base_arguments)
+    end_with(model, end_tokens(model.generation_config, tokenizer, record))
 
 
 def configured_quantization(config: PreTrainedConfig, base_arguments: Mapping[str, Any]) -> str | None:
@@ -199,6 +200,8 @@ def load_adapter(
         own_record.with_base(base).check_base(None if record is None else record.base_revision)
     modules = check_adapter(adapter, base, make_skeleton(model.config))
     attach_adapter(model.peft_model, adapter, name, modules)
+    if base:  # whose tokenizer may be the adapter's too
+        end_as_trained(model, Record(base, {name: adapter}, {}), {})
     return adapter, stacked
 
 
@@ -222,51 +225,6 @@ def load_config(base: str, base_arguments: Mapping[str, Any] = {}, argument: str
         )
     except (OSError, ValueError, HFValidationError) as error:
         raise DeRaError(f"{argument}={base!r} can't be loaded: {first_line(error)}") from error
-
-
-def load_tokenizer(
-    *names: str, base_arguments: Mapping[str, Any] = {}, padding_side: str | None = "left"
-) -> PreTrainedTokenizerBase:
-    """
-    The tokenizer of the first of `names` (hub ids or folders) that has one: an adapter's, which may have a chat
-    template of its own, before the base's.
-
-    Args:
-        names: adapters, and last the base.
-        base_arguments: of `from_pretrained`; those that say where on the hub the base is are read, and for the adapters
-            those of them that are not of the base alone.
-        padding_side: its own if None.
-
-    Raises:
-        DeRaError: none has one, or the first one's can't be loaded.
-    """
-    of_base = {name: base_arguments[name] for name in HUB_ARGUMENTS if base_arguments.get(name) is not None}
-    of_adapters = {name: value for name, value in of_base.items() if name not in ("revision", "subfolder")}
-    own_side = {} if padding_side is None else {"padding_side": padding_side}
-    errors = []
-    for index, name in enumerate(names):
-        arguments = of_base if index == len(names) - 1 else of_adapters
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, **arguments, **own_side)
-            return cast("PreTrainedTokenizerBase", tokenizer)
-        except Exception as error:  # a broken file raises whatever its reader does, as KeyError or a bare Exception
-            if _has_tokenizer_files(name, arguments):
-                raise DeRaError(f"the tokenizer of {name!r} can't be loaded: {first_line(error)}") from error
-            if not isinstance(error, (OSError, ValueError, HFValidationError)):
-                raise
-            errors.append(f"{name!r}: {first_line(error)}")
-    raise DeRaError(
-        f"no tokenizer can be loaded: {'; '.join(errors)}. Save the base's into its folder, or into the adapter's."
-    )
-
-
-def _has_tokenizer_files(name: str, arguments: Mapping[str, Any]) -> bool:
-    """Whether a folder has them, or the hub's local cache, where they come to if the hub has them."""
-    subfolder = arguments.get("subfolder", "")
-    if os.path.isdir(name):
-        return any(os.path.isfile(os.path.join(name, subfolder, file)) for file in TOKENIZER_FILES)
-    files = tuple(f"{subfolder}/{file}" if subfolder else file for file in TOKENIZER_FILES)
-    return cached_snapshot(name, arguments.get("revision"), files, arguments.get("cache_dir")) is not None
 
 
 def make_skeleton(
@@ -319,6 +277,7 @@ def save(model: MixtureModel, record: Record | None, folder: str | os.PathLike) 
     # PEFT writes the adapter "default" into the folder itself, any other into a folder of its name below it
     paths = {name: str(folder if name == "default" else folder / name) for name in adapters}
     branches = {branch.name: list(branch.adapters) for branch in model.branches}
+    copy_tokenizer(record, paths[model.branches[-1].adapters[-1]])
     replace(record, adapters=paths, branches=branches, lam=lam, mixing=model.mixing).save(folder)
 
 

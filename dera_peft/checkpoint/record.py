@@ -35,7 +35,8 @@ class Record:
         base_revision: the commit of a hub base; None for a folder, or if unknown.
         training: how the adapter was trained, empty if unknown. `dera dpo` and `dera sft` write: method, beta,
             loss_type, quantization ("nf4", "int8", another name, or null), dtype, mixed_precision, dataset,
-            dataset_fingerprint, rows, steps, metrics, processes and versions.
+            dataset_fingerprint, rows, steps, metrics, processes, versions, and end_tokens: the tokens, as texts, that
+            ended what it was trained on.
     """
 
     base: str
@@ -165,6 +166,9 @@ class Record:
             return f'"mixing" must be {LOGITS!r} or {WEIGHTS!r}; it is {self.mixing!r}'
         if not isinstance(self.training, dict):
             return f'"training" must be an object; it is {self.training!r}'
+        ends = self.training.get("end_tokens", [])
+        if not isinstance(ends, list) or not all(isinstance(name, str) for name in ends):
+            return f'"end_tokens" in "training" must be a list of texts; it is {ends!r}'
         if not isinstance(self.branches, dict) or not all(isinstance(names, list) for names in self.branches.values()):
             return f'"branches" must map names to lists of adapters; it is {self.branches!r}'
         if REFERENCE not in self.branches:

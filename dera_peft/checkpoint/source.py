@@ -149,13 +149,27 @@ class ModelSource(Settings):
         Raises:
             DeRaError: neither has one, or the adapter's can't be loaded.
         """
-        from dera_peft.checkpoint.loading import load_tokenizer
+        from dera_peft.checkpoint.tokenizers import load_tokenizer, tokenizer_places
 
-        record = self.resolve()
-        tokenizer = load_tokenizer(*record.adapters.values(), record.base, base_arguments=self._base_arguments())
+        tokenizer = load_tokenizer(*tokenizer_places(self.resolve()), base_arguments=self._base_arguments())
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
+
+    def end_tokens(self) -> list[int]:
+        """
+        The ids of the tokens that end a completion, see `end_tokens.end_tokens`; read without loading weights.
+
+        Raises:
+            DeRaError: the tokenizer does not have one of them.
+        """
+        from dera_peft.checkpoint.end_tokens import end_tokens
+        from dera_peft.checkpoint.tokenizers import find_tokenizer, load_generation_config, tokenizer_places
+
+        record, arguments = self.resolve(), self._base_arguments()
+        generation_config = load_generation_config(record.base, self.config, arguments)
+        tokenizer = find_tokenizer(*tokenizer_places(record), base_arguments=arguments)
+        return end_tokens(generation_config, tokenizer, record)
 
     def load(self) -> "Loaded":
         """

@@ -10,6 +10,8 @@ from dera_peft.formatting import format_bytes
 from dera_peft.settings import part, setting
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from dera_peft.model import DeRaModel
 
 ADAPTER_PARTS = ("lora_", ".modules_to_save.", ".trainable_tokens_")  # of parameters' names
@@ -36,11 +38,13 @@ def info(settings: InfoSettings) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from dera_peft.checkpoint.tokenizers import find_tokenizer, tokenizer_places
     from dera_peft.model import DeRaModel
 
     source = part(settings, ModelSource).placed()
     model = DeRaModel.from_source(source)
-    facts = describe_model(model)
+    tokenizer = find_tokenizer(*tokenizer_places(source.resolve()), base_arguments=source.base_arguments)
+    facts = describe_model(model, tokenizer)
     if settings.json:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
         return
@@ -58,6 +62,7 @@ def info(settings: InfoSettings) -> None:
         "join": facts["join"],
         "rows per sequence": rows,
         "default λ": _format_lam(facts["default_lambda"]),
+        "ends at": ", ".join(f"{text} ({token})" for token, text in facts["end_tokens"].items()) or "no token",
         "runs on": f"{facts['device']}, {facts['dtype']}",
         "base weights": f"{facts['base_parameters']:,} parameters, {size(facts['base_bytes'])}",
         "adapter weights": f"{facts['adapter_parameters']:,} parameters, {size(facts['adapter_bytes'])}",
@@ -72,9 +77,9 @@ def info(settings: InfoSettings) -> None:
     Console().print(table)
 
 
-def describe_model(model: "DeRaModel") -> dict:
+def describe_model(model: "DeRaModel", tokenizer: "PreTrainedTokenizerBase | None" = None) -> dict:
     """
-    Branches, fork, join, rows and memory of a loaded model.
+    Branches, fork, join, rows, end tokens (their texts by id, from the tokenizer) and memory of a loaded model.
 
     Bytes of the KV cache are per token of context, for each of a batch's B sequences below the fork and for each of its
     R rows above it; measured on a cache that one token filled.
@@ -82,6 +87,8 @@ def describe_model(model: "DeRaModel") -> dict:
     import torch
     from transformers import EncoderDecoderCache
     from transformers.cache_utils import CacheLayerMixin
+
+    from dera_peft.checkpoint.end_tokens import configured_end_tokens
 
     parameters = list(model.parameters())
     lora = [p for name, p in model.named_parameters() if any(part in name for part in ADAPTER_PARTS)]
@@ -105,6 +112,10 @@ def describe_model(model: "DeRaModel") -> dict:
         "adapters": {} if model.record is None else model.record.adapters,
         "branches": {branch.name: list(branch.adapters) for branch in model.branches},
         "default_lambda": model.lam,
+        "end_tokens": {
+            token: None if tokenizer is None else tokenizer.decode([token])
+            for token in configured_end_tokens(model.generation_config)
+        },
         "fork_layer": model.fork_layer,
         "layers": depth,
         "join": "before the head" if model.joins_before_head else "after the head",

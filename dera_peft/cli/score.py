@@ -9,128 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dera_peft.checkpoint.source import ModelSource
-from dera_peft.decoding.jsonl import parse_row
+from dera_peft.decoding.completions import Given, read_completions
 from dera_peft.decoding.lambdas import lambdas_setting
 from dera_peft.decoding.prompt_settings import PromptSettings
-from dera_peft.decoding.prompts import Prompt, is_utf8
 from dera_peft.decoding.rows import Expected, RowLog, ScoredRow, to_line
-from dera_peft.errors import DeRaError
 from dera_peft.settings import Check, part, setting, setting_like
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from dera_peft.decoding.scoring import Scored
 
-ENDS: dict[str | None, bool] = {"eos": True, "length": False}  # whether the model ended it, by a row's "finish_reason"
 DIGITS = 6  # of nats, in rows
 
 logger = logging.getLogger(__name__)
 
 Key = tuple[int, float]  # of a row: which completion, at which λ
-
-
-@dataclass(frozen=True)
-class Given:
-    """
-    A completion to be scored.
-
-    Attributes:
-        finish_reason: "eos" or "length", as in the rows of `dera generate`; None where the row does not say.
-        num_tokens: how many it had when it was decoded, the end token included; None where the row does not say.
-    """
-
-    prompt: Prompt
-    completion: str
-    finish_reason: str | None
-    num_tokens: int | None
-
-
-def read_completions(file: str) -> list[Given]:
-    """
-    The rows of a .jsonl file, each with a "prompt" (a text or chat messages) and a "completion" (a text).
-
-    Raises:
-        DeRaError: no such file, or a row that is malformed, with its line.
-    """
-    given = []
-    try:
-        with Path(file).open(encoding="utf-8-sig") as stream:  # a byte order mark is no part of the first row
-            for number, line in enumerate(stream, start=1):
-                given.append(_read_row(line, number - 1, f"{file}, line {number}"))
-    except FileNotFoundError:
-        raise DeRaError(f"--completions: {file!r}: there is no such file.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DeRaError(f"--completions: {file!r} can't be read: {error}") from None
-    if not given:
-        raise DeRaError(f"--completions: {file!r} has no rows in it.")
-    return given
-
-
-def _read_row(line: str, index: int, source: str) -> Given:
-    row = parse_row(line, source)
-    for key in ("prompt", "completion"):
-        if key not in row:
-            raise DeRaError(f"{source}: has no key {key!r}; its keys are {sorted(row)}.")
-    if not isinstance(row["completion"], str):
-        raise DeRaError(f"{source}: a completion must be a text; got {row['completion']!r}.")
-    if not is_utf8(row["completion"]):
-        raise DeRaError(f"{source}: the completion is not valid UTF-8.")
-    if "finish" in row and "finish_reason" not in row:
-        raise DeRaError(
-            f"{source}: 'finish' is what an earlier version called 'finish_reason': rename the key, or make the "
-            "completions again."
-        )
-    num_tokens = row.get("num_tokens")
-    return Given(
-        Prompt(index, row["prompt"], source),
-        row["completion"],
-        row.get("finish_reason"),
-        num_tokens if isinstance(num_tokens, int) else None,
-    )
-
-
-def encode_completions(
-    given: Sequence[Given],
-    prompts: Sequence[Sequence[int]],
-    tokenizer: "PreTrainedTokenizerBase",
-    config: "PreTrainedConfig",
-    end: bool | None,
-) -> list[list[int]]:
-    """
-    Token ids of each completion, by itself, as decoding makes a text of its tokens by themselves.
-
-    Args:
-        prompts: token ids of the prompts, with which they must fit into the context.
-        end: whether the end token follows each completion; None asks its row.
-
-    Raises:
-        DeRaError: a completion is too long, a row's "finish_reason" is not known, or the tokenizer has no end token.
-    """
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    result = []
-    for each, prompt in zip(given, prompts, strict=True):
-        source = each.prompt.source
-        if end is None and each.finish_reason not in (None, *ENDS):
-            raise DeRaError(
-                f"{source}: finish_reason={each.finish_reason!r} is neither 'eos' nor 'length': say with --end or "
-                "--no-end whether the end token is part of the completions."
-            )
-        ids = list(tokenizer(each.completion, add_special_tokens=False)["input_ids"])
-        if ENDS.get(each.finish_reason, False) if end is None else end:
-            if tokenizer.eos_token_id is None:
-                raise DeRaError(f"{source}: the tokenizer has no end token to score; pass --no-end.")
-            if ids[-1:] != [tokenizer.eos_token_id]:  # it may be written out
-                ids.append(tokenizer.eos_token_id)
-        length = len(ids) if config.is_encoder_decoder else len(prompt) + len(ids)
-        if context is not None and length > context:
-            raise DeRaError(
-                f"{source}: prompt and completion have {len(prompt)} and {len(ids)} tokens, which is more than the "
-                f"model's context of {context}; shorten them."
-            )
-        result.append(ids)
-    return result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +43,8 @@ class ScoreSettings(ModelSource):
     chat: bool = setting_like(PromptSettings, "chat")
     end: bool | None = setting(
         None,
-        "Whether the tokenizer's end token is part of each completion. By default it is of those whose row has "
-        "'finish_reason': 'eos'.",
+        "Whether an end token is part of each completion. By default it is of those whose row has 'finish_reason': "
+        "'eos'.",
         panel="Prompts",
     )
     temperature: float = setting(
@@ -172,7 +66,8 @@ class ScoreSettings(ModelSource):
 def score(settings: ScoreSettings) -> None:
     """Say how probable given completions are at many λ, from one pass: total, per token, perplexity, KL; in nats.
 
-    A completion is split into tokens by itself and put behind its prompt's, which is how it was decoded.
+    The tokens of a completion that dera generate has drawn are those that were drawn. Another one is split into tokens
+    by itself and put behind its prompt's.
 
     **Examples**
 
@@ -183,8 +78,10 @@ def score(settings: ScoreSettings) -> None:
     from rich.console import Console
 
     from dera_peft.checkpoint.fingerprint import settings_fingerprint
+    from dera_peft.decoding.completions import encode_completions
     from dera_peft.decoding.prompts import encode
     from dera_peft.decoding.scoring import score_each
+    from dera_peft.engine.padding import check_have_rows
     from dera_peft.model import DeRaModel
     from dera_peft.progress import show_progress
 
@@ -220,9 +117,11 @@ def score(settings: ScoreSettings) -> None:
     if missing:
         base_config, tokenizer = source.config, source.tokenizer()
         prompts = encode([each.prompt for each in given], tokenizer, base_config, 1, settings.chat)
-        completions = encode_completions(given, prompts, tokenizer, base_config, settings.end)
-        _tell_of_other_splits(given, completions, settings.end)
+        ends = source.end_tokens()
+        completions = encode_completions(given, prompts, tokenizer, base_config, ends, settings.end)
         model = DeRaModel.from_source(source)
+        tokens = {token for sequence in (*prompts, *completions) for token in sequence}
+        check_have_rows(model, tokens, lambda token: cast("str", tokenizer.decode([token])))
         with show_progress("scoring", len(wanted), done) as advance:
             for lacks, indices in missing.items():
                 of = [prompts[index] for index in indices], [completions[index] for index in indices]
@@ -245,19 +144,6 @@ def _expected(row: ScoredRow, given: Sequence[Given]) -> Expected | None:
         return None
     now = given[row.prompt_index]
     return Expected(now.prompt.source, {"prompt": now.prompt.content, "completion": now.completion}, "rows")
-
-
-def _tell_of_other_splits(given: Sequence[Given], completions: Sequence[Sequence[int]], end: bool | None) -> None:
-    """A sampled text need not have been made of the tokens that the tokenizer splits it into."""
-    if end is not None:
-        return
-    counts = [(each.num_tokens, len(ids)) for each, ids in zip(given, completions, strict=True)]
-    counts = [(before, now) for before, now in counts if before is not None]
-    if other := sum(before != now for before, now in counts):
-        logger.warning(
-            f"{other} of {len(counts)} completions are split into another number of tokens than they were decoded "
-            "with: their texts are scored as the tokenizer splits them"
-        )
 
 
 def _rows(

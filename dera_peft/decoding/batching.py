@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from dera_peft.checkpoint.end_tokens import configured_end_tokens
 from dera_peft.decoding.memory import Attempt, go_on_with_half
 from dera_peft.decoding.noise import logits_processor, row_key
 from dera_peft.decoding.requests import Completion, Request
@@ -17,7 +18,7 @@ from dera_peft.decoding.sampling import Sampling
 from dera_peft.engine.generation import PLAIN_GENERATION
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.names import WEIGHTS
-from dera_peft.engine.padding import pad
+from dera_peft.engine.padding import check_have_rows, pad, padding_id
 from dera_peft.engine.prefill import Prefill, can_be_shared
 from dera_peft.errors import DeRaError
 from dera_peft.messages import warn_once
@@ -68,15 +69,22 @@ def decode(
             ones included, and those of the prompts that are kept for the batches to come; `Room.cached` unless given.
 
     Raises:
-        DeRaError: a request has no λ and the model needs one, or the other way round; or too little memory for a single
-            request.
+        DeRaError: a request has no λ and the model needs one, or the other way round; the model has no row for a token;
+            or too little memory for a single request.
     """
     for request in requests:
         if (request.lam is None) == isinstance(model, MixtureModel):
             raise DeRaError(f"{request}: a request has a λ where the model is a DeRaModel, and None where it is not.")
+    used = {request.index for request in requests}
+    check_have_rows(
+        model,
+        {token for index in used for token in prompts[index]},
+        lambda token: cast("str", tokenizer.decode([token], skip_special_tokens=False)),
+    )
     _say_what_is_left_aside(model)
     room = Room.of(model)
     batch_size, batch_tokens = batch_size or room.sequences, batch_tokens or room.cached
+    filler = padding_id(model, tokenizer.pad_token_id)
     queue = _Queue(model, prompts, requests, batch_size, batch_tokens, sampling.max_new_tokens)
     prefill = None
     while queue:
@@ -94,9 +102,9 @@ def decode(
             if queue.kept and prefill is None:
                 kept, lam = queue.kept_prompts()
                 plan = None if lam is None else model.plan(lam, len(kept))
-                prefill = Prefill(model, kept, plan, tokenizer.pad_token_id or 0)
+                prefill = Prefill(model, kept, plan, filler)
             places = [queue.kept[queue.prefix(request)] for request in batch] if queue.kept else None
-            completions = _decode_batch(model, tokenizer, prompts, batch, sampling, streamer, prefill, places)
+            completions = _decode_batch(model, tokenizer, prompts, batch, sampling, filler, streamer, prefill, places)
         if attempt.failed:
             prefill = None
             if isinstance(model, MixtureModel):
@@ -206,22 +214,20 @@ def _decode_batch(
     prompts: Sequence[Sequence[int]] | Mapping[int, Sequence[int]],
     batch: Sequence[Request],
     sampling: Sampling,
+    filler: int,
     streamer: BaseStreamer | None,
     prefill: Prefill | None,
     places: Sequence[int] | None,
 ) -> list[Completion]:
-    """`places` are those of the batch's prompts in `prefill`."""
+    """`filler` is the id to pad with; `places` are those of the batch's prompts in `prefill`."""
     has_encoder = model.config.is_encoder_decoder
     # an encoder's positions count from the left, so its padding stands on the right
-    input_ids, attention_mask = pad(
-        [prompts[request.index] for request in batch], tokenizer.pad_token_id or 0, left=not has_encoder
-    )
+    input_ids, attention_mask = pad([prompts[request.index] for request in batch], filler, left=not has_encoder)
     length = input_ids.shape[1]
     padding = (length - attention_mask.sum(-1)).tolist()
     if has_encoder:  # what is generated starts with the decoder's start token, not with the prompt
         length, padding = 1, [0] * len(batch)
-    end = model.generation_config.eos_token_id
-    ends = set(end if isinstance(end, list) else [] if end is None else [end])
+    ends = configured_end_tokens(model.generation_config)
     inputs: dict[str, Any] = {}
     if batch[0].lam is not None:
         inputs["lam"] = model.plan([request.lam for request in batch], len(batch))
@@ -242,13 +248,14 @@ def _decode_batch(
         ),
         **PLAIN_GENERATION,
         max_new_tokens=sampling.max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id or 0,
+        pad_token_id=filler,
         streamer=streamer,
     )
     completions = []
     for request, tokens in zip(batch, sequences[:, length:].tolist(), strict=True):
-        length_with_end = next((place + 1 for place, token in enumerate(tokens) if token in ends), None)
-        tokens = tokens[:length_with_end]
-        text = cast("str", tokenizer.decode(tokens, skip_special_tokens=True))  # of one sequence one text
-        completions.append(Completion(request, tokens, text, "length" if length_with_end is None else "eos"))
+        own_length = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+        # an end token need not be a special one, which would be left out
+        text = cast("str", tokenizer.decode(tokens[:own_length], skip_special_tokens=True))  # of one sequence one text
+        end_token_id = tokens[own_length] if own_length < len(tokens) else None
+        completions.append(Completion(request, tokens[: own_length + 1], text, end_token_id))
     return completions

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeGuard, cast
 
 from dera_peft.decoding.jsonl import parse_row
 from dera_peft.decoding.lambdas import is_lambda
+from dera_peft.decoding.tokens import num_closing_tokens
 from dera_peft.errors import DeRaError
 from dera_peft.user_code import is_object_path, load_object
 
@@ -287,6 +288,8 @@ def encode(
             "the tokenizer has no chat template: leave --chat away, or use a model that was trained for chat."
         )
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    # an encoder's input ends as its tokenizer ends it; any other prompt goes on
+    closing = 0 if config.is_encoder_decoder else num_closing_tokens(tokenizer)
     result = []
     for prompt in prompts:
         if chat:
@@ -300,6 +303,7 @@ def encode(
             ids = cast("dict[str, list[int]]", rendered)["input_ids"]  # by return_dict
         elif isinstance(prompt.content, str):
             ids = tokenizer(prompt.content)["input_ids"]
+            ids = ids[: len(ids) - closing]
         else:
             raise DeRaError(f"{prompt.source}: the prompt is a chat; pass --chat to render it with the chat template.")
         if context is not None and len(ids) + max_new_tokens > context:

@@ -26,11 +26,16 @@ class Completion:
 
     Attributes:
         tokens: the new token ids, with the end token if the model gave one.
-        text: their text, without special tokens.
-        finish_reason: "eos" if the model ended it, "length" if the limit of tokens did.
+        text: their text, without special tokens and without the end token.
+        end_token_id: the end token; None where the limit of tokens ended it.
     """
 
     request: Request
     tokens: list[int]
     text: str
-    finish_reason: str
+    end_token_id: int | None
+
+    @property
+    def finish_reason(self) -> str:
+        """As rows have it: "eos" if the model ended it, "length" if the limit of tokens did."""
+        return "length" if self.end_token_id is None else "eos"

@@ -32,6 +32,8 @@ class GeneratedRow:
         sample: its number among the completions of its prompt and λ, from 0.
         num_tokens: with the end token if there is one.
         finish_reason: "eos" if the model ended it, "length" if the limit of tokens did.
+        token_ids: as they were drawn, the end token included.
+        end_token_id: the end token's; None without one.
     """
 
     kind: ClassVar[str] = "results"
@@ -45,6 +47,8 @@ class GeneratedRow:
     completion: str
     num_tokens: int
     finish_reason: str
+    token_ids: list[int]
+    end_token_id: int | None
 
     @classmethod
     def of(cls, run: str, completion: Completion, prompt: Prompt, **values):
@@ -60,6 +64,8 @@ class GeneratedRow:
             completion=completion.text,
             num_tokens=len(completion.tokens),
             finish_reason=completion.finish_reason,
+            token_ids=completion.tokens,
+            end_token_id=completion.end_token_id,
             **values,
         )
 

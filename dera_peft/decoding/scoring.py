@@ -11,7 +11,7 @@ from dera_peft.decoding.memory import Attempt, go_on_with_half
 from dera_peft.decoding.room import Room
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.names import WEIGHTS
-from dera_peft.engine.padding import pad
+from dera_peft.engine.padding import check_have_rows, pad, padding_id
 from dera_peft.engine.plan import BatchPlan, read_lam
 from dera_peft.engine.prefill import Prefill, can_be_shared
 from dera_peft.errors import DeRaError
@@ -146,6 +146,7 @@ def _check(model, prompts, completions, temperature, top) -> None:
     vocabulary = model.config.get_text_config().vocab_size
     if not 0 <= top <= vocabulary:
         raise DeRaError(f"top={top!r} must be from 0 to the vocabulary's {vocabulary} tokens.")
+    check_have_rows(model, {token for sequence in (*prompts, *completions) for token in sequence})
 
 
 def _slice_size(
@@ -251,10 +252,11 @@ def _log_probs(
     # A sequence's last token is predicted and never read. Padding stands on the right, where causal models do not see
     # it: they need no positions, and each sequence is scored as if it were alone.
     inputs: dict[str, Any] = {"lam": plan(len(prompts)), "use_cache": False}
+    filler = padding_id(model, None)
     starts = [0] * len(prompts)
     if model.config.is_encoder_decoder:
-        input_ids, attention_mask = pad(prompts, 0, left=False)
-        labels, _ = pad(completions, model.config.pad_token_id or 0, left=False)
+        input_ids, attention_mask = pad(prompts, filler, left=False)
+        labels, _ = pad(completions, filler, left=False)
         inputs["decoder_input_ids"] = model.base.prepare_decoder_input_ids_from_labels(labels.to(model.device))
     elif shares and len(prompts[0]) > 1 and len(set(map(tuple, prompts))) < len(prompts):
         places = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
@@ -262,11 +264,11 @@ def _log_probs(
         of = [places[tuple(prompt)] for prompt in prompts]
         inputs.update(past_key_values=prefill.select(of, prefill.length, inputs["lam"]), use_cache=True)
         read = [[prompt[-1], *completion[:-1]] for prompt, completion in zip(prompts, completions, strict=True)]
-        input_ids, _ = pad(read, 0, left=False)
+        input_ids, _ = pad(read, filler, left=False)
         attention_mask = torch.ones(len(prompts), prefill.length - 1 + input_ids.shape[1], dtype=torch.long)
     else:
         read = [[*prompt, *completion[:-1]] for prompt, completion in zip(prompts, completions, strict=True)]
-        input_ids, attention_mask = pad(read, 0, left=False)
+        input_ids, attention_mask = pad(read, filler, left=False)
         first = min(map(len, prompts)) - 1
         inputs["logits_to_keep"] = input_ids.shape[1] - first
         starts = [len(prompt) - 1 - first for prompt in prompts]

@@ -9,6 +9,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from dera_peft.engine.capturable import why_not_call, why_not_model
 from dera_peft.engine.capture import CapturedCache, Captures
+from dera_peft.engine.padding import check_ids_have_rows, fill_padding, num_rows, padding_id
 from dera_peft.engine.plan import BatchPlan
 from dera_peft.engine.wiring import Wiring
 from dera_peft.errors import DeRaError
@@ -80,9 +81,12 @@ class MixtureGenerationMixin(GenerationMixin):
                 steps are computed as ever.
 
         Raises:
-            DeRaError: λ does not fit; or with `guidance_scale` or `assistant_model`, whose forward passes know no λ.
+            DeRaError: λ does not fit; the base has no row for a token; or with `guidance_scale` or `assistant_model`,
+                whose forward passes know no λ.
         """
         self._check_wrapped()
+        input_ids = kwargs.get("input_ids") if inputs is None else inputs
+        check_ids_have_rows(self.base, input_ids, kwargs.get("attention_mask"))
         with self._captures.call(self.capture if capture is None else capture):
             output = super().generate(inputs, *args, lam=lam, **kwargs)  # pyrefly: ignore[bad-argument-type]
             cache = self._captures.current
@@ -97,6 +101,11 @@ class MixtureGenerationMixin(GenerationMixin):
             generation_config, **kwargs
         )
         model_kwargs["lam"] = getattr(generation_config, "lam", None) if lam is None else lam
+        pad = generation_config.pad_token_id
+        if pad is not None and pad >= num_rows(self.base):
+            # sequences that have ended are filled with it, and read on
+            end = generation_config.eos_token_id
+            generation_config.pad_token_id = padding_id(self.base, end[0] if isinstance(end, list) else end)
         return generation_config, model_kwargs
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
@@ -127,6 +136,7 @@ class MixtureGenerationMixin(GenerationMixin):
     ):
         """The encoder runs before anything expands: once, on the branches' rows, which then expand as sequences do."""
         own = {name: model_kwargs.pop(name) for name in ("lam", "output_branches") if name in model_kwargs}
+        inputs_tensor = fill_padding(inputs_tensor, model_kwargs.get("attention_mask"), num_rows(self.base))
         plan = own.get("lam")
         if not isinstance(plan, BatchPlan):
             plan = self.plan(plan, inputs_tensor.shape[0], bool(own.get("output_branches")))
@@ -137,6 +147,9 @@ class MixtureGenerationMixin(GenerationMixin):
         return {**model_kwargs, **own, "lam": plan, "encoder_outputs": forked["encoder_outputs"]}
 
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+        if not self.config.is_encoder_decoder and kwargs.get("next_sequence_length") != 1:
+            # before a static cache makes another mask of this one
+            input_ids = fill_padding(input_ids, kwargs.get("attention_mask"), num_rows(self.base))
         return self.base.prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
     def _reorder_cache(self, past_key_values: Cache, beam_idx: torch.LongTensor) -> Cache:

@@ -18,6 +18,7 @@ from dera_peft.engine.capture import CapturedStep, Captures
 from dera_peft.engine.generation import MixtureGenerationMixin
 from dera_peft.engine.lora import Adapted
 from dera_peft.engine.names import ALIGNED, LOGITS, REFERENCE, WEIGHTS
+from dera_peft.engine.padding import fill_padding, num_rows
 from dera_peft.engine.plan import BatchPlan, Branch, WeightPlan, check_default_lam, make_branches, read_lam
 from dera_peft.engine.quantized import keep_trainable
 from dera_peft.engine.wiring import Wiring
@@ -137,6 +138,8 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
                 raise DeRaError(f"{name}=True: the branches have their own, which DeRaModel does not return.")
         if self.config.is_encoder_decoder and labels is not None and kwargs.get("decoder_input_ids") is None:
             kwargs["decoder_input_ids"] = self.base.prepare_decoder_input_ids_from_labels(labels)
+        if input_ids is not None and input_ids.shape[1] > 1:
+            input_ids = cast("torch.LongTensor", fill_padding(input_ids, attention_mask, num_rows(self)))
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

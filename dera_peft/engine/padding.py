@@ -1,8 +1,15 @@
-"""Token sequences of other lengths as one batch."""
+"""Token sequences of other lengths as one batch, and which tokens a model has a row for."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dera_peft.errors import DeRaError
+
+NAMED = 5  # tokens, in a message
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,3 +28,64 @@ def pad(sequences: Sequence[Sequence[int]], value: int, left: bool) -> tuple[tor
         ids[row, place] = torch.tensor(sequence, dtype=torch.long)
         mask[row, place] = 1
     return ids, mask
+
+
+def num_rows(model: PreTrainedModel) -> int:
+    """How many tokens the model's input embedding has a row for."""
+    return cast("nn.Embedding", model.get_input_embeddings()).weight.shape[0]
+
+
+def check_have_rows(model: PreTrainedModel, tokens: Iterable[int], name: Callable[[int], str] | None = None) -> None:
+    """
+    Raises `DeRaError` for tokens that the model has no row for. On a GPU the embedding would end the process instead.
+
+    Args:
+        name: the text of a token, for the message.
+    """
+    rows = num_rows(model)
+    missing = sorted({token for token in tokens if not 0 <= token < rows})
+    if not missing:
+        return
+    named = ", ".join(str(token) if name is None else f"{name(token)!r} ({token})" for token in missing[:NAMED])
+    more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+    raise DeRaError(
+        f"the base has no row for the token{'s' if len(missing) > 1 else ''} {named}{more}: its embedding has {rows}. "
+        "Use a tokenizer that fits the base, or an adapter that was saved with the rows of the tokens added to it."
+    )
+
+
+def check_ids_have_rows(
+    model: PreTrainedModel, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+) -> None:
+    """`check_have_rows` of those tokens of a batch that are not masked. It waits for a GPU once."""
+    if input_ids is None or input_ids.is_floating_point():
+        return
+    outside = (input_ids < 0) | (input_ids >= num_rows(model))
+    if attention_mask is not None and attention_mask.shape == input_ids.shape:
+        outside &= attention_mask != 0
+    if outside.any():
+        check_have_rows(model, input_ids[outside].tolist())
+
+
+def padding_id(model: PreTrainedModel, wanted: int | None) -> int:
+    """
+    A token id to pad with: `wanted` or else the config's, if the model has a row for it, or 0. Padding is masked; but
+    some bases count positions by the id of their own padding token.
+    """
+    rows = num_rows(model)
+    candidates = (wanted, model.config.get_text_config(decoder=True).pad_token_id)
+    return next((token for token in candidates if token is not None and 0 <= token < rows), 0)
+
+
+def fill_padding(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, rows: int) -> torch.Tensor:
+    """
+    `input_ids` (`[B, S]`) with 0 in place of masked ids without a row in an embedding of `rows` of them, as a tokenizer
+    with a padding token of its own has. It does not wait for a GPU.
+
+    Args:
+        attention_mask: `[B, T]`, T at least S: its last S columns are those of the ids. Others are left aside.
+    """
+    width = input_ids.shape[-1]
+    if attention_mask is None or attention_mask.dim() != 2 or attention_mask.shape[1] < width:
+        return input_ids
+    return input_ids.masked_fill((attention_mask[:, -width:] == 0) & (input_ids >= rows), 0)

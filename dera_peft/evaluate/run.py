@@ -253,6 +253,8 @@ def _join_rows(worker: SweepWorker, rewards: Sequence[NamedReward], judge: Named
             "completion": completion.completion,
             "num_tokens": len(ids),
             "finish_reason": completion.finish_reason,
+            "token_ids": ids,
+            "end_token_id": ids[-1] if has_end else None,
             "kl": score.kl,
             "rewards": values,
         }

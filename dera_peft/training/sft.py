@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     from trl import get_peft_config
 
+    from dera_peft.checkpoint.end_tokens import end_tokens, end_with
     from dera_peft.training.adapters import merge, train_in_float32
     from dera_peft.training.data import dataset_fingerprint, read_splits
     from dera_peft.training.parser import Parser
@@ -129,10 +130,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             **training_record(trainer, settings, output.record["inputs"]["dataset"], count, metrics),
         }
         folder = Path(training_args.output_dir)
-        adapter_record(base, folder, False, training).save(folder)
+        record = adapter_record(base, folder, False, training)
+        record.save(folder)
         if settings.merge_adapter:
             del trainer, model  # the unquantized base may need their memory
-            merge(base.load_unquantized_base(), folder, tokenizer, folder / "merged")
+            unquantized = base.load_unquantized_base()
+            end_with(unquantized, end_tokens(unquantized.generation_config, tokenizer, record))
+            merge(unquantized, folder, tokenizer, folder / "merged")
             log(f"merged into {folder / 'merged'}")
             if quantization is not None:
                 log(

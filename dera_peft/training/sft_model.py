@@ -14,10 +14,17 @@ from transformers.utils.hub import cached_file
 
 from dera_peft.checkpoint.adapters import attach_adapter, read_adapter_config
 from dera_peft.checkpoint.fingerprint import cached_revision, file_fingerprint, weights_fingerprint
-from dera_peft.checkpoint.loading import Checked, check, configured_quantization, load_base, load_tokenizer
+from dera_peft.checkpoint.loading import (
+    Checked,
+    check,
+    configured_quantization,
+    end_as_trained,
+    load_base,
+)
 from dera_peft.checkpoint.record import Record
 from dera_peft.checkpoint.resolve import resolve
 from dera_peft.checkpoint.source import ModelSource
+from dera_peft.checkpoint.tokenizers import load_tokenizer
 from dera_peft.engine.names import ALIGNED, REFERENCE
 from dera_peft.engine.quantized import keep_trainable
 from dera_peft.errors import DeRaError
@@ -78,9 +85,10 @@ class SFTModel(ModelSource):
         """The SFT model in evaluation mode, its adapter attached."""
         checked = self.check()
         model = self._load_base(checked)
-        if self.adapter is None:
-            return model
-        return cast("PreTrainedModel", self._attach(model, checked).get_base_model().eval())
+        if self.adapter is not None:
+            model = cast("PreTrainedModel", self._attach(model, checked).get_base_model().eval())
+        end_as_trained(model, self._record, self._base_arguments())
+        return model
 
     def load_to_train(self, trainable: bool = False) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
         """

@@ -104,7 +104,7 @@ def test_what_the_base_is_loaded_with_reaches_its_tokenizer(tiny_base, tiny_adap
         seen[name] = arguments
         raise OSError("none")
 
-    monkeypatch.setattr("dera_peft.checkpoint.loading.AutoTokenizer.from_pretrained", refuse)
+    monkeypatch.setattr("dera_peft.checkpoint.tokenizers.AutoTokenizer.from_pretrained", refuse)
     access = {"token": "secret", "cache_dir": "cache", "local_files_only": True}
     source = ModelSource.read(
         base="org/base",

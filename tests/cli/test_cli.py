@@ -252,21 +252,25 @@ def completions(dera, model, tmp_path):
 
 
 def test_score(dera, model, completions, tiny_base, tiny_adapter):
-    """The numbers are those of two whole models over the prompt's tokens and the completion's behind them."""
+    """
+    The numbers are those of two whole models over the prompt's tokens and the completion's behind them: as they were
+    drawn; or, of a row whose text was changed, as it is split, with the end token that the row names.
+    """
     (given, *_), first = rows(completions.read_text()), completions.read_text().splitlines()[0]
-    completions.write_text(first + "\n" + json.dumps({**given, "finish_reason": "eos", "num_tokens": 99}) + "\n")
+    changed = {**given, "completion": " other words", "finish_reason": "eos", "end_token_id": 9}
+    completions.write_text(first + "\n" + json.dumps(changed) + "\n")
     code, out, err = dera("score", *model, "--completions", completions, "--lambda", "0,0.5", "--json", "--tokens")
     assert code == 0, err
-    assert "1 of 2 completions are split into another number of tokens" in err
+    assert "1 of 2 completions have token_ids of another text or tokenizer" in err
     found = rows(out)
     assert [(row["prompt_index"], row["lambda"]) for row in found] == [(0, 0.0), (0, 0.5), (1, 0.0), (1, 0.5)]
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     prompt = tokenizer(given["prompt"])["input_ids"]
-    completion = tokenizer(given["completion"], add_special_tokens=False)["input_ids"]
+    completion = [given["token_ids"], [*tokenizer(" other words", add_special_tokens=False)["input_ids"], 9]]
     mixture = TwoModels(*load_two(tiny_base, tiny_adapter))
     for row in found:
-        ids = completion + ([tokenizer.eos_token_id] if row["prompt_index"] == 1 else [])
+        ids = completion[row["prompt_index"]]
         mixture.lam = row["lambda"]
         with torch.no_grad():
             log_probs = mixture(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
@@ -278,7 +282,7 @@ def test_score(dera, model, completions, tiny_base, tiny_adapter):
         assert row["perplexity"] == pytest.approx((-each.mean()).exp().item(), rel=1e-3)
         assert row["kl"] == pytest.approx(sum(row["token_kl"]), abs=1e-4)
         assert (row["kl"] > 0.01) == (row["lambda"] > 0)
-        assert "".join(row["token_texts"]).startswith(given["completion"])
+        assert "".join(row["token_texts"]).startswith((given["completion"], " other words")[row["prompt_index"]])
 
 
 def test_scores_are_continued_and_shown(dera, model, completions, tmp_path):

@@ -27,7 +27,7 @@ from dera_peft.decoding.rows import (
     to_json,
 )
 
-ROW = GeneratedRow("run1", 0, "a", {}, 0.5, 0, "b", 3, "eos")
+ROW = GeneratedRow("run1", 0, "a", {}, 0.5, 0, "b", 3, "eos", [5, 6, 2], 2)
 
 
 def open_log(file, run="run1", prompts=("a",)) -> RowLog[GeneratedRow]:
@@ -74,7 +74,7 @@ def test_rows_of_other_columns_are_an_error(tmp_path, columns, message):
     """A reward may have read them."""
     same = {"topic": "x", "weight": float("nan")}
     (prompt,) = [Prompt(0, "a", "p, line 1", columns=same)]
-    row = RewardedRow.of("run1", Completion(Request(0, 0.5), [1, 2, 3], "b", "eos"), prompt, reward=1.0)
+    row = RewardedRow.of("run1", Completion(Request(0, 0.5), [1, 2, 3], "b", 3), prompt, reward=1.0)
     file = tmp_path / "out.jsonl"
     RowLog(file, RewardedRow, "run1").append([row])
     assert len(RowLog(file, RewardedRow, "run1", expected=expect_prompts([prompt])).rows) == 1
@@ -125,6 +125,7 @@ def test_a_row_is_its_json(tmp_path):
     assert to_json(row) == {
         "run": "run1", "prompt_index": 0, "prompt": "a", "columns": {"index": 7, "reward": 0.5, "run": "x"},
         "lambda": 0.5, "sample": 0, "completion": "b", "num_tokens": 3, "finish_reason": "eos",
+        "token_ids": [5, 6, 2], "end_token_id": 2,
     }  # fmt: skip
     scored = ScoredRow("run1", 0, "a", "b", 0.5, 1, -1.0, -1.0, None, 0.5, token_ids=[3])
     assert to_json(scored).keys() >= {"perplexity", "token_ids"}

@@ -24,7 +24,7 @@ from dera_peft.training.pairs import (
 def rows(index: int, *completions: tuple, prompt="p") -> list[RewardedRow]:
     """(text, reward) or (text, reward, finish) each."""
     return [
-        RewardedRow("run", index, prompt, {}, None, sample, text, 3, finish, reward)
+        RewardedRow("run", index, prompt, {}, None, sample, text, 3, finish, [5, 6, 2], 2, reward)
         for sample, (text, reward, finish) in enumerate((*c, "eos")[:3] for c in completions)
     ]
 
