@@ -85,6 +85,11 @@ def is_chat(content: Any) -> TypeGuard[Chat]:
     )
 
 
+def as_chat(content: str | Chat) -> Chat:
+    """A text as the only message of its chat."""
+    return [{"role": "user", "content": content}] if isinstance(content, str) else content
+
+
 def from_texts(texts: Sequence[str], source: str = "--prompt") -> list[Prompt]:
     return [Prompt(index, text, f"{source} {index + 1}") for index, text in enumerate(texts)]
 
@@ -293,9 +298,7 @@ def encode(
     result = []
     for prompt in prompts:
         if chat:
-            messages = (
-                [{"role": "user", "content": prompt.content}] if isinstance(prompt.content, str) else prompt.content
-            )
+            messages = as_chat(prompt.content)
             try:
                 rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
             except TemplateError as error:

@@ -24,6 +24,7 @@ from dera_peft.evaluate.report.token_views import token_views
 from dera_peft.evaluate.rows import CompletionRow, Key, RewardRow, ScoreRow, open_log
 from dera_peft.model import DeRaModel
 from dera_peft.progress import Progress
+from dera_peft.rewards.calls import Failures
 from dera_peft.rewards.functions import NamedReward, call_reward_or_mark, columns_of
 from dera_peft.rewards.judges import NamedJudge, judge_or_mark
 from dera_peft.rewards.models import RewardModel
@@ -228,17 +229,20 @@ class SweepWorker:
         function = reward.function
         assert function is not None  # the values of a built-in one are taken from the scores
 
-        def call(keys: Sequence[Key]) -> list[tuple[float | None, str | None]]:
+        def call(keys: Sequence[Key], failures: Failures) -> list[tuple[float | None, str | None]]:
             prompts = [self.prompts[key.index] for key in keys]
             return call_reward_or_mark(
                 function,
                 [prompt.content for prompt in prompts],
                 [self.completions[key].completion for key in keys],
                 columns_of(prompts, self.columns),
+                token_ids=[self.completions[key].token_ids for key in keys],
+                chat=self.config.chat,
+                failures=failures,
             )
 
         places = {(reward.name, key, self.reward_run(reward, key)): key for key in self.all_keys(self.own_indices)}
-        self._call_for(f"reward, {reward.name}", places, call)
+        self._call_for("reward", reward.name, places, call)
         if isinstance(function, RewardModel):
             function.free()
 
@@ -254,36 +258,40 @@ class SweepWorker:
     def call_judge(self, judge: NamedJudge) -> None:
         """Compares the pairs that the judge has no verdict on, or failed on."""
 
-        def call(pairs: Sequence[tuple[str, Key, Key]]) -> list[tuple[int | None, str | None]]:
+        def call(pairs: Sequence[tuple[str, Key, Key]], failures: Failures) -> list[tuple[int | None, str | None]]:
             return judge_or_mark(
                 judge,
                 [self.prompts[key.index].content for _, key, _ in pairs],
                 [self.completions[key].completion for _, key, _ in pairs],
                 [self.completions[other].completion for _, _, other in pairs],
                 [(self.config.seed, name, *key) for name, key, _ in pairs],
+                failures,
             )
 
         pairs = self.comparisons(self.all_keys(self.own_indices))
         places = {(name, key, self.judge_run(judge, key, other)): (name, key, other) for name, key, other in pairs}
-        self._call_for(f"judge, {judge.name}", places, call)
+        self._call_for("judge", judge.name, places, call)
 
-    def _call_for(self, description: str, places: Mapping[tuple[str, Key, str], Any], call: Callable) -> None:
+    def _call_for(self, kind: str, called: str, places: Mapping[tuple[str, Key, str], Any], call: Callable) -> None:
         """
         Appends a row for each place (name, completion, fingerprint) that has no value yet, or an error.
 
         Args:
+            kind, called: what is called, for messages.
             places: the item that `call` takes for each place.
-            call: from some of these items to (value, error) of each.
+            call: from some of these items, and what has failed so far, to (value, error) of each.
         """
         rows = self.rewards()
         todo = [place for place in places if place not in rows or rows[place].error is not None]
         if not todo:
             return
-        with self.progress(description, len(places), len(places) - len(todo)) as advance:
+        has_worked = any(place in rows and rows[place].error is None for place in places)
+        failures = Failures(f"the {kind} {called!r}", has_worked)
+        with self.progress(f"{kind}, {called}", len(places), len(places) - len(todo)) as advance:
             at_once = self.config.batch_size or CALLED_AT_ONCE
             for start in range(0, len(todo), at_once):
                 batch = todo[start : start + at_once]
-                values = call([places[place] for place in batch])
+                values = call([places[place] for place in batch], failures)
                 self.reward_log.append(
                     RewardRow(run, *key, name=name, value=value, error=error)
                     for (name, key, run), (value, error) in zip(batch, values, strict=True)

@@ -8,18 +8,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy
-import torch
-
 from dera_peft.checkpoint.fingerprint import file_fingerprint, settings_fingerprint, weights_fingerprint
-from dera_peft.decoding.prompts import Prompt
+from dera_peft.decoding.prompts import Prompt, as_chat
 from dera_peft.errors import DeRaError
+from dera_peft.rewards.calls import CallFailed, Failures, accepted, call, read_values, unwrapped
 from dera_peft.rewards.metrics import Metric, read_metric
 from dera_peft.rewards.models import RewardModel
 from dera_peft.user_code import is_object_path, load_object
 
-# f(prompts, completions, **columns) -> list[float | None]; None for a completion that it does not score
-Reward = Callable[..., list[float | None]]
+# f(prompts, completions, **columns) -> list[float | None]; None for a completion that it does not score. Arrays and
+# tensors will do, and it may be asynchronous.
+Reward = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -112,52 +111,83 @@ def reward_fingerprint(spec: str) -> str:
     return weights_fingerprint(spec) or spec
 
 
-class RewardFailed(DeRaError):
-    """A reward that raises, or does not return one value for each completion."""
-
-
 def call_reward(
-    reward: Reward, prompts: Sequence, completions: Sequence[str], columns: dict[str, list] | None = None
+    reward: Reward,
+    prompts: Sequence,
+    completions: Sequence[str],
+    columns: dict[str, list] | None = None,
+    *,
+    token_ids: Sequence[Sequence[int]] | None = None,
+    chat: bool = False,
 ) -> list[float | None]:
     """
     The rewards of some completions; None for one that it does not score.
 
+    The reward is called as by TRL's GRPOTrainer: with the columns by name, and `completion_ids` and `trainer_state`
+    (None: nothing is trained), `log_extra` and `log_metric` (which do nothing here) where it has a parameter for them;
+    the completion of a chat is `[{"role": "assistant", "content": …}]`. It may be asynchronous.
+
     Args:
+        prompts: texts or chats.
         columns: further values of the prompts, by name, each as long as `prompts`.
+        token_ids: of the completions.
+        chat: whether a prompt that is a text was decoded as a user's message.
 
     Raises:
-        RewardFailed: it raises, or returns no list, or another number of values, or one that is not a finite number.
+        DeRaError: it raises, or returns nothing like a list, or another number of values, or one that is not a finite
+            number.
     """
-    values = [_read(value) for value in _call(reward, prompts, completions, columns or {})]
+    values = [_read(value) for value in _call(reward, prompts, completions, columns or {}, token_ids, chat)]
     for (_, fault), completion in zip(values, completions, strict=True):
         if fault:
-            raise RewardFailed(f"the reward {name_of(reward)!r} gave {fault}, for the completion {completion[:80]!r}.")
+            raise DeRaError(f"the reward {name_of(reward)!r} gave {fault}, for the completion {completion[:80]!r}.")
     return [value for value, _ in values]
 
 
 def call_reward_or_mark(
-    reward: Reward, prompts: Sequence, completions: Sequence[str], columns: dict[str, list]
+    reward: Reward,
+    prompts: Sequence,
+    completions: Sequence[str],
+    columns: dict[str, list],
+    *,
+    token_ids: Sequence[Sequence[int]] | None = None,
+    chat: bool = False,
+    failures: Failures | None = None,
 ) -> list[tuple[float | None, str | None]]:
     """
     As `call_reward`, but an error on one completion leaves the rewards of the others.
 
-    Where the reward fails on all of them at once, it is called for each one alone.
+    Where the reward raises on all of them at once, it is called for each one alone.
+
+    Args:
+        failures: of the reward so far.
 
     Returns:
         For each completion its reward and the error; one of them or both are None.
+
+    Raises:
+        DeRaError: it does not return one value for each completion, or has failed on everything so far.
     """
+    failures = Failures(f"the reward {name_of(reward)!r}") if failures is None else failures
     try:
-        values = _call(reward, prompts, completions, columns)
-    except RewardFailed as error:
+        values = _call(reward, prompts, completions, columns, token_ids, chat)
+    except CallFailed as error:
         if len(completions) == 1:
+            failures.note(str(error))
             return [(None, str(error))]
-        return [
-            call_reward_or_mark(
-                reward, [prompt], [completion], {name: [values[row]] for name, values in columns.items()}
-            )[0]
-            for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
-        ]
-    return [(value, fault and f"the reward {name_of(reward)!r} gave {fault}.") for value, fault in map(_read, values)]
+        marked = []
+        for row in range(len(completions)):
+            marked += call_reward_or_mark(
+                reward, [prompts[row]], [completions[row]], {name: [values[row]] for name, values in columns.items()},
+                token_ids=None if token_ids is None else [token_ids[row]], chat=chat, failures=failures,
+            )  # fmt: skip
+        return marked
+    results = [
+        (value, fault and f"the reward {name_of(reward)!r} gave {fault}.") for value, fault in map(_read, values)
+    ]
+    for _, fault in results:
+        failures.note(fault)
+    return results
 
 
 def columns_of(prompts: Sequence[Prompt], names: Sequence[str]) -> dict[str, list]:
@@ -184,30 +214,32 @@ def name_of(function: Callable) -> str:
     return getattr(function, "__name__", None) or repr(function)
 
 
-def _call(reward: Reward, prompts: Sequence, completions: Sequence[str], columns: dict[str, list]) -> Sequence:
-    name = name_of(reward)
+def _call(
+    reward: Reward,
+    prompts: Sequence,
+    completions: Sequence[str],
+    columns: dict[str, list],
+    token_ids: Sequence[Sequence[int]] | None,
+    chat: bool,
+) -> list:
     check_columns(columns)
-    try:
-        values = reward(prompts=list(prompts), completions=list(completions), **columns)
-    except DeRaError:
-        raise
-    except Exception as error:
-        raise RewardFailed(f"the reward {name!r} raised {type(error).__name__}: {error}") from error
-    if not isinstance(values, (list, tuple)):
-        raise RewardFailed(
-            f"the reward {name!r} returned a {type(values).__name__}: it must return a list of numbers, one for each "
-            "completion."
-        )
-    if len(values) != len(completions):
-        raise RewardFailed(f"the reward {name!r} gave {len(values)} values for {len(completions)} completions.")
-    return values
+    given: list = list(completions)
+    if not isinstance(reward, RewardModel):  # which makes a chat of both by itself
+        prompts = [as_chat(prompt) for prompt in prompts] if chat else prompts
+        given = [
+            [{"role": "assistant", "content": completion}] if isinstance(prompt, list) else completion
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+    trls: dict[str, Any] = {"trainer_state": None, "log_extra": _log_nothing, "log_metric": _log_nothing}
+    if token_ids is not None:
+        trls["completion_ids"] = [list(ids) for ids in token_ids]
+    what = f"the reward {name_of(reward)!r}"
+    arguments = {**columns, **accepted(reward, trls)}
+    return read_values(call(reward, what, prompts=list(prompts), completions=given, **arguments), what, len(given))
 
 
-def unwrapped(value: Any) -> Any:
-    """Python's number in place of a scalar of NumPy or PyTorch."""
-    if isinstance(value, (torch.Tensor, numpy.ndarray, numpy.generic)) and value.ndim == 0:
-        return value.item()
-    return value
+def _log_nothing(name: str, values: Any) -> None:
+    """In place of what GRPOTrainer gives a reward to log with."""
 
 
 def _read(value: Any) -> tuple[float | None, str | None]:

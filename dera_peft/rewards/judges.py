@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
-from dera_peft.errors import DeRaError
+from dera_peft.rewards.calls import CallFailed, Failures, call, read_values, unwrapped
 from dera_peft.rewards.functions import (
     Reward,
     call_reward,
@@ -16,7 +16,6 @@ from dera_peft.rewards.functions import (
     reward_fingerprint,
     short_name,
     source_fingerprint,
-    unwrapped,
 )
 from dera_peft.user_code import is_object_path
 
@@ -70,18 +69,30 @@ def compare_scores(reward: Reward, prompts: Sequence, pairs: Sequence[Sequence[s
 
 
 def judge_or_mark(
-    judge: NamedJudge, prompts: Sequence, completions: Sequence[str], others: Sequence[str], keys: Sequence[Any]
+    judge: NamedJudge,
+    prompts: Sequence,
+    completions: Sequence[str],
+    others: Sequence[str],
+    keys: Sequence[Any],
+    failures: Failures | None = None,
 ) -> list[tuple[int | None, str | None]]:
     """
     Whether each completion is better than the other one of the same prompt.
 
     Judges are known to favour the first or the second place, so the order of each pair is drawn from its key: random,
-    and the same in every run. Two equal texts are a tie, without a call. Where the judge fails on all pairs at once,
+    and the same in every run. Two equal texts are a tie, without a call. Where the judge raises on all pairs at once,
     it is called for each one alone.
+
+    Args:
+        failures: of the judge so far.
 
     Returns:
         For each pair 1 (better), 0 (a tie) or -1 (worse), and None; or None and what went wrong.
+
+    Raises:
+        DeRaError: it does not return one verdict for each pair, or has failed on everything so far.
     """
+    failures = Failures(f"the judge {judge.name!r}") if failures is None else failures
     verdicts: list[tuple[int | None, str | None]] = [(0, None)] * len(completions)
     asked = [row for row, pair in enumerate(zip(completions, others, strict=True)) if pair[0] != pair[1]]
     swapped = [is_swapped(keys[row]) for row in asked]
@@ -89,7 +100,7 @@ def judge_or_mark(
         [others[row], completions[row]] if swap else [completions[row], others[row]]
         for row, swap in zip(asked, swapped, strict=True)
     ]
-    results = _call(judge, [prompts[row] for row in asked], pairs) if asked else []
+    results = _call(judge, [prompts[row] for row in asked], pairs, failures) if asked else []
     for row, swap, (verdict, error) in zip(asked, swapped, results, strict=True):
         if verdict is None:
             verdicts[row] = (None, error)
@@ -103,22 +114,18 @@ def is_swapped(key: Any) -> bool:
     return bool(hashlib.sha256(repr(key).encode()).digest()[0] & 1)
 
 
-def _call(judge: NamedJudge, prompts: list, pairs: list[list[str]]) -> list[tuple[int | None, str | None]]:
-    fault, verdicts = None, []
+def _call(
+    judge: NamedJudge, prompts: list, pairs: list[list[str]], failures: Failures
+) -> list[tuple[int | None, str | None]]:
+    what = f"the judge {judge.name!r}"
     try:
-        verdicts = judge.function(prompts=list(prompts), pairs=[list(pair) for pair in pairs])
-        if not isinstance(verdicts, (list, tuple)):
-            fault = f"returned a {type(verdicts).__name__}: it must return a list, one verdict for each pair"
-        elif len(verdicts) != len(pairs):
-            fault = f"gave {len(verdicts)} verdicts for {len(pairs)} pairs"
-    except DeRaError:
-        raise
-    except Exception as error:
-        fault = f"raised {type(error).__name__}: {error}"
-    if fault is not None:
+        verdicts = call(judge.function, what, prompts=list(prompts), pairs=[list(pair) for pair in pairs])
+    except CallFailed as error:
         if len(pairs) == 1:
-            return [(None, f"the judge {judge.name!r} {fault}")]
-        return [_call(judge, [prompt], [pair])[0] for prompt, pair in zip(prompts, pairs, strict=True)]
+            failures.note(str(error))
+            return [(None, str(error))]
+        return [_call(judge, [prompt], [pair], failures)[0] for prompt, pair in zip(prompts, pairs, strict=True)]
+    verdicts = read_values(verdicts, what, len(pairs), "pairs")
     results: list[tuple[int | None, str | None]] = []
     for verdict in map(unwrapped, verdicts):
         # True is no name of a place, though it equals 1
@@ -126,6 +133,7 @@ def _call(judge: NamedJudge, prompts: list, pairs: list[list[str]]) -> list[tupl
         if is_whole and verdict in (FIRST, SECOND, NEITHER):
             results.append((int(verdict), None))
         else:
-            what = f"{str(verdict)[:80]} ({type(verdict).__name__})"
-            results.append((None, f"the judge {judge.name!r} gave {what}, which is none of the integers 0, 1 and -1"))
+            given = f"{str(verdict)[:80]} ({type(verdict).__name__})"
+            results.append((None, f"{what} gave {given}, which is none of the integers 0, 1 and -1"))
+        failures.note(results[-1][1])
     return results

@@ -14,7 +14,7 @@ those of a single one.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from dera_peft.checkpoint.devices import device_map_of, join_processes
     from dera_peft.checkpoint.fingerprint import settings_fingerprint
-    from dera_peft.decoding.prompts import column_names
+    from dera_peft.decoding.prompts import as_chat, column_names
     from dera_peft.decoding.requests import Request
     from dera_peft.decoding.rows import RewardedRow, RowLog, expect_prompts
     from dera_peft.files import write_atomically
@@ -192,6 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     _, finished = read_log()
     rows = [finished[request] for request in requests if request in finished]
+    if settings.chat:  # so that training renders what was rendered here
+        rows = [replace(row, prompt=as_chat(row.prompt)) for row in rows]
     pairs, outcomes = make_pairs(rows, settings.pairs, settings.min_margin, settings.label_temperature, sampling.seed)
     outcomes[TOO_LONG] = len(prompts) - outcomes.total()
     outcomes[EMPTY] = empty
@@ -263,7 +265,14 @@ def sample(
         for completions in decode(model, tokenizer, tokens, todo, sampling, settings.batch_size):
             of = [prompts[completion.request.index] for completion in completions]
             texts = [completion.text for completion in completions]
-            rewards = call_reward(reward, [prompt.content for prompt in of], texts, columns_of(of, names))
+            rewards = call_reward(
+                reward,
+                [prompt.content for prompt in of],
+                texts,
+                columns_of(of, names),
+                token_ids=[completion.tokens for completion in completions],
+                chat=settings.chat,
+            )
             log.append(
                 RewardedRow.of(run, completion, prompt, reward=value)
                 for prompt, completion, value in zip(of, completions, rewards, strict=True)

@@ -263,6 +263,12 @@ def test_where_the_first_reward_fails_everywhere_the_rest_is_still_shown(model, 
     assert result.no_recommendation == "the reward 'never' has no value at any λ."
     assert result.failed == 4
     assert {"samples.jsonl", "summary.csv"} < {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(DeRaError, match="the reward 'never' failed on each of the first 20 rows"):
+        sweep(
+            prompts=TEXTS[:1], rewards=[never], output_dir=str(tmp_path / "more"), lambdas=[0, 1], samples=10,
+            max_new_tokens=1, **model,
+        )  # fmt: skip
+    assert len((tmp_path / "more" / "parts" / "completions.0.jsonl").read_text().splitlines()) == 20
 
 
 # -- what it refuses --------------------------------------------------------------------------------------------------

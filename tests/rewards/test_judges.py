@@ -6,6 +6,7 @@ import torch
 from tiny_models import make_reward_model, make_tokenizer
 
 from dera_peft import DeRaError
+from dera_peft.rewards.calls import MAX_FAILURES
 from dera_peft.rewards.functions import call_reward, load_reward
 from dera_peft.rewards.judges import NamedJudge, is_swapped, judge_or_mark, load_judge
 
@@ -69,8 +70,16 @@ def test_where_it_fails_the_other_pairs_are_judged():
     for answer, shown in ((2, "2 (int)"), (True, "True (bool)"), (1.0, "1.0 (float)"), ("1", "1 (str)")):
         (found,) = verdicts(lambda prompts, pairs, answer=answer: [answer], ["a"], ["b"])
         assert found == (None, f"the judge '<lambda>' gave {shown}, {none}")
-    assert "gave 0 verdicts for 1 pairs" in verdicts(lambda prompts, pairs: [], ["a"], ["b"])[0][1]
-    assert "returned a NoneType" in verdicts(lambda prompts, pairs: None, ["a"], ["b"])[0][1]
+    with pytest.raises(DeRaError, match="the judge '<lambda>' gave 0 values for 1 pairs"):
+        verdicts(lambda prompts, pairs: [], ["a"], ["b"])
+    with pytest.raises(DeRaError, match="returned a NoneType"):
+        verdicts(lambda prompts, pairs: None, ["a"], ["b"])
+
+    def never(prompts, pairs):
+        raise ValueError("down")
+
+    with pytest.raises(DeRaError, match=f"the judge 'never' failed on each of the first {MAX_FAILURES} rows"):
+        verdicts(never, ["a"] * 40, ["b"] * 40)
 
 
 @pytest.mark.parametrize("scalar", [int, numpy.int64, numpy.int8, numpy.array, torch.tensor])
@@ -78,7 +87,11 @@ def test_verdicts_of_other_libraries(scalar):
     def longer(prompts, pairs):
         return [scalar(-1 if len(a) == len(b) else 0 if len(a) > len(b) else 1) for a, b in pairs]
 
+    async def asynchronous(prompts, pairs):
+        return numpy.array(longer(prompts, pairs), dtype=object)
+
     found = verdicts(longer, ["aa", "a", "a"], ["b", "bb", "b"])
+    assert found == verdicts(asynchronous, ["aa", "a", "a"], ["b", "bb", "b"])
     assert found == [(1, None), (-1, None), (0, None)]
     assert {type(verdict) for verdict, _ in found} == {int}
 

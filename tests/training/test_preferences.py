@@ -25,6 +25,9 @@ def length(prompts, completions, **columns):
 def weighted(prompts, completions, weight, **columns):
     return [w * len(c) for w, c in zip(weight, completions)]
 
+def of_chats(prompts, completions, **columns):
+    return [len(message["content"]) for (message,) in completions]
+
 def silent(prompts, completions, **columns):
     return [None] * len(completions)
 """
@@ -194,7 +197,7 @@ def test_every_batch_has_the_columns_of_all_rows(files, base):
     (files / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (files / "reward.py").write_text(
         "def length(prompts, completions, other, weight, **columns):\n"
-        "    assert not columns\n"
+        "    assert not columns.keys() - {'completion_ids', 'trainer_state', 'log_extra', 'log_metric'}\n"
         "    return [len(completion) + 1000 * (value or 0) for completion, value in zip(completions, other)]\n"
     )
     make(files, base, "out", "--batch_size", "1")
@@ -244,10 +247,11 @@ def test_a_datasets_column_of_chats(files, base, capsys):
     ]
     (files / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     data = ["--dataset_name", str(files / "chats.jsonl"), "--prompt_column", "messages", "--chat", "true"]
-    rows = make(files, base, data=data)
+    rows = make(files, base, data=data, reward="of_chats")
     assert rows
     for row in rows:
         assert row["prompt"] == [user]
+        assert row["chosen_reward"] == len(row["chosen"][0]["content"])
         assert [message["role"] for message in (*row["chosen"], *row["rejected"])] == ["assistant"] * 2
     table = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "1 25.0% no pair: the prompt is empty" in table
@@ -255,6 +259,13 @@ def test_a_datasets_column_of_chats(files, base, capsys):
     assert "4 in all" in table
     with pytest.raises(DeRaError, match=r"has no column 'text'; it has \['messages'\]"):
         make(files, base, data=[*data[:3], "text"])
+
+
+def test_a_text_that_was_rendered_as_a_chat_is_trained_on_as_one(files, base):
+    rows = make(files, base, "out", "--chat", "true", reward="of_chats")
+    assert rows
+    assert all([message["role"] for message in row["prompt"]] == ["user"] for row in rows)
+    assert all([message["role"] for message in row["rejected"]] == ["assistant"] for row in rows)
 
 
 def test_a_quantized_base_samples_other_texts(files, base):
