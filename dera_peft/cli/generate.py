@@ -162,8 +162,18 @@ def _stream(model, tokenizer, tokens: list[int], request: Request, sampling: Sam
     """Prints the tokens as they come; returns how many."""
     from transformers import TextStreamer
 
+    from dera_peft.checkpoint.end_tokens import configured_end_tokens
     from dera_peft.decoding.batching import decode
 
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    ends = configured_end_tokens(model.generation_config)
+
+    class Streamer(TextStreamer):
+        """An end token need not be a special one, which is left out."""
+
+        def put(self, value) -> None:
+            if value.dim() > 1 or value.item() not in ends:
+                super().put(value)
+
+    streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     ((completion,),) = decode(model, tokenizer, [tokens], [request], sampling, batch_size=1, streamer=streamer)
     return len(completion.tokens)

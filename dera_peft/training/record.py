@@ -1,12 +1,10 @@
 """What a training program writes into `dera.json`."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
-from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, Trainer
 
 from dera_peft.checkpoint.fingerprint import base_fingerprint
 from dera_peft.checkpoint.quantization import quantization_name
@@ -14,9 +12,8 @@ from dera_peft.checkpoint.record import Record
 from dera_peft.engine.names import ALIGNED, REFERENCE
 from dera_peft.training.rows import RowCount
 from dera_peft.training.sft_model import SFTModel
+from dera_peft.training.tokens import trained_end_tokens
 from dera_peft.versions import package_versions
-
-ROWS_LOOKED_AT = 8  # for the token that ends them
 
 
 def training_record(
@@ -38,28 +35,6 @@ def training_record(
         "end_tokens": trained_end_tokens(trainer),
         "versions": package_versions("trl"),
     }
-
-
-def trained_end_tokens(trainer: Trainer) -> list[str]:
-    """
-    The tokens that ended what a model was trained on: the tokenizer's end token, which TRL puts behind texts, and the
-    special token that a chat template has put behind the answers.
-    """
-    tokenizer = cast("PreTrainedTokenizerBase", trainer.processing_class)
-    names = [] if tokenizer.eos_token is None else [tokenizer.eos_token]
-    max_length = getattr(trainer.args, "max_length", None)
-    special = set(tokenizer.all_special_ids)
-    special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    rows = cast("Dataset", trainer.train_dataset)
-    for row in cast("Iterable[dict]", rows.select(range(min(ROWS_LOOKED_AT, len(rows))))):
-        ids = [*row["prompt_ids"], *row["chosen_ids"]] if "chosen_ids" in row else row["input_ids"]
-        if max_length is not None and len(ids) >= max_length:
-            continue  # it may have been cut
-        # a template may have a line break behind it
-        last = next((token for token in reversed(ids) if cast("str", tokenizer.decode([token])).strip()), None)
-        if last in special:
-            names.append(cast("str", tokenizer.convert_ids_to_tokens(last)))
-    return list(dict.fromkeys(names))
 
 
 def quantization_of(model: PreTrainedModel | PeftModel) -> str | None:

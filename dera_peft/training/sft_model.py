@@ -30,6 +30,7 @@ from dera_peft.engine.quantized import keep_trainable
 from dera_peft.errors import DeRaError
 from dera_peft.training.adapters import CONFIG_FILE, check_trains
 from dera_peft.training.program import OutputFolder
+from dera_peft.training.tokens import pad_within
 from dera_peft.user_code import is_object_path, load_object
 
 if TYPE_CHECKING:
@@ -104,7 +105,9 @@ class SFTModel(ModelSource):
         checked = self.check()
         model = self._load_base(checked)
         keep_trainable(model)
-        return (model if self.adapter is None else self._attach(model, checked, trainable)), self.own_tokenizer()
+        tokenizer = self.own_tokenizer()
+        pad_within(model, tokenizer)
+        return (model if self.adapter is None else self._attach(model, checked, trainable)), tokenizer
 
     def load_unquantized_base(self) -> PreTrainedModel:
         """The base as it is without quantization, on the CPU, where there is more room."""

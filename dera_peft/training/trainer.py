@@ -25,6 +25,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from dera_peft.errors import DeRaError
 from dera_peft.training.gradients import GradientCheck
 from dera_peft.training.program import log
+from dera_peft.training.tokens import check_tokens
 
 STATE = "trainer_state.json"  # of a checkpoint
 # Settings that say how a run is watched and saved, not what comes out of it.
@@ -212,6 +213,7 @@ def build(trainer_class: type[GuardedTrainer], **kwargs) -> GuardedTrainer:
         trainer = trainer_class(**kwargs)
     except (ValueError, RuntimeError) as error:
         raise DeRaError(str(error)) from error
+    check_tokens(trainer)
     trainer.add_callback(Watch(trainer, args.stop_at_loss))
     if not trainer.is_sharded:  # there a process has a part of the gradients at most, and not in the parameters
         trainer.add_callback(GradientCheck())
