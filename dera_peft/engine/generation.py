@@ -9,7 +9,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from dera_peft.engine.capturable import why_not_call, why_not_model
 from dera_peft.engine.capture import CapturedCache, Captures
-from dera_peft.engine.padding import check_ids_have_rows, fill_padding, num_rows, padding_id
+from dera_peft.engine.padding import num_rows, padding_id, readable
 from dera_peft.engine.plan import BatchPlan
 from dera_peft.engine.wiring import Wiring
 from dera_peft.errors import DeRaError
@@ -85,13 +85,20 @@ class MixtureGenerationMixin(GenerationMixin):
                 whose forward passes know no λ.
         """
         self._check_wrapped()
-        input_ids = kwargs.get("input_ids") if inputs is None else inputs
-        check_ids_have_rows(self.base, input_ids, kwargs.get("attention_mask"))
+        given = kwargs.get("input_ids") if inputs is None else inputs
+        input_ids = readable(self.base, given, kwargs.get("attention_mask"))
+        if inputs is not None:
+            inputs = input_ids
+        elif given is not None:
+            kwargs["input_ids"] = input_ids
         with self._captures.call(self.capture if capture is None else capture):
             output = super().generate(inputs, *args, lam=lam, **kwargs)  # pyrefly: ignore[bad-argument-type]
             cache = self._captures.current
             if cache is not None and not isinstance(output, torch.Tensor):  # the next call will overwrite the cache
                 output.past_key_values = cache.as_dynamic(self.config.get_text_config(decoder=True))
+        if given is not None and input_ids is not given and not self.config.is_encoder_decoder:
+            sequences = output if isinstance(output, torch.Tensor) else output.sequences
+            sequences[:, : given.shape[1]] = given.repeat_interleave(len(sequences) // len(given), dim=0)
         return output
 
     def _prepare_generation_config(self, generation_config, **kwargs):
@@ -136,7 +143,6 @@ class MixtureGenerationMixin(GenerationMixin):
     ):
         """The encoder runs before anything expands: once, on the branches' rows, which then expand as sequences do."""
         own = {name: model_kwargs.pop(name) for name in ("lam", "output_branches") if name in model_kwargs}
-        inputs_tensor = fill_padding(inputs_tensor, model_kwargs.get("attention_mask"), num_rows(self.base))
         plan = own.get("lam")
         if not isinstance(plan, BatchPlan):
             plan = self.plan(plan, inputs_tensor.shape[0], bool(own.get("output_branches")))
@@ -147,9 +153,6 @@ class MixtureGenerationMixin(GenerationMixin):
         return {**model_kwargs, **own, "lam": plan, "encoder_outputs": forked["encoder_outputs"]}
 
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
-        if not self.config.is_encoder_decoder and kwargs.get("next_sequence_length") != 1:
-            # before a static cache makes another mask of this one
-            input_ids = fill_padding(input_ids, kwargs.get("attention_mask"), num_rows(self.base))
         return self.base.prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
     def _reorder_cache(self, past_key_values: Cache, beam_idx: torch.LongTensor) -> Cache:

@@ -54,19 +54,6 @@ def check_have_rows(model: PreTrainedModel, tokens: Iterable[int], name: Callabl
     )
 
 
-def check_ids_have_rows(
-    model: PreTrainedModel, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
-) -> None:
-    """`check_have_rows` of those tokens of a batch that are not masked. It waits for a GPU once."""
-    if input_ids is None or input_ids.is_floating_point():
-        return
-    outside = (input_ids < 0) | (input_ids >= num_rows(model))
-    if attention_mask is not None and attention_mask.shape == input_ids.shape:
-        outside &= attention_mask != 0
-    if outside.any():
-        check_have_rows(model, input_ids[outside].tolist())
-
-
 def padding_id(model: PreTrainedModel, wanted: int | None) -> int:
     """
     A token id to pad with: `wanted` or else the config's, if the model has a row for it, or 0. Padding is masked; but
@@ -79,13 +66,32 @@ def padding_id(model: PreTrainedModel, wanted: int | None) -> int:
 
 def fill_padding(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, rows: int) -> torch.Tensor:
     """
-    `input_ids` (`[B, S]`) with 0 in place of masked ids without a row in an embedding of `rows` of them, as a tokenizer
-    with a padding token of its own has. It does not wait for a GPU.
+    `input_ids` (`[B, S]`) with 0 in place of masked ids without a row in an embedding of `rows` of them, as a padding
+    token that was added to a tokenizer has. It does not wait for a GPU.
 
     Args:
-        attention_mask: `[B, T]`, T at least S: its last S columns are those of the ids. Others are left aside.
+        attention_mask: `[B, S]`; one of another shape is left aside.
     """
-    width = input_ids.shape[-1]
-    if attention_mask is None or attention_mask.dim() != 2 or attention_mask.shape[1] < width:
+    if attention_mask is None or attention_mask.shape != input_ids.shape:
         return input_ids
-    return input_ids.masked_fill((attention_mask[:, -width:] == 0) & (input_ids >= rows), 0)
+    return input_ids.masked_fill((attention_mask == 0) & (input_ids >= rows), 0)
+
+
+def readable(
+    model: PreTrainedModel, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """
+    The inputs of `generate` as the model's embedding can read them: `fill_padding`, where it is needed. It waits for a
+    GPU once.
+
+    Raises:
+        DeRaError: a token that is not masked has no row.
+    """
+    if input_ids is None or input_ids.is_floating_point() or input_ids.dim() != 2:
+        return input_ids
+    rows = num_rows(model)
+    if not ((input_ids < 0) | (input_ids >= rows)).any():
+        return input_ids
+    filled = fill_padding(input_ids, attention_mask, rows)
+    check_have_rows(model, filled.unique().tolist())
+    return filled
