@@ -262,12 +262,25 @@ class Captures:
         """Whether to capture steps, or to say why not, of a model on `device`."""
         return BY_DEFAULT and device.type == self.recorder.device_type if asked is None else asked
 
-    def take(self, model: PreTrainedModel, wiring: Wiring, plan: BatchPlan, length: int) -> CapturedCache:
+    def check_fresh(self, model: PreTrainedModel, wiring: Wiring) -> None:
+        """Forgets what is known of a model whose weights have moved since, or that is put together in another way."""
+        tensors = chain(model.parameters(), model.buffers())
+        fingerprint = (
+            wiring,
+            wiring.joins_before_head,
+            model.config._attn_implementation,
+            tuple(tensor.data_ptr() for tensor in tensors),
+            tuple(tuple(module.scalings.items()) for module in wiring.adapted),
+        )
+        if fingerprint != self._fingerprint:
+            self.clear()
+            self._fingerprint, self.unfit = fingerprint, None
+
+    def take(self, config: PreTrainedConfig, plan: BatchPlan, length: int) -> CapturedCache:
         """
         An empty cache for at least `length` tokens, to follow the plan: an idle one with its recordings if there is one
         of this shape.
         """
-        self._check_fresh(model, wiring)
         length = -(-length // LENGTHS) * LENGTHS
         key = self._key(plan, length)
         for place, (its_key, cache) in enumerate(self._idle):
@@ -275,7 +288,7 @@ class Captures:
                 del self._idle[place]
                 cache.reset()
                 return cache
-        return CapturedCache(model.config.get_text_config(decoder=True), length, plan)
+        return CapturedCache(config.get_text_config(decoder=True), length, plan)
 
     def clear(self) -> None:
         """Gives back the memory of idle caches and their recordings."""
@@ -301,20 +314,6 @@ class Captures:
         self._idle.append((self._key(cache.plan, cache.length), cache))
         while len(self._idle) > KEPT or sum(each.nbytes for _, each in self._idle) > KEPT_BYTES:
             del self._idle[0]
-
-    def _check_fresh(self, model: PreTrainedModel, wiring: Wiring) -> None:
-        """Recordings of a model whose weights have moved since, or that is put together in another way, are dropped."""
-        tensors = chain(model.parameters(), model.buffers())
-        fingerprint = (
-            wiring,
-            wiring.joins_before_head,
-            model.config._attn_implementation,
-            tuple(tensor.data_ptr() for tensor in tensors),
-            tuple(tuple(module.scalings.items()) for module in wiring.adapted),
-        )
-        if fingerprint != self._fingerprint:
-            self.clear()
-            self._fingerprint, self.unfit = fingerprint, None
 
 
 def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
