@@ -110,16 +110,19 @@ class EagerRecorder:
         for state, before in zip(states, kept, strict=True):  # recording computes nothing
             state.copy_(before)
         output.logits = output.logits.clone().fill_(float("nan"))
-        addresses = _addresses(model, step.keywords)
+        tensors, modules = _tensors(model, step.keywords), list(model.modules())
+        addresses = [tensor.data_ptr() for tensor in tensors()]
 
         def replay() -> None:
-            assert _addresses(model, step.keywords) == addresses, "a replay would read memory that is no longer there"
-            now, host = _lengths(cache), host_state(model)
+            assert [tensor.data_ptr() for tensor in tensors()] == addresses, (
+                "a replay would read memory that is no longer there"
+            )
+            now, host = _lengths(cache), host_state(modules)
             _set_lengths(cache, lengths)
             output.logits.copy_(step().logits)
             advanced = [None if length is None else length + 1 for length in lengths]
             assert _lengths(cache) == advanced, "a step changes the host's state in the cache otherwise than known"
-            assert host_state(model) == host, "a step changes the host's state in the model"
+            assert host_state(modules) == host, "a step changes the host's state in the model"
             _set_lengths(cache, now)
 
         return replay, output
@@ -135,10 +138,15 @@ def _set_lengths(cache: CapturedCache, lengths: list[int | None]) -> None:
             layer.cumulative_length_int = length
 
 
-def _addresses(model, inputs: dict) -> list[int]:
+def _tensors(model, inputs: dict) -> Callable[[], list[torch.Tensor]]:
+    """Gives the tensors that a step reads as they are there when it is asked."""
     cache, plan = inputs["past_key_values"], inputs["lam"]
-    tensors = [*model.parameters(), *model.buffers()]
-    tensors += [state for layer in cache.layers for state in (layer.keys, layer.values) if state is not None]
-    tensors += [tensor for segment in plan.segments for tensor in (segment.sequences, segment.weights)]
-    tensors += [plan.source, *plan.adapter_scale.values()]
-    return [tensor.data_ptr() for tensor in tensors]
+    places = [module._parameters for module in model.modules()] + [module._buffers for module in model.modules()]
+
+    def tensors() -> list[torch.Tensor]:
+        found = [tensor for place in places for tensor in place.values() if tensor is not None]
+        found += [state for layer in cache.layers for state in (layer.keys, layer.values) if state is not None]
+        found += [tensor for segment in plan.segments for tensor in (segment.sequences, segment.weights)]
+        return [*found, plan.source, *plan.adapter_scale.values()]
+
+    return tensors

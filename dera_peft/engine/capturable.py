@@ -1,5 +1,6 @@
 """Why the steps of a model, or of one call of `generate`, can't be captured."""
 
+import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DummyLayer, StaticCache, StaticLayer, StaticSlidingWindowLayer
 from transformers.generation.configuration_utils import GenerationMode
@@ -23,6 +24,8 @@ def why_not_model(model: PreTrainedModel, wiring: Wiring, captures: Captures) ->
         return "the model's weights are on several devices, or offloaded"
     if model.training or base.training:
         return "the model is in training mode: call eval() first"
+    if torch.is_autocast_enabled(model.device.type):
+        return "autocast keeps weights in another dtype, and only for as long as it is on"
     if getattr(model, "is_loaded_in_8bit", False):
         return "LLM.int8() looks for outliers on the host"
     if config.is_encoder_decoder:

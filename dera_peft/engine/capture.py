@@ -11,7 +11,7 @@ recordings belong.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +30,8 @@ BY_DEFAULT = False  # whether steps are captured where nobody says
 WARM_UP = 2  # steps computed eagerly first, in which kernels are loaded and chosen, and get their workspaces
 LENGTHS = 64  # a cache's length is a multiple of it, so that calls of nearly the same length can share one
 KEPT, KEPT_BYTES = 8, 2 * 2**30  # idle caches, and the bytes that they may hold, kept for a call like an earlier one
+
+PLAIN = (bool, int, float, str)
 
 logger = logging.getLogger(__name__)
 
@@ -205,19 +207,21 @@ class CapturedStep:
         model, cache, recorder = self.model, self.cache, self.captures.recorder
         static = map_tensors(lambda tensor: tensor.clone(memory_format=torch.contiguous_format), varying)
         lengths = [layer.cumulative_length_int for layer in cache.sliding]
-        before = host_state(model)
+        named = dict(model.named_modules())
+        before = host_state(named.values())
         try:
             replay, output = recorder.record(
                 partial(model, **static, past_key_values=cache, lam=cache.plan), model.device
             )
-            after = host_state(model)
-            if changed := [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]:
-                raise CannotRecord(f"a step changes {'.'.join(min(changed))} on the host")
+            for name, then, now in zip(named, before, host_state(named.values()), strict=True):
+                if then != now:
+                    changed = min(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
+                    raise CannotRecord(f"a step changes {name}.{changed} on the host")
         except CannotRecord:
             for layer, length in zip(cache.sliding, lengths, strict=True):
                 layer.cumulative_length_int = length
-            for (name, attribute), value in before.items():
-                vars(model.get_submodule(name))[attribute] = value
+            for module, then in zip(named.values(), before, strict=True):
+                vars(module).update(then)
             raise
         recording.replay, recording.buffers = replay, list(tensors_in(static))
         recording.make_output = partial(type(output), logits=output.logits)
@@ -262,12 +266,25 @@ class Captures:
         """Whether to capture steps, or to say why not, of a model on `device`."""
         return BY_DEFAULT and device.type == self.recorder.device_type if asked is None else asked
 
-    def take(self, model: PreTrainedModel, wiring: Wiring, plan: BatchPlan, length: int) -> CapturedCache:
+    def check_fresh(self, model: PreTrainedModel, wiring: Wiring) -> None:
+        """Forgets what is known of a model whose weights have moved since, or that is put together in another way."""
+        tensors = chain(model.parameters(), model.buffers())
+        fingerprint = (
+            wiring,
+            wiring.joins_before_head,
+            model.config._attn_implementation,
+            tuple(tensor.data_ptr() for tensor in tensors),
+            tuple(tuple(module.scalings.items()) for module in wiring.adapted),
+        )
+        if fingerprint != self._fingerprint:
+            self.clear()
+            self._fingerprint, self.unfit = fingerprint, None
+
+    def take(self, config: PreTrainedConfig, plan: BatchPlan, length: int) -> CapturedCache:
         """
         An empty cache for at least `length` tokens, to follow the plan: an idle one with its recordings if there is one
         of this shape.
         """
-        self._check_fresh(model, wiring)
         length = -(-length // LENGTHS) * LENGTHS
         key = self._key(plan, length)
         for place, (its_key, cache) in enumerate(self._idle):
@@ -275,7 +292,7 @@ class Captures:
                 del self._idle[place]
                 cache.reset()
                 return cache
-        return CapturedCache(model.config.get_text_config(decoder=True), length, plan)
+        return CapturedCache(config.get_text_config(decoder=True), length, plan)
 
     def clear(self) -> None:
         """Gives back the memory of idle caches and their recordings."""
@@ -302,20 +319,6 @@ class Captures:
         while len(self._idle) > KEPT or sum(each.nbytes for _, each in self._idle) > KEPT_BYTES:
             del self._idle[0]
 
-    def _check_fresh(self, model: PreTrainedModel, wiring: Wiring) -> None:
-        """Recordings of a model whose weights have moved since, or that is put together in another way, are dropped."""
-        tensors = chain(model.parameters(), model.buffers())
-        fingerprint = (
-            wiring,
-            wiring.joins_before_head,
-            model.config._attn_implementation,
-            tuple(tensor.data_ptr() for tensor in tensors),
-            tuple(tuple(module.scalings.items()) for module in wiring.adapted),
-        )
-        if fingerprint != self._fingerprint:
-            self.clear()
-            self._fingerprint, self.unfit = fingerprint, None
-
 
 def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
     """A nest of dicts, lists and tuples with `function` of each tensor in the tensor's place."""
@@ -333,11 +336,6 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     return iter(found)
 
 
-def host_state(model: torch.nn.Module) -> dict[tuple[str, str], Any]:
-    """The plain values that modules hold as attributes, by module and attribute."""
-    return {
-        (name, attribute): value
-        for name, module in model.named_modules()
-        for attribute, value in vars(module).items()
-        if isinstance(value, (bool, int, float, str))
-    }
+def host_state(modules: Iterable[torch.nn.Module]) -> list[dict[str, Any]]:
+    """The plain values that each of the modules holds as attributes."""
+    return [{name: value for name, value in vars(module).items() if type(value) in PLAIN} for module in modules]

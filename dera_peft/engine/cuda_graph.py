@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-SYNCHRONIZES = "called a synchronizing CUDA operation"  # of torch's warning
+# torch's warnings: of what waits for the device, and of the mode in which it gives these
+SYNCHRONIZES, SYNC_MODE = "called a synchronizing CUDA operation", "Synchronization debug mode"
 
 
 class CannotRecord(Exception):
@@ -65,6 +66,8 @@ class CudaGraphs:
         for warning in caught:
             if SYNCHRONIZES in str(warning.message):
                 raise CannotRecord(f"a step waits for the device at {warning.filename}:{warning.lineno}", output)
+            if SYNC_MODE not in str(warning.message):  # another's
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         return output
 
     def record(self, step: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:

@@ -180,7 +180,7 @@ class MixtureGenerationMixin(GenerationMixin):
                 plan = model_kwargs["lam"]
                 if cache is None:
                     length = max(max_cache_length, generation_config.max_cache_len or 0)
-                    cache = captures.take(cast("PreTrainedModel", self), self._wiring, plan, length)
+                    cache = captures.take(self.config, plan, length)
                 cache.follow(plan)
                 model_kwargs["past_key_values"] = captures.current = cache
                 return True
@@ -199,14 +199,16 @@ class MixtureGenerationMixin(GenerationMixin):
         """
         if not self._captures.wants(self.capture, self.device) or self._why_not_captured() is not None:
             return None
-        return self._captures.take(cast("PreTrainedModel", self), self._wiring, plan, length)
+        return self._captures.take(self.config, plan, length)
 
     def release_captures(self) -> None:
         """Gives back the memory that earlier calls' captured steps hold, for calls like them."""
         self._captures.clear()
 
     def _why_not_captured(self) -> str | None:
-        return why_not_model(cast("PreTrainedModel", self), self._wiring, self._captures)
+        model = cast("PreTrainedModel", self)
+        self._captures.check_fresh(model, self._wiring)
+        return why_not_model(model, self._wiring, self._captures)
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
         cache = model_kwargs.get("past_key_values")

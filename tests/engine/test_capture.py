@@ -365,7 +365,17 @@ def cases_of_models():
     def in_int8(model):
         model.is_loaded_in_8bit = True
 
+    def in_autocast(model):
+        generate = model.generate
+
+        def in_context(*args, **kwargs):
+            with torch.autocast("cpu", torch.bfloat16):
+                return generate(*args, **kwargs)
+
+        model.generate = in_context
+
     return [
+        (in_autocast, "autocast"),
         (in_training, "in training mode"),
         (with_hook, "hooks on model.layers.2"),
         (in_int8, "LLM.int8()"),
@@ -474,6 +484,13 @@ def test_a_recording_that_fails_leaves_nothing_behind(caplog):
     assert_bit_equal(model, **inputs, lam=LAM)
     assert "CUDA refuses" in caplog.text
     assert model._captures.unfit == "CUDA refuses"
+
+    del recorder.record
+    assert_bit_equal(model, **inputs, lam=LAM)
+    assert recorder.replays == 0, "it is not tried again"
+    model.base.to(torch.float64)
+    assert_bit_equal(model, **inputs, lam=LAM)
+    assert recorder.replays == 9, "unless the model has changed"
 
 
 @pytest.mark.gpu

@@ -51,7 +51,7 @@ def test_adapter(kind, device):
         assert (recorder.recordings, recorder.replays) == (1, 9)
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize("name", each(["mistral", "gpt_oss", "gemma3_text"], lambda name: name != "gemma3_text"))
 def test_a_window_that_fills_while_it_decodes(name, device):
     """Of 12 tokens, the prompt's 6 and the first 6 new ones: then the same step rolls the window, in another graph."""
     base = next(base for base in BASES if base.model_type == name)
