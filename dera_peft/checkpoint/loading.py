@@ -1,5 +1,6 @@
 """From names to models: config, tokenizer, base and adapters, checked before anything large is loaded; and back."""
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,16 +21,21 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dera_peft.checkpoint.adapters import attach_adapter, check_adapter, check_exists, is_adapter
+from dera_peft.checkpoint.adapter_check import CheckedAdapter, check_adapter
+from dera_peft.checkpoint.adapter_file import AdapterFile, check_exists, is_adapter
+from dera_peft.checkpoint.adapters import attach_adapter
 from dera_peft.checkpoint.fingerprint import base_fingerprint, cached_revision, cached_snapshot
 from dera_peft.checkpoint.quantization import check_quantization, quantization_config, quantization_name
 from dera_peft.checkpoint.record import Record
 from dera_peft.checkpoint.resolve import own_adapter
+from dera_peft.checkpoint.vocabulary import find_tokens, num_tokens, resize
 from dera_peft.engine.biases import biases_at
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.plan import check_default_lam
 from dera_peft.engine.quantized import keep_packed
 from dera_peft.errors import DeRaError, first_line
+
+logger = logging.getLogger(__name__)
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
 TOKENIZER_FILES = (
@@ -45,12 +51,39 @@ class Checked:
 
     Attributes:
         skeleton: see `make_skeleton`.
-        modules: of each adapter, by its name, what `check_adapter` returned.
+        adapters: by their names.
+        own_tokens: how many the base has.
+        tokens: how many the adapters were trained with.
     """
 
     config: PreTrainedConfig
     skeleton: PreTrainedModel
-    modules: dict[str, set[str]]
+    adapters: dict[str, CheckedAdapter]
+    own_tokens: int
+    tokens: int
+
+    def attach(self, model: PreTrainedModel, **options: Any) -> PeftModel:
+        """
+        The base with the adapters, and with their tokens.
+
+        Args:
+            options: of `attach_adapter`.
+
+        Raises:
+            DeRaError: an adapter's weights are not finite, or it would change the base.
+        """
+        if self.tokens != self.own_tokens:
+            logger.info(
+                "the base has %d tokens, and the adapter was trained with %d: its embeddings are resized",
+                self.own_tokens, self.tokens,
+            )  # fmt: skip
+            resize(model, self.tokens)
+        known, peft_model = self.own_tokens, model
+        for name, adapter in self.adapters.items():
+            peft_model = attach_adapter(peft_model, adapter, name, own_tokens=known, **options)
+            known = self.tokens if adapter.copies else known  # they have brought the base's rows for added tokens
+        assert isinstance(peft_model, PeftModel)  # there is an adapter
+        return peft_model
 
 
 @dataclass(frozen=True)
@@ -83,11 +116,14 @@ def check(
     if config is None:
         config = load_config(record.base, base_arguments, base_argument)
     skeleton = make_skeleton(config, base_arguments.get("trust_remote_code"), base_argument)
-    modules = {
-        name: check_adapter(folder, record.base, skeleton, adapter_argument) for name, folder in record.adapters.items()
-    }
+    files = {name: AdapterFile.read(folder, adapter_argument) for name, folder in record.adapters.items()}
+    own_tokens = num_tokens(skeleton)
+    tokens = find_tokens(files.values(), skeleton)
+    if tokens is not None:
+        resize(skeleton, tokens)
+    adapters = {name: check_adapter(file, record.base, skeleton, name) for name, file in files.items()}
     record.check_base(base_arguments.get("revision"))
-    return Checked(config, skeleton, modules)
+    return Checked(config, skeleton, adapters, own_tokens, tokens or own_tokens)
 
 
 def load(
@@ -111,17 +147,15 @@ def load(
     base, revision = record.base, base_arguments.get("revision")
     checked = check(record, base_arguments, config=config)
     record.check_quantization(quantization or configured_quantization(checked.config, base_arguments))
-    model: PreTrainedModel | PeftModel = load_base(
+    model = load_base(
         base, checked.config, quantization, dtype, device_map, skeleton=checked.skeleton, **base_arguments
     )
     record.check_base(revision)  # again: a hub model's weights may be here only now
-    for name, folder in record.adapters.items():
-        model = attach_adapter(model, folder, name, checked.modules[name])
-    assert isinstance(model, PeftModel)  # a record has an aligned branch, with an adapter
+    peft_model = checked.attach(model)
     record = replace(
         record, base_fingerprint=base_fingerprint(base, revision), base_revision=cached_revision(base, revision)
     )
-    return Loaded(model, record)
+    return Loaded(peft_model, record)
 
 
 def configured_quantization(config: PreTrainedConfig, base_arguments: Mapping[str, Any]) -> str | None:
@@ -163,7 +197,7 @@ def load_base(
         check_quantization(quantization, base, skeleton, device_map)
         base_arguments["quantization_config"] = quantization_config(quantization, dtype, config)
     try:
-        return _auto_class(config).from_pretrained(
+        model = _auto_class(config).from_pretrained(
             base, dtype=dtype, device_map=device_map, **{"use_safetensors": True, **base_arguments}
         )
     except SafetensorError as error:
@@ -175,6 +209,23 @@ def load_base(
         ) from error
     except (OSError, ValueError, HFValidationError) as error:
         raise DeRaError(f"{argument}={base!r} can't be loaded: {first_line(error)}") from error
+    _check_finite(model, f"{argument}={base!r}")
+    return model
+
+
+def _check_finite(model: PreTrainedModel, named: str) -> None:
+    """
+    Raises `DeRaError` where weights are NaN or inf, as where a training diverged. Their sums tell, for one reading of
+    the weights and one answer of each device; quantized and offloaded weights are left out.
+    """
+    sums: dict[torch.device, dict[str, torch.Tensor]] = {}
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and weight.itemsize > 1 and not weight.is_meta:
+            sums.setdefault(weight.device, {})[name] = weight.detach().sum(dtype=torch.float32)
+    for each in sums.values():
+        for name, is_finite in zip(each, torch.stack(list(each.values())).isfinite().tolist(), strict=True):
+            if not is_finite:
+                raise DeRaError(f"{named} is broken: its {name!r} has values that are not finite (NaN or inf).")
 
 
 def load_adapter(
@@ -197,8 +248,13 @@ def load_adapter(
     adapter, stacked, own_record = own_adapter(adapter, under, stacked)
     if own_record is not None and base:
         own_record.with_base(base).check_base(None if record is None else record.base_revision)
-    modules = check_adapter(adapter, base, make_skeleton(model.config))
-    attach_adapter(model.peft_model, adapter, name, modules)
+    file, skeleton = AdapterFile.read(adapter), make_skeleton(model.config)
+    if tokens := find_tokens([file], skeleton):
+        raise DeRaError(
+            f"{file.named} was trained with {tokens} tokens, and this model has {num_tokens(skeleton)}: load both "
+            "together (DeRaModel.from_pretrained with adapters=)."
+        )
+    attach_adapter(model.peft_model, check_adapter(file, base, skeleton, name), name)
     return adapter, stacked
 
 

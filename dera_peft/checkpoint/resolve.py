@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from dera_peft.checkpoint.adapters import check_exists
+from dera_peft.checkpoint.adapter_file import check_exists
 from dera_peft.checkpoint.fingerprint import weights_fingerprint
 from dera_peft.checkpoint.record import Record
 from dera_peft.engine.names import ALIGNED, LOGITS, REFERENCE

@@ -12,12 +12,12 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
+from dera_peft.checkpoint.adapter_file import CONFIG_FILE, WEIGHTS_FILE
 from dera_peft.engine.adapter_kinds import check_adapter_kind, check_keeps_biases
 from dera_peft.engine.lora import find_adapted
 from dera_peft.errors import DeRaError
 
-CONFIG_FILE = "adapter_config.json"
-ADAPTER_FILES = (CONFIG_FILE, "adapter_model.safetensors")
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 FROZEN = "frozen_adapter"
 
 

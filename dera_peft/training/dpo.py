@@ -197,7 +197,7 @@ def check_lora_settings(model_args, adapter: str) -> None:
     Raises:
         DeRaError: a setting of LoRA asks for something else than the adapter that is continued has.
     """
-    from dera_peft.checkpoint.adapters import read_adapter_config
+    from dera_peft.checkpoint.adapter_file import read_adapter_config
     from dera_peft.training.trainer import ModelConfig
 
     config, default = read_adapter_config(adapter, "sft_adapter"), ModelConfig()

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from dera_peft.checkpoint.adapters import attach_adapter, read_adapter_config
+from dera_peft.checkpoint.adapter_file import CONFIG_FILE, read_adapter_config
 from dera_peft.checkpoint.fingerprint import cached_revision, file_fingerprint, weights_fingerprint
 from dera_peft.checkpoint.loading import Checked, check, configured_quantization, load_base, load_tokenizer
 from dera_peft.checkpoint.record import Record
@@ -21,7 +21,7 @@ from dera_peft.checkpoint.source import ModelSource
 from dera_peft.engine.names import ALIGNED, REFERENCE
 from dera_peft.engine.quantized import keep_trainable
 from dera_peft.errors import DeRaError
-from dera_peft.training.adapters import CONFIG_FILE, check_trains
+from dera_peft.training.adapters import check_trains
 from dera_peft.training.program import OutputFolder
 from dera_peft.user_code import is_object_path, load_object
 
@@ -117,8 +117,7 @@ class SFTModel(ModelSource):
         )  # fmt: skip
 
     def _attach(self, model: PreTrainedModel, checked: Checked, trainable: bool = False) -> PeftModel:
-        ((folder, modules),) = [(self._record.adapters[name], modules) for name, modules in checked.modules.items()]
-        return attach_adapter(model, folder, ADAPTER_NAME, modules, dtype=torch.float32, trainable=trainable)
+        return checked.attach(model, dtype=torch.float32, trainable=trainable)
 
 
 def find_sft_model(name: str, adapter: str | None = None, revision: str | None = None, **loading: Any) -> SFTModel:
