@@ -7,25 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dera_peft.checkpoint.adapter_check import CheckedAdapter, check_adapter
-from dera_peft.checkpoint.adapter_file import AdapterFile, check_exists, is_adapter
+from dera_peft.checkpoint.adapter_file import AdapterFile, check_exists
 from dera_peft.checkpoint.adapters import attach_adapter
+from dera_peft.checkpoint.base import HUB_ARGUMENTS, load_base, load_config, make_skeleton
 from dera_peft.checkpoint.fingerprint import base_fingerprint, cached_revision, cached_snapshot
-from dera_peft.checkpoint.quantization import check_quantization, quantization_config, quantization_name
+from dera_peft.checkpoint.quantization import quantized_to
 from dera_peft.checkpoint.record import Record
 from dera_peft.checkpoint.resolve import own_adapter
 from dera_peft.checkpoint.vocabulary import find_tokens, num_tokens, resize
@@ -37,7 +28,6 @@ from dera_peft.errors import DeRaError, first_line
 
 logger = logging.getLogger(__name__)
 
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
     "sentencepiece.bpe.model",
@@ -146,7 +136,7 @@ def load(
     """
     base, revision = record.base, base_arguments.get("revision")
     checked = check(record, base_arguments, config=config)
-    record.check_quantization(quantization or configured_quantization(checked.config, base_arguments))
+    record.check_quantization(*quantized_to(checked.config, quantization, base_arguments))
     model = load_base(
         base, checked.config, quantization, dtype, device_map, skeleton=checked.skeleton, **base_arguments
     )
@@ -156,76 +146,6 @@ def load(
         record, base_fingerprint=base_fingerprint(base, revision), base_revision=cached_revision(base, revision)
     )
     return Loaded(peft_model, record)
-
-
-def configured_quantization(config: PreTrainedConfig, base_arguments: Mapping[str, Any]) -> str | None:
-    """By its name, the quantization that a `quantization_config` asks for, the caller's or the base's own."""
-    return quantization_name(base_arguments.get("quantization_config", vars(config).get("quantization_config")))
-
-
-def load_base(
-    base: str,
-    config: PreTrainedConfig,
-    quantization: str | None = None,
-    dtype: str | torch.dtype | None = None,
-    device_map: Any = None,
-    *,
-    skeleton: PreTrainedModel | None = None,
-    argument: str = "base",
-    **base_arguments,
-) -> PreTrainedModel:
-    """
-    A plain causal (or encoder-decoder) language model, in evaluation mode.
-
-    Args:
-        config: from `load_config`.
-        quantization: "nf4", "fp4" or "int8"; in its place `base_arguments` may hold a `quantization_config`.
-        dtype: of the weights; the checkpoint's own unless given.
-        skeleton: from `make_skeleton`, where it is there already.
-        argument: what names the base for the user, for messages.
-        base_arguments: of transformers' `from_pretrained`.
-
-    Raises:
-        DeRaError: it can't be loaded or quantized, or does not fit into memory.
-    """
-    dtype = read_dtype(dtype)
-    if quantization is not None:
-        if base_arguments.get("quantization_config") is not None:
-            raise DeRaError("give quantization or quantization_config, not both.")
-        if skeleton is None:
-            skeleton = make_skeleton(config, base_arguments.get("trust_remote_code"), argument)
-        check_quantization(quantization, base, skeleton, device_map)
-        base_arguments["quantization_config"] = quantization_config(quantization, dtype, config)
-    try:
-        model = _auto_class(config).from_pretrained(
-            base, dtype=dtype, device_map=device_map, **{"use_safetensors": True, **base_arguments}
-        )
-    except SafetensorError as error:
-        raise DeRaError(f"{argument}={base!r}: a safetensors file is corrupt: {first_line(error)}") from error
-    except torch.OutOfMemoryError as error:
-        raise DeRaError(
-            f"{argument}={base!r} does not fit into the device's memory: quantize it (quantization), or take another "
-            f"device or a smaller model. {first_line(error)}"
-        ) from error
-    except (OSError, ValueError, HFValidationError) as error:
-        raise DeRaError(f"{argument}={base!r} can't be loaded: {first_line(error)}") from error
-    _check_finite(model, f"{argument}={base!r}")
-    return model
-
-
-def _check_finite(model: PreTrainedModel, named: str) -> None:
-    """
-    Raises `DeRaError` where weights are NaN or inf, as where a training diverged. Their sums tell, for one reading of
-    the weights and one answer of each device; quantized and offloaded weights are left out.
-    """
-    sums: dict[torch.device, dict[str, torch.Tensor]] = {}
-    for name, weight in model.named_parameters():
-        if weight.is_floating_point() and weight.itemsize > 1 and not weight.is_meta:
-            sums.setdefault(weight.device, {})[name] = weight.detach().sum(dtype=torch.float32)
-    for each in sums.values():
-        for name, is_finite in zip(each, torch.stack(list(each.values())).isfinite().tolist(), strict=True):
-            if not is_finite:
-                raise DeRaError(f"{named} is broken: its {name!r} has values that are not finite (NaN or inf).")
 
 
 def load_adapter(
@@ -256,28 +176,6 @@ def load_adapter(
         )
     attach_adapter(model.peft_model, check_adapter(file, base, skeleton, name), name)
     return adapter, stacked
-
-
-def load_config(base: str, base_arguments: Mapping[str, Any] = {}, argument: str = "base") -> PreTrainedConfig:
-    """
-    The base's config.
-
-    Args:
-        base_arguments: of `from_pretrained`; those that say where on the hub it is are read.
-
-    Raises:
-        DeRaError: there is no such base.
-    """
-    check_exists(argument, base)
-    if os.path.isdir(base) and not os.path.isfile(os.path.join(base, "config.json")):
-        hint = " It holds an adapter: pass it as the adapter." if is_adapter(base) else ""
-        raise DeRaError(f"{argument}={base!r} is a folder without a config.json, not a transformers model.{hint}")
-    try:
-        return AutoConfig.from_pretrained(
-            base, **{name: base_arguments[name] for name in HUB_ARGUMENTS if base_arguments.get(name) is not None}
-        )
-    except (OSError, ValueError, HFValidationError) as error:
-        raise DeRaError(f"{argument}={base!r} can't be loaded: {first_line(error)}") from error
 
 
 def load_tokenizer(
@@ -325,32 +223,6 @@ def _has_tokenizer_files(name: str, arguments: Mapping[str, Any]) -> bool:
     return cached_snapshot(name, arguments.get("revision"), files, arguments.get("cache_dir")) is not None
 
 
-def make_skeleton(
-    config: PreTrainedConfig, trust_remote_code: bool | None = None, argument: str = "base"
-) -> PreTrainedModel:
-    """The base's modules without its weights, on the meta device."""
-    arguments = {} if trust_remote_code is None else {"trust_remote_code": trust_remote_code}
-    try:
-        with torch.device("meta"):
-            return _auto_class(config).from_config(config, **arguments)
-    except ValueError as error:
-        raise DeRaError(
-            f"{argument}={config.name_or_path!r} is not a language model that generates: {first_line(error)}"
-        ) from error
-
-
-def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
-    """A torch dtype by its name; "auto" for None, the checkpoint's own."""
-    if dtype is None:
-        return "auto"
-    if isinstance(dtype, str) and dtype != "auto":
-        found = getattr(torch, dtype, None)
-        if not isinstance(found, torch.dtype):
-            raise DeRaError(f"dtype={dtype!r} is not a torch dtype; use float32, bfloat16 or float16.")
-        return found
-    return dtype
-
-
 def save(model: MixtureModel, record: Record | None, folder: str | os.PathLike) -> None:
     """
     Writes a model's adapters (PEFT's format) and `dera.json` into one folder; never the base, which is named there.
@@ -376,7 +248,3 @@ def save(model: MixtureModel, record: Record | None, folder: str | os.PathLike) 
     paths = {name: str(folder if name == "default" else folder / name) for name in adapters}
     branches = {branch.name: list(branch.adapters) for branch in model.branches}
     replace(record, adapters=paths, branches=branches, lam=lam, mixing=model.mixing).save(folder)
-
-
-def _auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForSeq2SeqLM]:
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM

@@ -137,7 +137,7 @@ class ModelSource(Settings):
     @cached_property
     def config(self) -> "PreTrainedConfig":
         """The base's config."""
-        from dera_peft.checkpoint.loading import load_config
+        from dera_peft.checkpoint.base import load_config
 
         return load_config(self.resolve().base, self._base_arguments())
 
@@ -168,6 +168,12 @@ class ModelSource(Settings):
 
         arguments = self._base_arguments()
         return load(self.resolve(), self.config, self.quantization, self.dtype, self.device_map, **arguments)
+
+    def quantized_to(self) -> tuple[str | None, bool]:
+        """What the base is quantized to, by its name, and whether its checkpoint is so already."""
+        from dera_peft.checkpoint.quantization import quantized_to
+
+        return quantized_to(self.config, self.quantization, self._base_arguments())
 
     def fingerprint(self) -> dict[str, Any]:
         """
@@ -210,5 +216,5 @@ class ModelSource(Settings):
         return cached_revision(base, revision, arguments.get("cache_dir")) or revision
 
     def _base_arguments(self) -> dict[str, Any]:
-        named = {"revision": self._revision, "trust_remote_code": self.trust_remote_code}
-        return {**{name: value for name, value in named.items() if value is not None}, **self.base_arguments}
+        named = {"revision": self._revision, "trust_remote_code": self.trust_remote_code, **self.base_arguments}
+        return {name: value for name, value in named.items() if value is not None}

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from dera_peft.training.sft_model import SFTModel
+
 
 @dataclass(frozen=True)
 class SFTSettings(DataSettings):
@@ -78,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"use_peft=True: the adapter's base would be {base.base!r}, which nothing can load again; save the model "
             "that it makes first, or fine-tune all of it."
         )
+    check_quantized(settings, model_args, base)
     output = OutputFolder(
         training_args.output_dir,
         {
@@ -159,6 +162,26 @@ def check_arguments(settings: SFTSettings, model_args) -> None:
                 )
         if settings.merge_adapter:
             raise DeRaError("merge_adapter=True: there is no adapter; set use_peft: true, or leave it out.")
+
+
+def check_quantized(settings: SFTSettings, model_args, base: "SFTModel") -> None:
+    """
+    Raises:
+        DeRaError: the base's checkpoint is quantized, and that can't be trained or merged into.
+    """
+    if base.is_function:
+        return
+    quantization, is_stored = base.quantized_to()
+    if is_stored and not model_args.use_peft:
+        raise DeRaError(
+            f"model_name_or_path={base.base!r} is a checkpoint in {quantization}: quantized weights can't be trained; "
+            "set use_peft: true for an adapter."
+        )
+    if is_stored and settings.merge_adapter:
+        raise DeRaError(
+            f"merge_adapter=True: model_name_or_path={base.base!r} is a checkpoint in {quantization}, and an adapter "
+            "is merged into unquantized weights; leave merge_adapter out, dera dpo takes the adapter as it is."
+        )
 
 
 def count_cut(rows, columns: tuple[str, ...], tokenizer, training_args) -> int:

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from dera_peft.checkpoint.adapter_file import CONFIG_FILE, read_adapter_config
+from dera_peft.checkpoint.base import load_base
 from dera_peft.checkpoint.fingerprint import cached_revision, file_fingerprint, weights_fingerprint
-from dera_peft.checkpoint.loading import Checked, check, configured_quantization, load_base, load_tokenizer
+from dera_peft.checkpoint.loading import Checked, check, load_tokenizer
 from dera_peft.checkpoint.record import Record
 from dera_peft.checkpoint.resolve import resolve
 from dera_peft.checkpoint.source import ModelSource
@@ -110,7 +111,7 @@ class SFTModel(ModelSource):
 
     def _load_base(self, checked: Checked) -> PreTrainedModel:
         base_arguments = self._base_arguments()
-        self._record.check_quantization(self.quantization or configured_quantization(checked.config, base_arguments))
+        self._record.check_quantization(*self.quantized_to())
         return load_base(
             self.base, checked.config, self.quantization, self.dtype, self.device_map, skeleton=checked.skeleton,
             argument=BASE, **base_arguments,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import LORA, load_plainly, train, words, write_rows
+from small_runs import LORA, load_plainly, store_quantized, train, words, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dera_peft import DeRaError, DeRaModel
@@ -100,6 +100,23 @@ def test_quantization_is_trls_by_the_name_that_decoding_has_for_it(kind, trls, t
         assert torch.equal(found[name], tensor), name
     assert Record.load(ours).training["quantization"] == Record.load(theirs).training["quantization"] == kind
     assert json.loads((ours / "run.json").read_text())["settings"]["quantization"] == kind
+
+
+def test_a_base_whose_checkpoint_is_quantized(tiny_base, texts, preferences, tmp_path):
+    base = store_quantized(tiny_base, tmp_path / "nf4", "nf4")
+    settings = {"model_name_or_path": base, "dataset_name": texts, "max_steps": 1}
+    with pytest.raises(DeRaError, match=r"is a checkpoint in nf4.*use_peft: true"):
+        train("sft", tmp_path / "full", **settings)
+    with pytest.raises(DeRaError, match=r"merge_adapter=True.*is a checkpoint in nf4"):
+        train("sft", tmp_path / "merged", merge_adapter=True, **settings, **LORA)
+    with pytest.raises(DeRaError, match="int8 is asked for"):
+        train("sft", tmp_path / "int8", quantization="int8", **settings, **LORA)
+    adapter = train("sft", tmp_path / "sft", **settings, **LORA)
+    aligned = train("dpo", tmp_path / "dpo", model_name_or_path=adapter, dataset_name=preferences, max_steps=1)
+    for folder in (adapter, aligned):
+        assert Record.load(folder).training["quantization"] == "nf4 without double quantization"
+    model = DeRaModel.from_pretrained(adapter=aligned)
+    assert model.base.model.layers[0].mlp.up_proj.base_layer.weight.quant_state.quant_type == "nf4"
 
 
 def test_dpo_takes_the_adapter_where_a_model_is_named(tiny_base, texts, preferences, tmp_path, capsys):
