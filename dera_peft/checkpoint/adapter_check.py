@@ -73,8 +73,9 @@ def check_adapter(file: AdapterFile, base: str | None, skeleton: PreTrainedModel
                     f"{file.named} is incomplete: its config targets {module!r}, and its file has no "
                     f"{key.removeprefix(f'{PREFIX}{module}.').replace(f'.{name}', '')} of it."
                 )
-    # the trained weights of a module in modules_to_save may stand there a second time
-    return CheckedAdapter(file, frozenset(key for key in copies if ".modules_to_save." not in key))
+    # trained weights may stand there a second time: of modules_to_save, and of tokens whose embeddings are tied
+    seconds = (".modules_to_save.", ".trainable_tokens_delta")
+    return CheckedAdapter(file, frozenset(key for key in copies if not any(second in key for second in seconds)))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from dera_peft.checkpoint.adapter_check import CheckedAdapter
 from dera_peft.checkpoint.adapter_file import PREFIX, AdapterFile, is_bias, module_of
-from dera_peft.checkpoint.vocabulary import own_module
+from dera_peft.checkpoint.vocabulary import own_module, own_tokens_alone
 from dera_peft.engine.adapter_kinds import check_one_has_biases
 from dera_peft.engine.biases import drop_biases, keep_biases
 from dera_peft.engine.quantized import keep_packed
@@ -44,7 +44,7 @@ def attach_adapter(
     """
     base = cast("PreTrainedModel", model.get_base_model()) if isinstance(model, PeftModel) else model
     file, tensors = checked.file, checked.file.tensors()
-    _check_copies(base, checked, tensors, own_tokens)
+    _take_copies(base, checked, tensors, own_tokens)
     others = cast("Iterable[LoraConfig]", model.peft_config.values()) if isinstance(model, PeftModel) else ()
     check_one_has_biases(file.adapter, [file.config, *others])
     trained = {} if file.config.bias == "none" else _biases(tensors)
@@ -64,7 +64,8 @@ def attach_adapter(
         else:
             kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(cast("str", config.task_type), PeftModel)
             peft_model = kind(model, config, name, low_cpu_mem_usage=offloaded)
-        set_peft_model_state_dict(peft_model, tensors, name, low_cpu_mem_usage=offloaded)
+        with own_tokens_alone(peft_model):
+            set_peft_model_state_dict(peft_model, tensors, name, low_cpu_mem_usage=offloaded)
     if offloaded:
         _materialize(base, name, file, tensors)
     place_adapter(base, name, dtype or base.dtype)
@@ -117,7 +118,8 @@ def place_adapter(base: PreTrainedModel, name: str, dtype: torch.dtype) -> None:
     """
     for module in base.modules():
         if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
-            module.modules_to_save[name].to(dtype)
+            own = next(cast("nn.Module", module.original_module).parameters())  # what it takes the place of
+            module.modules_to_save[name].to(own.dtype)
         if not isinstance(module, LoraLayer) or name not in module.r:
             continue
         hook = getattr(module.get_base_layer(), "_hf_hook", None)  # accelerate's, of a layer that is moved in and out
@@ -137,17 +139,21 @@ def _biases(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {module_of(key.removeprefix(PREFIX)): tensor for key, tensor in tensors.items() if is_bias(key)}
 
 
-def _check_copies(
-    base: PreTrainedModel, checked: CheckedAdapter, tensors: Mapping[str, torch.Tensor], own_tokens: int | None
+def _take_copies(
+    base: PreTrainedModel, checked: CheckedAdapter, tensors: dict[str, torch.Tensor], own_tokens: int | None
 ) -> None:
-    """PEFT saves the base's embeddings where they are adapted, and would load them over the base's: they must agree."""
+    """
+    Takes the base's own embeddings, which PEFT saves where they are adapted, out of an adapter's tensors. They must
+    agree with the base's; rows for tokens that the base's checkpoint does not have become the base's.
+    """
     for key in checked.copies:
         module = base.get_submodule(module_of(key.removeprefix(PREFIX)))
-        weight = getattr(own_module(module), key.rpartition(".")[2])[:own_tokens]
-        copy = tensors[key][:own_tokens].to(weight.device, weight.dtype)
-        if copy.shape != weight.shape or not torch.equal(copy, weight):
+        weight = getattr(own_module(module), key.rpartition(".")[2])
+        copy = tensors.pop(key).to(weight.device, weight.dtype)
+        if copy.shape != weight.shape or not torch.equal(copy[:own_tokens], weight[:own_tokens]):
             raise DeRaError(
                 f"{checked.file.named} holds weights for the base's own {module_of(key.removeprefix(PREFIX))!r} that "
                 "differ from the base's, so they would change the reference too; train them as modules_to_save, or "
                 "save without them (save_embedding_layers=False)."
             )
+        weight.data.copy_(copy)

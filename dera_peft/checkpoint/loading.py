@@ -19,7 +19,7 @@ from dera_peft.checkpoint.fingerprint import base_fingerprint, cached_revision, 
 from dera_peft.checkpoint.quantization import quantized_to
 from dera_peft.checkpoint.record import Record
 from dera_peft.checkpoint.resolve import own_adapter
-from dera_peft.checkpoint.vocabulary import find_tokens, num_tokens, resize
+from dera_peft.checkpoint.vocabulary import find_tokens, num_tokens, own_tokens_alone, resize
 from dera_peft.engine.biases import biases_at
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.plan import check_default_lam
@@ -223,6 +223,14 @@ def _has_tokenizer_files(name: str, arguments: Mapping[str, Any]) -> bool:
     return cached_snapshot(name, arguments.get("revision"), files, arguments.get("cache_dir")) is not None
 
 
+def has_added_tokens(model: PreTrainedModel, base: str) -> bool:
+    """Whether a model's embeddings have other rows than those of the base that it was loaded from, if that is there."""
+    try:
+        return load_config(base).get_text_config().vocab_size != num_tokens(model)
+    except DeRaError:
+        return False
+
+
 def save(model: MixtureModel, record: Record | None, folder: str | os.PathLike) -> None:
     """
     Writes a model's adapters (PEFT's format) and `dera.json` into one folder; never the base, which is named there.
@@ -242,8 +250,10 @@ def save(model: MixtureModel, record: Record | None, folder: str | os.PathLike) 
         record = Record(base, {}, {}, base_fingerprint=base_fingerprint(base), base_revision=cached_revision(base))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with biases_at(model.base), keep_packed(model.base):
-        peft_model.save_pretrained(str(folder), selected_adapters=adapters, save_embedding_layers=False)
+    with biases_at(model.base), keep_packed(model.base), own_tokens_alone(model.base):
+        peft_model.save_pretrained(
+            str(folder), selected_adapters=adapters, save_embedding_layers=has_added_tokens(model.base, record.base)
+        )
     # PEFT writes the adapter "default" into the folder itself, any other into a folder of its name below it
     paths = {name: str(folder if name == "default" else folder / name) for name in adapters}
     branches = {branch.name: list(branch.adapters) for branch in model.branches}

@@ -1,8 +1,10 @@
 """Tokens that an adapter was trained with and its base does not have: the rows of the embeddings for them."""
 
 import logging
-from collections.abc import Iterable
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -75,6 +77,27 @@ def resize(model: PreTrainedModel, tokens: int) -> None:
     for module in embeddings(model):
         for parameter in module.parameters(recurse=False):
             parameter.data[before:] = parameter.data[:before].float().mean(0).to(parameter.dtype)
+
+
+@contextmanager
+def own_tokens_alone(model: nn.Module) -> Iterator[None]:
+    """
+    Around PEFT's saving and loading of adapters in a model of which one has trained tokens: PEFT asks for such tokens
+    of every adapter, and fails at those that have none.
+    """
+    wrappers = [module for module in model.modules() if isinstance(module, TrainableTokensWrapper)]
+    for wrapper in wrappers:
+        for name in ("adapter_state_dict", "adapter_state_dict_load_map"):
+            setattr(wrapper, name, partial(_of_own_adapters, wrapper, getattr(wrapper, name)))
+    try:
+        yield
+    finally:
+        for wrapper in wrappers:
+            del wrapper.adapter_state_dict, wrapper.adapter_state_dict_load_map
+
+
+def _of_own_adapters(wrapper: TrainableTokensWrapper, method: Callable, adapter: str, *args: Any) -> dict:
+    return method(adapter, *args) if adapter in wrapper.token_adapter.token_indices else {}
 
 
 def own_module(module: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ unfinished one.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     from trl import get_peft_config
 
-    from dera_peft.training.adapters import merge, train_in_float32
+    from dera_peft.training.adapters import check_tokens_train, merge_and_save, train_in_float32
     from dera_peft.training.data import dataset_fingerprint, read_splits
     from dera_peft.training.parser import Parser
     from dera_peft.training.record import adapter_record, quantization_of, training_record
@@ -119,9 +119,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
     )
-    quantization = quantization_of(cast("PreTrainedModel | PeftModel", trainer.model))
+    trained = cast("PreTrainedModel | PeftModel", trainer.model)
+    check_tokens_train(trained)
+    quantization = quantization_of(trained)
     if model_args.use_peft and quantization is not None and not trainer.is_sharded:
-        train_in_float32(cast("PeftModel", trainer.model))
+        train_in_float32(cast("PeftModel", trained))
     metrics = run(trainer)
     save(trainer)
     if is_main_process() and model_args.use_peft:
@@ -134,8 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = Path(training_args.output_dir)
         adapter_record(base, folder, False, training).save(folder)
         if settings.merge_adapter:
-            del trainer, model  # the unquantized base may need their memory
-            merge(base.load_unquantized_base(), folder, tokenizer, folder / "merged")
+            del trainer, model, trained  # the unquantized base may need their memory
+            merge_and_save(replace(base, adapter=str(folder)), tokenizer, folder / "merged")
             log(f"merged into {folder / 'merged'}")
             if quantization is not None:
                 log(

@@ -19,10 +19,10 @@ from dera_peft.checkpoint.loading import Checked, check, load_tokenizer
 from dera_peft.checkpoint.record import Record
 from dera_peft.checkpoint.resolve import resolve
 from dera_peft.checkpoint.source import ModelSource
+from dera_peft.engine.adapter_kinds import check_keeps_biases
 from dera_peft.engine.names import ALIGNED, REFERENCE
 from dera_peft.engine.quantized import keep_trainable
 from dera_peft.errors import DeRaError
-from dera_peft.training.adapters import check_trains
 from dera_peft.training.program import OutputFolder
 from dera_peft.user_code import is_object_path, load_object
 
@@ -99,10 +99,12 @@ class SFTModel(ModelSource):
         keep_trainable(model)
         return (model if self.adapter is None else self._attach(model, checked, trainable)), self.own_tokenizer()
 
-    def load_unquantized_base(self) -> PreTrainedModel:
-        """The base as it is without quantization, on the CPU, where there is more room."""
+    def load_unquantized(self) -> PeftModel:
+        """The base without quantization, with the adapter, on the CPU, where there is more room."""
+        checked = self.check()
         arguments = {key: value for key, value in self._base_arguments().items() if key != "quantization_config"}
-        return load_base(self.base, self.config, None, self.dtype, "cpu", argument=BASE, **arguments)
+        base = load_base(self.base, checked.config, None, self.dtype, "cpu", argument=BASE, **arguments)
+        return self._attach(base, checked)
 
     def own_tokenizer(self) -> PreTrainedTokenizerBase:
         """As it is saved, where `tokenizer` is ready to decode."""
@@ -153,7 +155,7 @@ def find_sft_model(name: str, adapter: str | None = None, revision: str | None =
     elif adapter is not None and not _holds(ADAPTER, adapter, CONFIG_FILE):
         raise DeRaError(f"{ADAPTER}={adapter!r} is not an adapter: it has no {CONFIG_FILE}.")
     if adapter is not None:
-        check_trains(adapter, read_adapter_config(adapter, ADAPTER), ADAPTER)
+        check_keeps_biases(adapter, read_adapter_config(adapter, ADAPTER), ADAPTER)
         _check_stands_alone(adapter)
     for argument, folder in ((BASE, name), (ADAPTER, adapter)):
         if folder is not None and OutputFolder.is_unfinished(folder):

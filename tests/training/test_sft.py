@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dera_peft import DeRaError, DeRaModel
 from dera_peft.checkpoint.record import Record
-from dera_peft.training.adapters import merge
-from dera_peft.training.sft_model import find_sft_model, find_sft_model_to_train
+from dera_peft.training.adapters import merge_and_save
+from dera_peft.training.sft_model import SFTModel, find_sft_model, find_sft_model_to_train
 from dera_peft.training.trainer import ModelConfig
 
 IDS = torch.arange(3, 43).view(2, 20)
@@ -269,8 +269,8 @@ def test_an_unfinished_model_is_no_start(tiny_base, texts, preferences, tmp_path
 
 def test_a_merge_that_is_killed_loses_neither_model(tiny_base, tiny_adapter, tmp_path, monkeypatch):
     def merge_into(folder):
-        base = AutoModelForCausalLM.from_pretrained(tiny_base)
-        merge(base, tiny_adapter, AutoTokenizer.from_pretrained(tiny_base), folder)
+        model = SFTModel(base=str(tiny_base), adapter=str(tiny_adapter))
+        merge_and_save(model, AutoTokenizer.from_pretrained(tiny_base), folder)
 
     def killed(*args):
         raise KeyboardInterrupt
