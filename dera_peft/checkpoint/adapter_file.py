@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -181,6 +183,40 @@ def check_exists(argument: str, name: str) -> None:
         raise DeRaError(f"{argument}={name!r}: there is no such folder.")
 
 
+def check_named(named_by: str, kind: str, name: str, way_out: str) -> None:
+    """
+    Raises `DeRaError` where a folder that a file names is not there.
+
+    Args:
+        named_by: the file, for messages.
+        kind: what it names, "base" or "adapter".
+    """
+    try:
+        check_exists(kind, name)
+    except DeRaError:
+        raise DeRaError(f"{named_by} names the {kind} {name!r}, and there is no such folder: {way_out}") from None
+
+
+def in_subfolder(name: str, subfolder: str, file: str) -> str | None:
+    """
+    The subfolder of a folder, or of a hub repository in the hub's cache, where `file` is in it; None where it is not.
+    """
+    if not os.path.isdir(name):
+        if not has_file(name, file, subfolder=subfolder):
+            return None
+        name = snapshot_download(name, allow_patterns=f"{subfolder}/*")
+    folder = os.path.join(name, subfolder)
+    return folder if os.path.isfile(os.path.join(folder, file)) else None
+
+
+def has_file(name: str, file: str, **where: Any) -> bool:
+    """Whether a folder or a hub repository has a file; `where` is of `cached_file`."""
+    try:
+        return cached_file(name, file, **where) is not None
+    except (OSError, HFValidationError):
+        return False
+
+
 def _read_config(adapter: str, argument: str) -> PeftConfig:
     check_exists(argument, adapter)
     if os.path.isdir(adapter) and not is_adapter(adapter):
@@ -232,21 +268,14 @@ def _open(adapter: str, argument: str) -> Iterator:
 
 def _other_format(adapter: str) -> str | None:
     """What an adapter has in place of `WEIGHTS_FILE`, and how to make that of it."""
-    if _has(adapter, PICKLE_FILE):
+    if has_file(adapter, PICKLE_FILE):
         return (
             f"it has {PICKLE_FILE}, a pickle, which is not loaded since it may run code. Convert one that you trust: "
             f"safetensors.torch.save_file(torch.load({PICKLE_FILE!r}, weights_only=True), {WEIGHTS_FILE!r})."
         )
-    if _has(adapter, f"{WEIGHTS_FILE}.index.json"):
+    if has_file(adapter, f"{WEIGHTS_FILE}.index.json"):
         return (
             "its weights are split over several files (adapter_model-00001-of-…), which PEFT does not load. Load them "
             f"with safetensors.torch.load_file, and save them as one dict with save_file, as {WEIGHTS_FILE}."
         )
     return None
-
-
-def _has(adapter: str, file: str) -> bool:
-    try:
-        return cached_file(adapter, file) is not None
-    except (OSError, HFValidationError):
-        return False

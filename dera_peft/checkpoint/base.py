@@ -27,9 +27,10 @@ def load_config(base: str, base_arguments: Mapping[str, Any] = {}, argument: str
         DeRaError: there is no such base.
     """
     check_exists(argument, base)
-    if os.path.isdir(base) and not os.path.isfile(os.path.join(base, "config.json")):
+    folder = os.path.join(base, base_arguments.get("subfolder") or "")
+    if os.path.isdir(base) and not os.path.isfile(os.path.join(folder, "config.json")):
         hint = " It holds an adapter: pass it as the adapter." if is_adapter(base) else ""
-        raise DeRaError(f"{argument}={base!r} is a folder without a config.json, not a transformers model.{hint}")
+        raise DeRaError(f"{argument}={folder!r} is a folder without a config.json, not a transformers model.{hint}")
     try:
         return AutoConfig.from_pretrained(
             base, **{name: base_arguments[name] for name in HUB_ARGUMENTS if base_arguments.get(name) is not None}

@@ -152,7 +152,11 @@ class Record:
             raise DeRaError(f"{str(file)!r}: {error}") from None
 
         def resolve(name: str) -> str:
-            return os.path.normpath(Path(folder) / name) if name.startswith(".") else name
+            if not name.startswith("."):
+                return name
+            path = os.path.normpath(Path(folder) / name)
+            # one that is not there must not be taken for a hub id
+            return path if os.path.isdir(path) or path.startswith((".", "/")) else f"./{path}"
 
         return replace(
             record,

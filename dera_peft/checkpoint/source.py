@@ -36,7 +36,7 @@ class ModelSource(Settings):
 
     base: str | None = setting(
         None,
-        "Base model: hub id or folder. Not needed where the adapter's dera.json names it.",
+        "Base model: hub id or folder. Not needed where the adapter's dera.json or adapter_config.json names it.",
         metavar="MODEL",
         panel=PANEL,
     )
@@ -57,6 +57,12 @@ class ModelSource(Settings):
         None,
         "Whether the aligned adapters were trained on top of the reference's (yes unless their dera.json says no), or "
         "continue a copy of them.",
+        panel=PANEL,
+    )
+    subfolder: str | None = setting(
+        None,
+        "Folder within the adapter's folder or hub repository that holds it; within the base's, where it is there too.",
+        metavar="FOLDER",
         panel=PANEL,
     )
     revision: str | None = setting(
@@ -130,9 +136,13 @@ class ModelSource(Settings):
 
     @cached_property
     def _record(self) -> "Record":
-        from dera_peft.checkpoint.resolve import resolve
+        from dera_peft.checkpoint.resolve import resolve, resolve_in_subfolder
 
-        return resolve(self.base, self.adapter, self.adapters, self.reference, self.stacked)
+        if self.subfolder is None:
+            return resolve(self.base, self.adapter, self.adapters, self.reference, self.stacked)
+        return resolve_in_subfolder(
+            self.subfolder, self.base, self.adapter, self.adapters, self.reference, self.stacked
+        )
 
     @cached_property
     def config(self) -> "PreTrainedConfig":
@@ -217,4 +227,10 @@ class ModelSource(Settings):
 
     def _base_arguments(self) -> dict[str, Any]:
         named = {"revision": self._revision, "trust_remote_code": self.trust_remote_code, **self.base_arguments}
+        base = self.resolve().base
+        if self.subfolder is not None and not os.path.isdir(base):
+            from dera_peft.checkpoint.adapter_file import has_file
+
+            if has_file(base, "config.json", subfolder=self.subfolder, revision=self._revision):
+                named = {"subfolder": self.subfolder, **named}
         return {name: value for name, value in named.items() if value is not None}

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from dera_peft.checkpoint.adapter_file import CONFIG_FILE, read_adapter_config
+from dera_peft.checkpoint.adapter_file import CONFIG_FILE, base_of, check_named, read_adapter_config
 from dera_peft.checkpoint.base import load_base
 from dera_peft.checkpoint.fingerprint import cached_revision, file_fingerprint, weights_fingerprint
 from dera_peft.checkpoint.loading import Checked, check, load_tokenizer
@@ -140,7 +140,7 @@ def find_sft_model(name: str, adapter: str | None = None, revision: str | None =
     if is_object_path(name):
         _check_of_function(name, sft_adapter=adapter, revision=revision, **loading)
         return SFTModel(base=name)
-    known = {each.name for each in fields(ModelSource)}
+    known = {each.name for each in fields(ModelSource)} - {"subfolder"}  # of the base, as for transformers
     arguments = {key: value for key, value in loading.items() if key not in known and value is not None}
     loading = {key: value for key, value in loading.items() if key in known}
     if _holds(BASE, name, CONFIG_FILE):
@@ -238,14 +238,17 @@ def _holds(argument: str, name: str, file: str) -> bool:
 
 def _base_of(adapter: str) -> str:
     """The base that an adapter names: its `dera.json`, or else what PEFT wrote down."""
+    way_out = f"give the base, where it is now, as {BASE} and the adapter as {ADAPTER}."
     if Record.is_in(adapter):
-        return Record.load(adapter).base
-    base = read_adapter_config(adapter, BASE).base_model_name_or_path
+        base, file = Record.load(adapter).base, "dera.json"
+    else:
+        base, file = base_of(adapter, BASE), CONFIG_FILE
     if not base:
         raise DeRaError(
             f"{BASE}={adapter!r} is an adapter that does not name its base: give the base as {BASE} and the adapter as "
             f"{ADAPTER}."
         )
+    check_named(f"{BASE}={adapter!r}: its {file}", "base", base, way_out)
     return base
 
 
