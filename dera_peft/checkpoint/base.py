@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from dera_peft.checkpoint.adapter_file import check_exists, is_adapter
 from dera_peft.checkpoint.quantization import choose_quantization, compute_in
+from dera_peft.checkpoint.vocabulary import num_tokens
 from dera_peft.errors import DeRaError, first_line
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
@@ -120,6 +121,14 @@ def make_skeleton(
         raise DeRaError(
             f"{argument}={config.name_or_path!r} is not a language model that generates: {first_line(error)}"
         ) from error
+
+
+def has_added_tokens(model: PreTrainedModel, base: str) -> bool:
+    """Whether a model's embeddings have other rows than those of the base that it was loaded from, if that is there."""
+    try:
+        return load_config(base).get_text_config().vocab_size != num_tokens(model)
+    except DeRaError:
+        return False
 
 
 def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from dera_peft.checkpoint.adapter_check import CheckedAdapter, check_adapter
 from dera_peft.checkpoint.adapter_file import AdapterFile, check_exists
 from dera_peft.checkpoint.adapters import attach_adapter
-from dera_peft.checkpoint.base import HUB_ARGUMENTS, load_base, load_config, make_skeleton
+from dera_peft.checkpoint.base import HUB_ARGUMENTS, has_added_tokens, load_base, load_config, make_skeleton
 from dera_peft.checkpoint.fingerprint import base_fingerprint, cached_revision, cached_snapshot
 from dera_peft.checkpoint.quantization import quantized_to
 from dera_peft.checkpoint.record import Record
@@ -221,14 +221,6 @@ def _has_tokenizer_files(name: str, arguments: Mapping[str, Any]) -> bool:
         return any(os.path.isfile(os.path.join(name, subfolder, file)) for file in TOKENIZER_FILES)
     files = tuple(f"{subfolder}/{file}" if subfolder else file for file in TOKENIZER_FILES)
     return cached_snapshot(name, arguments.get("revision"), files, arguments.get("cache_dir")) is not None
-
-
-def has_added_tokens(model: PreTrainedModel, base: str) -> bool:
-    """Whether a model's embeddings have other rows than those of the base that it was loaded from, if that is there."""
-    try:
-        return load_config(base).get_text_config().vocab_size != num_tokens(model)
-    except DeRaError:
-        return False
 
 
 def save(model: MixtureModel, record: Record | None, folder: str | os.PathLike) -> None:
