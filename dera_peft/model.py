@@ -43,6 +43,7 @@ class DeRaModel(MixtureModel):
         quantization: str | None = None,
         dtype: Any = None,
         device_map: Any = None,
+        subfolder: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool | None = None,
         lam: float | Mapping[str, float] | None = None,
@@ -55,7 +56,8 @@ class DeRaModel(MixtureModel):
 
         Args:
             base: hub id or folder of the base, or a folder with a `dera.json`, which names base and adapter.
-            adapter: hub id or folder of a PEFT LoRA adapter; where it has a `dera.json`, the base may be left out.
+            adapter: hub id or folder of a PEFT LoRA adapter; where its `dera.json` or `adapter_config.json` names the
+                base, that may be left out.
             adapters: instead of `adapter`, several aligned models: name -> hub id or folder.
             reference: adapters (one, or a list) that the reference is made of with the base, as an SFT adapter.
             stacked: whether the aligned adapters were trained on top of the reference's, which then are under both
@@ -64,6 +66,8 @@ class DeRaModel(MixtureModel):
             quantization: None, "nf4", "fp4" or "int8" (bitsandbytes).
             dtype: a torch dtype or its name; the base's own unless given.
             device_map: as in transformers.
+            subfolder: folder within the adapter's folder or hub repository that holds it; within the base's, where
+                it is there too.
             revision: commit, branch or tag of a base on the hub; the record's unless given.
             trust_remote_code: whether a base may bring code of its own.
             lam: the default λ, a number or a dict by adapter; the record's, else 1.0.
@@ -85,6 +89,7 @@ class DeRaModel(MixtureModel):
             quantization=quantization,
             dtype=dtype,
             device_map=device_map,
+            subfolder=subfolder,
             revision=revision,
             trust_remote_code=trust_remote_code,
             capture=capture,
@@ -143,6 +148,8 @@ class DeRaModel(MixtureModel):
             DeRaError: it is of another base, or its `dera.json` tells of another reference.
         """
         self._check_wrapped()
+        if not name.isidentifier():
+            raise DeRaError(f"name={name!r} can't be a name; use letters, digits and underscores.")
         if name in self.adapters or name in self.peft_model.peft_config:
             raise DeRaError(f"name={name!r} is taken; the model has the branches {list(self.adapters)}.")
         folder, stacked = load_adapter(self, self.record, name, os.fspath(adapter), stacked)

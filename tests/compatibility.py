@@ -237,7 +237,7 @@ KINDS = [
     Kind("an adapter on the head", {"target_modules": ["v_proj", "lm_head"]}),
     Kind("an adapter on the head alone", {"target_modules": ["lm_head"]}),
     Kind("an adapter on the embeddings of a tied base", {"target_modules": ["q_proj", "embed_tokens"]}, base="tied"),
-    Kind("`trainable_token_indices`", {"trainable_token_indices": [5, 6, 7, 8, 9]}, scales=False),
+    Kind("`trainable_token_indices`", {"trainable_token_indices": [5, 6, 7, 8, 9]}),
     Kind(
         "tied adapters on embeddings and head (`ensure_weight_tying`)",
         {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
@@ -246,16 +246,14 @@ KINDS = [
     Kind(
         "`modules_to_save`: embeddings and head, tied (`ensure_weight_tying`)",
         {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
-        scales=False,
         base="tied",
     ),
     Kind(
         "`trainable_token_indices` of a tied base",
         {"trainable_token_indices": [5, 6, 7, 8, 9]},
-        scales=False,
         base="tied",
     ),
-    Kind("`modules_to_save`: the head", {"modules_to_save": ["lm_head"]}, scales=False),
+    Kind("`modules_to_save`: the head", {"modules_to_save": ["lm_head"]}),
     Kind("`modules_to_save`: embeddings and norms", {"modules_to_save": ["embed_tokens", "norm"]}, scales=False),
     Kind("LoRA on `Conv1D` (GPT-2)", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}, base="gpt2"),
 ]

@@ -91,6 +91,15 @@ def load_plainly(base: Path, *adapters: Path, nf4: bool = False):
     return model.eval()
 
 
+def store_quantized(base: Path, folder: Path, kind: str) -> Path:
+    """A base whose checkpoint is in "nf4" (computed in bfloat16, without double quantization) or "int8"."""
+    in_four_bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    config = BitsAndBytesConfig(load_in_4bit=kind == "nf4", load_in_8bit=kind == "int8", **in_four_bits)
+    AutoModelForCausalLM.from_pretrained(base, quantization_config=config, device_map="cpu").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
 @torch.no_grad()
 def log_probs(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Summed log-probabilities of the completions in a batch of TRL's, by a softmax over all logits; `[2B]`."""

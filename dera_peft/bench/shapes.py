@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
 from dera_peft.checkpoint.adapters import place_adapter
-from dera_peft.checkpoint.loading import read_dtype
+from dera_peft.checkpoint.base import read_dtype
 from dera_peft.checkpoint.source import ModelSource
 from dera_peft.engine.names import REFERENCE
 from dera_peft.errors import DeRaError

@@ -80,17 +80,24 @@ class Record:
                 f"{found}, and {FILE_NAME} names {self.base_fingerprint}. Give the base that it was trained on."
             )
 
-    def check_quantization(self, quantization: str | None) -> None:
-        """Warns where the base is quantized in another way than in training, which changes the reference a little."""
+    def check_quantization(self, quantization: str | None, is_stored: bool = False) -> None:
+        """
+        Warns where the base is quantized in another way than in training, which changes the reference a little.
+
+        Args:
+            quantization: of the base that is here, by its name.
+            is_stored: whether its checkpoint is quantized so.
+        """
         if not self.training:
             return
         trained = self.training.get("quantization")
         if trained != quantization:
+            can_be_asked = not is_stored and trained in (None, "nf4", "fp4", "int8")
+            way_out = f" (quantization={trained!r} gives them)" if can_be_asked else ""
             warn_once(
                 logger,
                 f"the adapter was trained on a base {_quantized(trained)}, and this one is {_quantized(quantization)}: "
-                f"reference and aligned model differ slightly from those of the training (quantization={trained!r} "
-                "gives them).",
+                f"reference and aligned model differ slightly from those of the training{way_out}.",
             )
 
     def save(self, folder: str | os.PathLike) -> None:
@@ -146,7 +153,11 @@ class Record:
             raise DeRaError(f"{str(file)!r}: {error}") from None
 
         def resolve(name: str) -> str:
-            return os.path.normpath(Path(folder) / name) if name.startswith(".") else name
+            if not name.startswith("."):
+                return name
+            path = os.path.normpath(Path(folder) / name)
+            # one that is not there must not be taken for a hub id
+            return path if os.path.isdir(path) or path.startswith((".", "/")) else f"./{path}"
 
         return replace(
             record,

@@ -1,14 +1,21 @@
 """Which base and which adapters a user's words name, and which branches they make."""
 
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
-from dera_peft.checkpoint.adapters import check_exists
+from dera_peft.checkpoint.adapter_file import CONFIG_FILE, base_of, check_exists, check_named, has_file, in_subfolder
 from dera_peft.checkpoint.fingerprint import weights_fingerprint
-from dera_peft.checkpoint.record import Record
+from dera_peft.checkpoint.record import FILE_NAME, Record
 from dera_peft.engine.names import ALIGNED, LOGITS, REFERENCE
 from dera_peft.engine.plan import make_branches
 from dera_peft.errors import DeRaError
+
+WAY_OUT = "name it where it is now, with base=."
+
+logger = logging.getLogger(__name__)
 
 
 def resolve(
@@ -37,22 +44,58 @@ def resolve(
     return _resolve_one(base, adapter, stacked)
 
 
+def resolve_in_subfolder(
+    subfolder: str,
+    base: str | None,
+    adapter: str | None = None,
+    adapters: Mapping[str, str] | None = None,
+    *others: Any,
+) -> Record:
+    """
+    `resolve`, of adapters that are in a subfolder of what is named; and of a base that is, where it has one.
+
+    Raises:
+        DeRaError: neither is there; or see `resolve`.
+    """
+
+    places = {
+        name: found
+        for name, files in (
+            (base if base is not None and os.path.isdir(base) else None, ("config.json", FILE_NAME)),
+            *((name, (CONFIG_FILE, FILE_NAME)) for name in (adapter, *(adapters or {}).values())),
+        )
+        if name is not None
+        for file in files
+        if (found := in_subfolder(name, subfolder, file))
+    }
+    is_of_hub = base is not None and not os.path.isdir(base)  # which transformers looks for in its subfolder
+    if not places and not (is_of_hub and has_file(base, "config.json", subfolder=subfolder)):
+        named = [name for name in (base, adapter, *(adapters or {}).values()) if name is not None]
+        raise DeRaError(f"subfolder={subfolder!r} has neither an adapter nor a model in any of {named}.")
+    base, adapter = (None if name is None else places.get(name, name) for name in (base, adapter))
+    adapters = None if adapters is None else {key: places.get(name, name) for key, name in adapters.items()}
+    return resolve(base, adapter, adapters, *others)
+
+
 def _resolve_one(base: str | None, adapter: str | None, stacked: bool | None) -> Record:
     if adapter is None:
         if base is None:
             raise DeRaError("no model is named: give a base and an adapter, or a folder with a dera.json.")
         if Record.is_in(base):
-            record = Record.load(base)
+            record = _load_record(f"base={base!r}", base)
             _check_places(f"base={base!r}", record, stacked)
             return record
+        if not os.path.isdir(base):
+            raise DeRaError(
+                f"base={base!r}: there is no such folder. If it is a base on the hub, name the adapter too: adapter=."
+            )
         raise DeRaError(f"base={base!r} has no dera.json, so the adapter must be named too: adapter=.")
     check_exists("adapter", adapter)
     if Record.is_in(adapter):
-        record = Record.load(adapter)
+        record = _load_record(f"adapter={adapter!r}", adapter, base)
         _check_places(f"adapter={adapter!r}", record, stacked)
-        return record if base is None else record.with_base(base)
-    if base is None:
-        raise DeRaError(f"adapter={adapter!r} has no dera.json that names its base: give the base too.")
+        return record
+    base = _base_of([adapter]) if base is None else base
     return Record(base, {"default": adapter}, {REFERENCE: [], ALIGNED: ["default"]})
 
 
@@ -81,9 +124,7 @@ def _resolve_several(
     known_bases = records | {name: Record.load(folder) for name, folder in references.items() if Record.is_in(folder)}
     first = next(iter(known_bases.values()), None)
     if first is None:
-        if base is None:
-            raise DeRaError(f"adapters={list(adapters)} have no dera.json that names their base: give the base too.")
-        first = Record(base, {}, {})
+        first = Record(_base_of(list(adapters.values())) if base is None else base, {}, {})
     for name, record in known_bases.items():
         known = None not in (record.base_fingerprint, first.base_fingerprint)
         same = record.base_fingerprint == first.base_fingerprint if known else record.base == first.base
@@ -95,6 +136,8 @@ def _resolve_several(
     # one number says enough only for one aligned model, whose own record may name it
     own = [record.lam for record in records.values() if isinstance(record.lam, (int, float))] or [1.0]
     lam = own[0] if len(folders) == 1 else dict.fromkeys(folders, 1.0 / len(folders))
+    if base is None:
+        check_named(f"the {FILE_NAME} of adapters={list(adapters)}", "base", first.base, WAY_OUT)
     return replace(
         first if base is None else first.with_base(base),
         adapters={**references, **folders},
@@ -103,6 +146,41 @@ def _resolve_several(
         mixing=LOGITS,
         training=next(iter(records.values())).training if len(folders) == len(records) == 1 else {},
     )
+
+
+def _load_record(named: str, folder: str, base: str | None = None) -> Record:
+    """
+    The record in a folder, with another copy of its base where one is given.
+
+    Raises:
+        DeRaError: it can't be read, or what it names is not there.
+    """
+    record = Record.load(folder)
+    named_by = f"{named}: its {FILE_NAME}"
+    if base is None:
+        check_named(named_by, "base", record.base, WAY_OUT)
+    for adapter in record.adapters.values():
+        check_named(named_by, "adapter", adapter, f"put it back, or mend {FILE_NAME}.")
+    return record if base is None else record.with_base(base)
+
+
+def _base_of(adapters: Sequence[str]) -> str:
+    """
+    The base that the configs of adapters name.
+
+    Raises:
+        DeRaError: they name none or several, or one that is not there.
+    """
+    found = {adapter: base_of(adapter) for adapter in adapters}
+    for adapter, base in found.items():
+        if base is None:
+            raise DeRaError(f"adapter={adapter!r} names no base: give the base too.")
+        check_named(f"adapter={adapter!r}: its {CONFIG_FILE}", "base", base, WAY_OUT)
+    bases = sorted({str(base) for base in found.values()})
+    if len(bases) > 1:
+        raise DeRaError(f"the adapters name different bases, {bases}: give the one that they are of.")
+    logger.info("the base is %r, which the %s of %r names", bases[0], CONFIG_FILE, adapters[0])
+    return bases[0]
 
 
 def own_adapter(

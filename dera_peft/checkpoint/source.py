@@ -36,7 +36,7 @@ class ModelSource(Settings):
 
     base: str | None = setting(
         None,
-        "Base model: hub id or folder. Not needed where the adapter's dera.json names it.",
+        "Base model: hub id or folder. Not needed where the adapter's dera.json or adapter_config.json names it.",
         metavar="MODEL",
         panel=PANEL,
     )
@@ -57,6 +57,12 @@ class ModelSource(Settings):
         None,
         "Whether the aligned adapters were trained on top of the reference's (yes unless their dera.json says no), or "
         "continue a copy of them.",
+        panel=PANEL,
+    )
+    subfolder: str | None = setting(
+        None,
+        "Folder within the adapter's folder or hub repository that holds it; within the base's, where it is there too.",
+        metavar="FOLDER",
         panel=PANEL,
     )
     revision: str | None = setting(
@@ -130,14 +136,18 @@ class ModelSource(Settings):
 
     @cached_property
     def _record(self) -> "Record":
-        from dera_peft.checkpoint.resolve import resolve
+        from dera_peft.checkpoint.resolve import resolve, resolve_in_subfolder
 
-        return resolve(self.base, self.adapter, self.adapters, self.reference, self.stacked)
+        if self.subfolder is None:
+            return resolve(self.base, self.adapter, self.adapters, self.reference, self.stacked)
+        return resolve_in_subfolder(
+            self.subfolder, self.base, self.adapter, self.adapters, self.reference, self.stacked
+        )
 
     @cached_property
     def config(self) -> "PreTrainedConfig":
         """The base's config."""
-        from dera_peft.checkpoint.loading import load_config
+        from dera_peft.checkpoint.base import load_config
 
         return load_config(self.resolve().base, self._base_arguments())
 
@@ -183,6 +193,12 @@ class ModelSource(Settings):
         arguments = self._base_arguments()
         return load(self.resolve(), self.config, self.quantization, self.dtype, self.device_map, **arguments)
 
+    def quantized_to(self) -> tuple[str | None, bool]:
+        """What the base is quantized to, by its name, and whether its checkpoint is so already."""
+        from dera_peft.checkpoint.quantization import quantized_to
+
+        return quantized_to(self.config, self.quantization, self._base_arguments())
+
     def fingerprint(self) -> dict[str, Any]:
         """
         Which weights are meant, and how they are loaded, as a JSON-like value.
@@ -224,5 +240,11 @@ class ModelSource(Settings):
         return cached_revision(base, revision, arguments.get("cache_dir")) or revision
 
     def _base_arguments(self) -> dict[str, Any]:
-        named = {"revision": self._revision, "trust_remote_code": self.trust_remote_code}
-        return {**{name: value for name, value in named.items() if value is not None}, **self.base_arguments}
+        named = {"revision": self._revision, "trust_remote_code": self.trust_remote_code, **self.base_arguments}
+        base = self.resolve().base
+        if self.subfolder is not None and not os.path.isdir(base):
+            from dera_peft.checkpoint.adapter_file import has_file
+
+            if has_file(base, "config.json", subfolder=self.subfolder, revision=self._revision):
+                named = {"subfolder": self.subfolder, **named}
+        return {name: value for name, value in named.items() if value is not None}

@@ -7,12 +7,12 @@ from typing import Any, cast
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from dera_peft.checkpoint.base import HUB_ARGUMENTS
 from dera_peft.checkpoint.fingerprint import cached_snapshot
 from dera_peft.checkpoint.record import Record
 from dera_peft.engine.names import REFERENCE
 from dera_peft.errors import DeRaError, first_line
 
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
     "sentencepiece.bpe.model",

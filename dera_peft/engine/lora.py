@@ -85,6 +85,11 @@ class Adapted:
         return {} if not isinstance(self.module, LoraLayer) else {n: self.module.scaling[n] for n in self.module.r}
 
     @property
+    def interpolates(self) -> bool:
+        """Whether weights between the module's own and those that replace them give outputs between theirs."""
+        return self.is_replaced and isinstance(self.module.original_module, (nn.Linear, nn.Embedding))
+
+    @property
     def scales(self) -> bool:
         """Whether an adapter's share of the output is proportional to a scale, as plain LoRA's is."""
         varied = self.module.lora_variant if isinstance(self.module, LoraLayer) else ()
@@ -161,8 +166,8 @@ def check_scales(branches: Sequence[Branch], adapted: Sequence[Adapted]) -> None
     """
     common = set.intersection(*(set(branch.adapters) for branch in branches))
     for module in adapted:
-        if not module.scales and (own := module.adapters - common):
-            kind = "modules_to_save or trainable tokens" if module.is_replaced else "DoRA"
+        if not (module.scales or module.interpolates) and (own := module.adapters - common):
+            kind = "modules_to_save" if module.is_replaced else "DoRA"
             raise DeRaError(
                 f"{module.name}: adapter {min(own)!r} uses {kind}, whose weights can't be scaled by λ; mix logits."
             )
@@ -357,7 +362,16 @@ def _replaced_forward(adapted: Adapted, wrapper: AuxiliaryTrainingWrapper, routi
             return wrapper.modules_to_save[adapter]
         return lambda x: wrapper.token_adapter.forward_adapters(x, [adapter])
 
+    def mixed(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """Of one row a sequence, whose weights are own + Σ scale·(replacing - own)."""
+        own = y = original(x, *args, **kwargs)
+        for adapter in sorted(adapted.adapters.intersection(routing.plan.adapter_rows)):
+            y = y + _scaled(of(adapter)(x, *args, **kwargs) - own, routing.plan, adapter)
+        return y
+
     def forward(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if not adapted.adapters.isdisjoint(routing.plan.adapter_scale):
+            return mixed(x, *args, **kwargs)
         parts = []
         wanted = [next(iter(adapted.adapters & set(s.branch.adapters)), None) for s in routing.plan.segments]
         if len(set(wanted)) == 1:

@@ -253,6 +253,14 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
             DeRaError: an adapter is not there, or is of a kind that can't be switched off row by row; or the model is
                 to be trained, and its 4-bit weights can't be trained through any more.
         """
+        if not isinstance(peft_model, PeftModel):
+            raise DeRaError(
+                f"from_peft takes a PeftModel, and this is a {type(peft_model).__name__}: give what get_peft_model or "
+                "PeftModel.from_pretrained returns."
+            )
+        if not isinstance(peft_model.get_base_model(), PreTrainedModel):
+            kind = type(peft_model.get_base_model()).__name__
+            raise DeRaError(f"from_peft takes a PeftModel of a model of transformers, and its base is a {kind}.")
         reference = [reference] if isinstance(reference, str) else list(reference)
         names = list(peft_model.peft_config)
         others = [name for name in names if name not in reference]

@@ -87,7 +87,7 @@ def make_arms(config: SweepConfig) -> list[Arm]:
     ]
     for name, adapter in config.models.items():
         base = None if Record.is_in(adapter) else record.base
-        other = replace(source, base=base, adapter=adapter, adapters=None)
+        other = replace(source, base=base, adapter=adapter, adapters=None, subfolder=None)
         found = other.resolve_one(COMMAND, WAY_OUT)
         if reference_of(found) != reference_of(record):
             raise DeRaError(

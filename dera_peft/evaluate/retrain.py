@@ -73,4 +73,14 @@ def _known(record: Record) -> dict[str, str]:
             known["continue_sft_adapter"] = "true"
     if "dataset" in record.training:
         known["dataset_name"] = record.training["dataset"]
-    return {**known, "use_peft": "true"}
+    if dtype := record.training.get("dtype"):
+        known["dtype"] = dtype
+    return {**known, **_quantization(record.training.get("quantization")), "use_peft": "true"}
+
+
+def _quantization(name: str | None) -> dict[str, str]:
+    """The settings of `dera dpo` that give a base's quantization; none for one that its checkpoint alone has."""
+    kind, _, details = (name or "").partition(" ")
+    if kind in ("nf4", "fp4") and details:
+        return {"load_in_4bit": "true", "bnb_4bit_quant_type": kind, "use_bnb_nested_quant": "false"}
+    return {"quantization": kind} if kind in ("nf4", "fp4", "int8") else {}

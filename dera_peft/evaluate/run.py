@@ -282,7 +282,7 @@ def _facts(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJudg
         "base": first.record.base,
         "adapter": first.adapter,
         "β of its training": "not known" if first.beta is None else f"{first.beta:g}",
-        "quantization": config.quantization or "none",
+        "quantization": first.source.quantized_to()[0] or "none",
         "prompts": f"{len(worker.prompts)} of {config.prompts if isinstance(config.prompts, str) else 'a list'}",
         "samples": f"{config.samples} per prompt and λ",
         "sampling": f"{changed or 'temperature 1'}, at most {sampling.max_new_tokens} tokens, seed {sampling.seed}",

@@ -1,23 +1,28 @@
 """The adapters of training: below the one that is trained, continued, merged, copied."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
+from dera_peft.checkpoint.adapter_file import CONFIG_FILE, WEIGHTS_FILE
+from dera_peft.checkpoint.base import load_base, load_config
+from dera_peft.checkpoint.merging import check_same, merge, probe
 from dera_peft.engine.adapter_kinds import check_adapter_kind, check_keeps_biases
 from dera_peft.engine.lora import find_adapted
 from dera_peft.errors import DeRaError
+from dera_peft.training.sft_model import SFTModel
 
-CONFIG_FILE = "adapter_config.json"
-ADAPTER_FILES = (CONFIG_FILE, "adapter_model.safetensors")
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 FROZEN = "frozen_adapter"
 
 
@@ -55,9 +60,12 @@ def freeze_adapter(peft_model: PeftModel, adapter: str) -> PreTrainedModel:
         DeRaError: the adapter is of a kind whose delta can't be added so.
     """
     (name,) = peft_model.peft_config
-    deltas = {}
+    deltas, replaced = {}, {}
     for adapted in find_adapted(peft_model.get_base_model(), [name]):
         layer = adapted.module
+        if isinstance(layer, AuxiliaryTrainingWrapper):
+            replaced[adapted.name] = _trained_weights(layer, name)
+            continue
         if not (adapted.scales and isinstance(layer, LoraLayer) and name in layer.lora_A):
             raise DeRaError(
                 f"sft_adapter={adapter!r}: {adapted.name!r} has DoRA, or an adapter on embeddings; training on top of "
@@ -66,11 +74,31 @@ def freeze_adapter(peft_model: PeftModel, adapter: str) -> PreTrainedModel:
             )
         deltas[adapted.name] = FrozenLora(layer, name)
     model = peft_model.unload()
+    for path, weights in replaced.items():
+        # not in place: the module may be tied to one that the adapter leaves alone
+        model.get_submodule(path).load_state_dict(weights, assign=True)
     for path, delta in deltas.items():
         linear = model.get_submodule(path)
         linear.add_module(FROZEN, delta)
         linear.register_forward_hook(delta.add)
     return model
+
+
+def _trained_weights(wrapper: AuxiliaryTrainingWrapper, adapter: str) -> dict[str, torch.Tensor]:
+    """The weights that an adapter brings for a whole module: of modules_to_save, or with its trained tokens."""
+    if isinstance(wrapper, ModulesToSaveWrapper):
+        return {name: tensor.detach() for name, tensor in wrapper.modules_to_save[adapter].state_dict().items()}
+    layer = cast("TrainableTokensWrapper", wrapper).token_adapter
+    others = {name: tensor.detach() for name, tensor in layer.get_base_layer().state_dict().items()}
+    return {**others, "weight": layer.get_merged_weights([adapter]).detach()}
+
+
+def leave_out_embeddings(model: PeftModel) -> None:
+    """
+    Makes a model save its adapter alone. PEFT would add the embeddings where they have other rows than the base's, as
+    those that a frozen adapter brings; that adapter has them.
+    """
+    model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
 
 
 def train_in_float32(model: PeftModel) -> None:
@@ -99,23 +127,60 @@ def check_decodable(model: PeftModel) -> None:
 def check_trains(adapter: str, config: LoraConfig, argument: str = "adapter") -> None:
     """
     Raises:
-        DeRaError: the adapter has more than LoRA factors, or biases that take the place of the base's.
+        DeRaError: an adapter that is to be trained has more than LoRA factors, or biases that take the place of the
+            base's.
     """
     check_keeps_biases(adapter, config, argument)
     # a second copy of these would have to follow the reference through continued training, which TRL's does not
     for option in ("modules_to_save", "trainable_token_indices"):
         if value := getattr(config, option):
-            raise DeRaError(f"{argument}={adapter!r} has {option}={value!r}: these programs train LoRA factors alone.")
+            raise DeRaError(
+                f"{argument}={adapter!r} has {option}={value!r}: DPO trains LoRA factors alone. Such an SFT adapter "
+                "can be the reference of a new adapter (continue_sft_adapter: false)."
+            )
 
 
-def merge(base: PreTrainedModel, adapter: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def check_tokens_train(model: nn.Module) -> None:
+    """Raises `DeRaError` where TRL trains added tokens in embeddings that are tied to the head, which PEFT can't."""
+    for module in model.modules():
+        if isinstance(module, TrainableTokensWrapper) and isinstance(
+            module.token_adapter.base_layer, ModulesToSaveWrapper
+        ):
+            raise DeRaError(
+                "chat_template_path adds tokens, and the base's embeddings are tied to its head: PEFT can't train the "
+                "new rows of both. Add the tokens to the base, save that and train on it; or give a template (a .jinja "
+                "file) of tokens that the base has."
+            )
+
+
+@torch.no_grad()
+def merge_and_save(model: SFTModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """
-    Merges an adapter into a base, and saves that and the tokenizer; whole, or not at all.
+    Merges an SFT model's adapter into its unquantized base, and saves that and the tokenizer; whole, or not at all. It
+    is read back, and compared with the base and its adapter on a few tokens, before it takes its place.
 
     What is in `folder` before is kept, as `folder.old` at the last, until the new one is in its place.
+
+    Raises:
+        DeRaError: they differ by more than rounding.
     """
     unfinished, old = folder.with_name(f"{folder.name}.unfinished"), folder.with_name(f"{folder.name}.old")
-    PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True).save_pretrained(unfinished)
+    peft_model = model.load_unquantized()
+    model_base = cast("PreTrainedModel", peft_model.get_base_model())
+    dtype, tokens = model_base.dtype, probe(model_base)
+    expected = peft_model(input_ids=tokens).logits
+    with peft_model.disable_adapter():
+        base = peft_model(input_ids=tokens).logits
+    merge(peft_model).save_pretrained(unfinished)
+    del peft_model, model_base  # what was saved may need its memory
+    found = load_base(str(unfinished), load_config(str(unfinished)), dtype=dtype, device_map="cpu")
+    way_out = "Leave merge_adapter out: dera dpo takes the adapter as it is."
+    try:
+        check_same(expected, found(input_ids=tokens).logits, base, dtype, f"merge_adapter: {str(folder)!r}", way_out)
+    except DeRaError:
+        shutil.rmtree(unfinished)
+        raise
+    del found
     tokenizer.save_pretrained(unfinished)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)

@@ -74,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_decodable,
         copy_adapter,
         freeze_adapter,
+        leave_out_embeddings,
         remove_copy_of_reference,
         train_in_float32,
     )
@@ -135,6 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         peft_config=None if settings.continue_sft_adapter else get_peft_config(model_args),
     )
     trained = cast("PeftModel", trainer.model)  # of a new adapter, or the one that is continued
+    leave_out_embeddings(trained)
     check_decodable(trained)
     if quantization_of(trained) is not None and not trainer.is_sharded:
         train_in_float32(trained)
@@ -197,10 +199,12 @@ def check_lora_settings(model_args, adapter: str) -> None:
     Raises:
         DeRaError: a setting of LoRA asks for something else than the adapter that is continued has.
     """
-    from dera_peft.checkpoint.adapters import read_adapter_config
+    from dera_peft.checkpoint.adapter_file import read_adapter_config
+    from dera_peft.training.adapters import check_trains
     from dera_peft.training.trainer import ModelConfig
 
     config, default = read_adapter_config(adapter, "sft_adapter"), ModelConfig()
+    check_trains(adapter, config, "sft_adapter")
     found: dict[str, Any] = {
         "lora_r": config.r,
         "lora_alpha": config.lora_alpha,

@@ -16,7 +16,7 @@ unfinished one.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -30,6 +30,8 @@ from dera_peft.training.program import DataSettings, OutputFolder, check_process
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from dera_peft.training.sft_model import SFTModel
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     from trl import get_peft_config
 
-    from dera_peft.checkpoint.end_tokens import end_tokens, end_with
-    from dera_peft.training.adapters import merge, train_in_float32
+    from dera_peft.training.adapters import check_tokens_train, merge_and_save, train_in_float32
     from dera_peft.training.data import dataset_fingerprint, read_splits
     from dera_peft.training.parser import Parser
     from dera_peft.training.record import adapter_record, quantization_of, training_record
@@ -79,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"use_peft=True: the adapter's base would be {base.base!r}, which nothing can load again; save the model "
             "that it makes first, or fine-tune all of it."
         )
+    check_quantized(settings, model_args, base)
     output = OutputFolder(
         training_args.output_dir,
         {
@@ -117,9 +119,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
     )
-    quantization = quantization_of(cast("PreTrainedModel | PeftModel", trainer.model))
+    trained = cast("PreTrainedModel | PeftModel", trainer.model)
+    check_tokens_train(trained)
+    quantization = quantization_of(trained)
     if model_args.use_peft and quantization is not None and not trainer.is_sharded:
-        train_in_float32(cast("PeftModel", trainer.model))
+        train_in_float32(cast("PeftModel", trained))
     metrics = run(trainer)
     save(trainer)
     if is_main_process() and model_args.use_peft:
@@ -130,13 +134,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             **training_record(trainer, settings, output.record["inputs"]["dataset"], count, metrics),
         }
         folder = Path(training_args.output_dir)
-        record = adapter_record(base, folder, False, training)
-        record.save(folder)
+        adapter_record(base, folder, False, training).save(folder)
         if settings.merge_adapter:
-            del trainer, model  # the unquantized base may need their memory
-            unquantized = base.load_unquantized_base()
-            end_with(unquantized, end_tokens(unquantized.generation_config, tokenizer, record))
-            merge(unquantized, folder, tokenizer, folder / "merged")
+            del trainer, model, trained  # the unquantized base may need their memory
+            merge_and_save(replace(base, adapter=str(folder)), tokenizer, folder / "merged")
             log(f"merged into {folder / 'merged'}")
             if quantization is not None:
                 log(
@@ -163,6 +164,26 @@ def check_arguments(settings: SFTSettings, model_args) -> None:
                 )
         if settings.merge_adapter:
             raise DeRaError("merge_adapter=True: there is no adapter; set use_peft: true, or leave it out.")
+
+
+def check_quantized(settings: SFTSettings, model_args, base: "SFTModel") -> None:
+    """
+    Raises:
+        DeRaError: the base's checkpoint is quantized, and that can't be trained or merged into.
+    """
+    if base.is_function:
+        return
+    quantization, is_stored = base.quantized_to()
+    if is_stored and not model_args.use_peft:
+        raise DeRaError(
+            f"model_name_or_path={base.base!r} is a checkpoint in {quantization}: quantized weights can't be trained; "
+            "set use_peft: true for an adapter."
+        )
+    if is_stored and settings.merge_adapter:
+        raise DeRaError(
+            f"merge_adapter=True: model_name_or_path={base.base!r} is a checkpoint in {quantization}, and an adapter "
+            "is merged into unquantized weights; leave merge_adapter out, dera dpo takes the adapter as it is."
+        )
 
 
 def count_cut(rows, columns: tuple[str, ...], tokenizer, training_args) -> int:

@@ -12,23 +12,18 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from dera_peft.checkpoint.adapters import attach_adapter, read_adapter_config
+from dera_peft.checkpoint.adapter_file import CONFIG_FILE, base_of, check_named, read_adapter_config
+from dera_peft.checkpoint.base import load_base
 from dera_peft.checkpoint.fingerprint import cached_revision, file_fingerprint, weights_fingerprint
-from dera_peft.checkpoint.loading import (
-    Checked,
-    check,
-    configured_quantization,
-    end_as_trained,
-    load_base,
-)
+from dera_peft.checkpoint.loading import Checked, check, end_as_trained
 from dera_peft.checkpoint.record import Record
 from dera_peft.checkpoint.resolve import resolve
 from dera_peft.checkpoint.source import ModelSource
 from dera_peft.checkpoint.tokenizers import load_tokenizer
+from dera_peft.engine.adapter_kinds import check_keeps_biases
 from dera_peft.engine.names import ALIGNED, REFERENCE
 from dera_peft.engine.quantized import keep_trainable
 from dera_peft.errors import DeRaError
-from dera_peft.training.adapters import CONFIG_FILE, check_trains
 from dera_peft.training.program import OutputFolder
 from dera_peft.training.tokens import pad_within
 from dera_peft.user_code import is_object_path, load_object
@@ -109,10 +104,13 @@ class SFTModel(ModelSource):
         pad_within(model, tokenizer)
         return (model if self.adapter is None else self._attach(model, checked, trainable)), tokenizer
 
-    def load_unquantized_base(self) -> PreTrainedModel:
-        """The base as it is without quantization, on the CPU, where there is more room."""
+    def load_unquantized(self) -> PeftModel:
+        """The base without quantization, with the adapter, on the CPU, where there is more room."""
+        checked = self.check()
         arguments = {key: value for key, value in self._base_arguments().items() if key != "quantization_config"}
-        return load_base(self.base, self.config, None, self.dtype, "cpu", argument=BASE, **arguments)
+        base = load_base(self.base, checked.config, None, self.dtype, "cpu", argument=BASE, **arguments)
+        end_as_trained(base, self._record, self._base_arguments())
+        return self._attach(base, checked)
 
     def own_tokenizer(self) -> PreTrainedTokenizerBase:
         """As it is saved, where `tokenizer` is ready to decode."""
@@ -121,15 +119,14 @@ class SFTModel(ModelSource):
 
     def _load_base(self, checked: Checked) -> PreTrainedModel:
         base_arguments = self._base_arguments()
-        self._record.check_quantization(self.quantization or configured_quantization(checked.config, base_arguments))
+        self._record.check_quantization(*self.quantized_to())
         return load_base(
             self.base, checked.config, self.quantization, self.dtype, self.device_map, skeleton=checked.skeleton,
             argument=BASE, **base_arguments,
         )  # fmt: skip
 
     def _attach(self, model: PreTrainedModel, checked: Checked, trainable: bool = False) -> PeftModel:
-        ((folder, modules),) = [(self._record.adapters[name], modules) for name, modules in checked.modules.items()]
-        return attach_adapter(model, folder, ADAPTER_NAME, modules, dtype=torch.float32, trainable=trainable)
+        return checked.attach(model, dtype=torch.float32, trainable=trainable)
 
 
 def find_sft_model(name: str, adapter: str | None = None, revision: str | None = None, **loading: Any) -> SFTModel:
@@ -149,7 +146,7 @@ def find_sft_model(name: str, adapter: str | None = None, revision: str | None =
     if is_object_path(name):
         _check_of_function(name, sft_adapter=adapter, revision=revision, **loading)
         return SFTModel(base=name)
-    known = {each.name for each in fields(ModelSource)}
+    known = {each.name for each in fields(ModelSource)} - {"subfolder"}  # of the base, as for transformers
     arguments = {key: value for key, value in loading.items() if key not in known and value is not None}
     loading = {key: value for key, value in loading.items() if key in known}
     if _holds(BASE, name, CONFIG_FILE):
@@ -164,7 +161,7 @@ def find_sft_model(name: str, adapter: str | None = None, revision: str | None =
     elif adapter is not None and not _holds(ADAPTER, adapter, CONFIG_FILE):
         raise DeRaError(f"{ADAPTER}={adapter!r} is not an adapter: it has no {CONFIG_FILE}.")
     if adapter is not None:
-        check_trains(adapter, read_adapter_config(adapter, ADAPTER), ADAPTER)
+        check_keeps_biases(adapter, read_adapter_config(adapter, ADAPTER), ADAPTER)
         _check_stands_alone(adapter)
     for argument, folder in ((BASE, name), (ADAPTER, adapter)):
         if folder is not None and OutputFolder.is_unfinished(folder):
@@ -247,14 +244,17 @@ def _holds(argument: str, name: str, file: str) -> bool:
 
 def _base_of(adapter: str) -> str:
     """The base that an adapter names: its `dera.json`, or else what PEFT wrote down."""
+    way_out = f"give the base, where it is now, as {BASE} and the adapter as {ADAPTER}."
     if Record.is_in(adapter):
-        return Record.load(adapter).base
-    base = read_adapter_config(adapter, BASE).base_model_name_or_path
+        base, file = Record.load(adapter).base, "dera.json"
+    else:
+        base, file = base_of(adapter, BASE), CONFIG_FILE
     if not base:
         raise DeRaError(
             f"{BASE}={adapter!r} is an adapter that does not name its base: give the base as {BASE} and the adapter as "
             f"{ADAPTER}."
         )
+    check_named(f"{BASE}={adapter!r}: its {file}", "base", base, way_out)
     return base
 
 

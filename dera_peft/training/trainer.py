@@ -1,6 +1,7 @@
 """Running TRL's trainers: from the last whole checkpoint, stopped where the loss goes wrong, measured."""
 
 import json
+import re
 import resource
 import shutil
 import sys
@@ -106,6 +107,13 @@ class ModelConfig(trl.ModelConfig):
     use_bnb_nested_quant: bool = field(
         default=True, metadata={"help": "Double quantization of a 4-bit base's quantization constants."}
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        # TRL makes a text of a list of one, which PEFT takes for a regex of whole names, and finds nothing
+        targets = self.lora_target_modules
+        if isinstance(targets, str) and targets != "all-linear" and re.fullmatch(r"[\w.]+", targets):
+            self.lora_target_modules = [targets]
 
 
 class GuardedTrainer(Trainer):

@@ -3,11 +3,15 @@
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from tiny_bases import adapt
 from tiny_models import make_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from two_models import TwoModels, load_two
 
 from dera_peft import DeRaError, DeRaModel
+from dera_peft.checkpoint import export
 
 IDS = torch.arange(3, 15).view(2, 6)
 SETTINGS = [
@@ -96,12 +100,85 @@ def test_the_first_adapters_layers_do_not_hide_the_others(tiny_base, top_adapter
     assert model.peft_model.peft_config == configs
 
 
-def test_what_a_combination_would_lose_is_refused(tiny_base, tiny_adapter, tmp_path):
-    sft = make_adapter(tiny_base, tmp_path / "sft", modules_to_save=["lm_head"])
-    model = DeRaModel.from_pretrained(tiny_base, tiny_adapter, reference=sft)
-    with pytest.raises(DeRaError, match="modules_to_save, trainable tokens or DoRA"):
+def test_what_a_combination_would_lose_is_refused(tiny_base, tmp_path):
+    sft = make_adapter(tiny_base, tmp_path / "sft", use_dora=True, target_modules=["up_proj"])
+    adapter = make_adapter(tiny_base, tmp_path / "adapter", target_modules=["q_proj"])
+    model = DeRaModel.from_pretrained(tiny_base, adapter, reference=sft)
+    with pytest.raises(DeRaError, match="by more than plain LoRA"):
         model.export(0.5, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def with_added_tokens(base, folder, **settings):
+    """An adapter trained with two tokens that the base does not have, on a head and embeddings of its own."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.resize_token_embeddings(322)
+    adapt(model, target_modules=["q_proj", "v_proj"], **settings).save_pretrained(folder)
+    return folder
+
+
+def scaled_by_hand(base, adapter, lam: float) -> PeftModel:
+    """PEFT's model of an adapter, with all that the adapter changes at own + λ·(changed - own)."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.resize_token_embeddings(322)
+    peft_model = PeftModel.from_pretrained(model, adapter).eval()
+    for module in peft_model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_B["default"].weight.data *= lam
+        elif isinstance(module, ModulesToSaveWrapper):
+            own, trained = module.original_module.weight, module.modules_to_save["default"].weight
+            trained.data.copy_(own + lam * (trained - own))
+        elif isinstance(module, TrainableTokensWrapper):
+            layer = module.token_adapter
+            own, trained = layer.base_layer.weight[[320, 321]], layer.trainable_tokens_delta["default"]
+            trained.data.copy_(own + lam * (trained - own))
+    return peft_model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"trainable_token_indices": {"embed_tokens": [320, 321]}, "modules_to_save": ["lm_head"]},
+    ],
+    ids=["modules_to_save", "tokens"],
+)
+def test_added_tokens_are_scaled_too(settings, tiny_base, tiny_adapter, tmp_path):
+    sft = with_added_tokens(tiny_base, tmp_path / "sft", **settings)
+    ids = torch.tensor([[5, 320, 7, 321, 9]])
+    expected = scaled_by_hand(tiny_base, sft, 0.6)(ids).logits
+    assert (expected - scaled_by_hand(tiny_base, sft, 1.0)(ids).logits).abs().max() > 0.1
+    DeRaModel.from_pretrained(tiny_base, sft).export(0.6, tmp_path / "alone")
+    torch.testing.assert_close(
+        DeRaModel.from_pretrained(tiny_base, tmp_path / "alone")(ids).logits, expected, atol=2e-4, rtol=1e-5
+    )
+    weights = DeRaModel.from_pretrained(tiny_base, sft, mixing="weights")(ids, lam=0.6).logits
+    torch.testing.assert_close(weights, expected, atol=2e-4, rtol=1e-5)
+    # as the reference of another adapter: the whole of it, below λ of the other
+    model = DeRaModel.from_pretrained(tiny_base, tiny_adapter, reference=sft)
+    model.export(0.6, tmp_path / "on-top")
+    below = PeftModel.from_pretrained(scaled_by_hand(tiny_base, sft, 1.0).merge_and_unload(), tiny_adapter).eval()
+    for module in below.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_B["default"].weight.data *= 0.6
+    found = DeRaModel.from_pretrained(tiny_base, tmp_path / "on-top")(ids).logits
+    torch.testing.assert_close(found, below(ids).logits, atol=2e-4, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_an_export_that_computes_something_else_is_not_saved(tiny_model, tmp_path, monkeypatch):
+    before, scale = tiny_model(IDS, lam=0.5).logits, export._scale
+
+    def spoiled(*args):
+        tensors, config = scale(*args)
+        return {name: tensor * 1.5 if "layers.2" in name else tensor for name, tensor in tensors.items()}, config
+
+    monkeypatch.setattr(export, "_scale", spoiled)
+    with pytest.raises(DeRaError, match="the exported adapter does not compute what the adapter does"):
+        tiny_model.export(0.6, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert torch.equal(tiny_model(IDS, lam=0.5).logits, before)
 
 
 def test_an_empty_prompt_is_refused(tiny_model, tmp_path):

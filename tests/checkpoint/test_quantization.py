@@ -1,11 +1,17 @@
 """Quantized and offloaded bases against two passes of PEFT over the same base, adapter on and adapter off."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
+from small_runs import store_quantized
 from tiny_models import make_adapter
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from dera_peft import DeRaError, DeRaModel
+from dera_peft.checkpoint.source import ModelSource
 
 IDS = torch.arange(3, 27).view(4, 6)
 LAM = [0.0, 0.5, 1.0, 1.5]
@@ -44,6 +50,59 @@ def test_four_bits(tiny_base, tiny_adapter, quantization, device):
     z_ref = assert_mixture(model)
     full = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)(IDS).logits
     assert (z_ref.cpu() - full).abs().max() > 1e-2, "the base must really be quantized"
+
+
+@pytest.fixture(scope="module")
+def stored(tiny_base, tmp_path_factory) -> dict[str, Path]:
+    """Checkpoints that are quantized already, as people publish them."""
+    pytest.importorskip("bitsandbytes")
+    return {kind: store_quantized(tiny_base, tmp_path_factory.mktemp(kind), kind) for kind in ("nf4", "int8")}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arguments", [{}, {"quantization": "nf4"}, {"quantization_config": None}])
+def test_a_checkpoint_in_four_bits_stays_as_it_is(arguments, stored, tiny_base, tiny_adapter):
+    model = DeRaModel.from_pretrained(stored["nf4"], tiny_adapter, dtype="float32", **arguments)
+    layer = model.base.model.layers[0].mlp.up_proj.base_layer
+    assert layer.weight.quant_state.quant_type == "nf4"
+    assert layer.compute_dtype == torch.float32  # its config says bfloat16, and float32 is asked for
+    z_ref = assert_mixture(model)
+    full = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)(IDS).logits
+    assert (z_ref - full).abs().max() > 1e-2, "the base must really be quantized"
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "said"),
+    [
+        ("nf4", {"quantization": "int8"}, "quantization: int8 is asked for"),
+        ("nf4", {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}, "quantization_config: int8"),
+        ("int8", {"quantization": "nf4"}, "quantization: nf4 is asked for"),
+    ],
+)
+def test_another_quantization_than_the_checkpoints_is_refused(kind, arguments, said, stored, tiny_adapter):
+    with pytest.raises(DeRaError, match=f"{said}.*is a checkpoint in {kind}"):
+        DeRaModel.from_pretrained(stored[kind], tiny_adapter, **arguments)
+
+
+def test_what_a_source_is_quantized_to(stored, tiny_base, tiny_adapter):
+    def of(base, **arguments) -> tuple:
+        return ModelSource(base=base, adapter=tiny_adapter, **arguments).quantized_to()
+
+    assert of(tiny_base) == (None, False)
+    assert of(tiny_base, quantization="nf4") == ("nf4", False)
+    assert of(stored["int8"]) == ("int8", True)
+    assert of(stored["nf4"]) == of(stored["nf4"], quantization="nf4") == ("nf4 without double quantization", True)
+
+
+def test_a_checkpoint_of_a_package_that_is_not_here_is_refused_in_words(tiny_base, tiny_adapter, tmp_path):
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    values = json.loads((base / "config.json").read_text())
+    values["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}
+    (base / "config.json").write_text(json.dumps(values))
+    with pytest.raises(DeRaError, match=r"nf4 is asked for.*is a checkpoint in gptq"):
+        DeRaModel.from_pretrained(base, tiny_adapter, quantization="nf4")
+    with pytest.raises(DeRaError, match="can't be loaded"):
+        DeRaModel.from_pretrained(base, tiny_adapter)
 
 
 @torch.no_grad()

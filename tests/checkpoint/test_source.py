@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from dera_peft import DeRaError, DeRaModel
-from dera_peft.checkpoint import loading as loading_module
+from dera_peft.checkpoint import base as loading_module
 from dera_peft.checkpoint.fingerprint import settings_fingerprint
 from dera_peft.checkpoint.source import ModelSource
 

@@ -34,6 +34,26 @@ def test_of_what_the_record_knows(tmp_path, branches, known):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("quantization", "known"),
+    [
+        (None, ""),
+        ("nf4", "--quantization nf4 "),
+        ("int8", "--quantization int8 "),
+        (
+            "fp4 without double quantization",
+            "--load_in_4bit true --bnb_4bit_quant_type fp4 --use_bnb_nested_quant false ",
+        ),
+        ("gptq", ""),
+    ],
+)
+def test_the_quantization_that_the_record_knows(quantization, known, tmp_path):
+    training = {**TRAINING, "quantization": quantization, "dtype": "bfloat16"}
+    command = retrain_command("org/dpo", record(ALONE, training), 1 / 3, tmp_path)
+    assert command is not None
+    assert f"--dataset_name pairs.jsonl --dtype bfloat16 {known}--use_peft true" in command
+
+
 def test_of_the_settings_of_the_training(tmp_path):
     (tmp_path / "dpo").mkdir()
     settings = {"dataset_name": "p.jsonl", "beta": 0.5, "seed": 3, "debug": [], "processes": 2, "max_length": None}

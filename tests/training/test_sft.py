@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import LORA, load_plainly, train, words, write_rows
+from small_runs import LORA, load_plainly, store_quantized, train, words, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dera_peft import DeRaError, DeRaModel
 from dera_peft.checkpoint.record import Record
-from dera_peft.training.adapters import merge
-from dera_peft.training.sft_model import find_sft_model, find_sft_model_to_train
+from dera_peft.training.adapters import merge_and_save
+from dera_peft.training.sft_model import SFTModel, find_sft_model, find_sft_model_to_train
 from dera_peft.training.trainer import ModelConfig
 
 IDS = torch.arange(3, 43).view(2, 20)
@@ -100,6 +100,23 @@ def test_quantization_is_trls_by_the_name_that_decoding_has_for_it(kind, trls, t
         assert torch.equal(found[name], tensor), name
     assert Record.load(ours).training["quantization"] == Record.load(theirs).training["quantization"] == kind
     assert json.loads((ours / "run.json").read_text())["settings"]["quantization"] == kind
+
+
+def test_a_base_whose_checkpoint_is_quantized(tiny_base, texts, preferences, tmp_path):
+    base = store_quantized(tiny_base, tmp_path / "nf4", "nf4")
+    settings = {"model_name_or_path": base, "dataset_name": texts, "max_steps": 1}
+    with pytest.raises(DeRaError, match=r"is a checkpoint in nf4.*use_peft: true"):
+        train("sft", tmp_path / "full", **settings)
+    with pytest.raises(DeRaError, match=r"merge_adapter=True.*is a checkpoint in nf4"):
+        train("sft", tmp_path / "merged", merge_adapter=True, **settings, **LORA)
+    with pytest.raises(DeRaError, match="int8 is asked for"):
+        train("sft", tmp_path / "int8", quantization="int8", **settings, **LORA)
+    adapter = train("sft", tmp_path / "sft", **settings, **LORA)
+    aligned = train("dpo", tmp_path / "dpo", model_name_or_path=adapter, dataset_name=preferences, max_steps=1)
+    for folder in (adapter, aligned):
+        assert Record.load(folder).training["quantization"] == "nf4 without double quantization"
+    model = DeRaModel.from_pretrained(adapter=aligned)
+    assert model.base.model.layers[0].mlp.up_proj.base_layer.weight.quant_state.quant_type == "nf4"
 
 
 def test_dpo_takes_the_adapter_where_a_model_is_named(tiny_base, texts, preferences, tmp_path, capsys):
@@ -252,8 +269,8 @@ def test_an_unfinished_model_is_no_start(tiny_base, texts, preferences, tmp_path
 
 def test_a_merge_that_is_killed_loses_neither_model(tiny_base, tiny_adapter, tmp_path, monkeypatch):
     def merge_into(folder):
-        base = AutoModelForCausalLM.from_pretrained(tiny_base)
-        merge(base, tiny_adapter, AutoTokenizer.from_pretrained(tiny_base), folder)
+        model = SFTModel(base=str(tiny_base), adapter=str(tiny_adapter))
+        merge_and_save(model, AutoTokenizer.from_pretrained(tiny_base), folder)
 
     def killed(*args):
         raise KeyboardInterrupt
