@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dera_peft.checkpoint.source import ModelSource
+from dera_peft.decoding.chats import CONTEXT
 from dera_peft.decoding.jsonl import parse_row
 from dera_peft.decoding.lambdas import lambdas_setting
 from dera_peft.decoding.prompt_settings import PromptSettings
@@ -83,8 +84,10 @@ def _read_row(line: str, index: int, source: str) -> Given:
             "completions again."
         )
     num_tokens = row.get("num_tokens")
+    columns = row.get("columns")  # in the rows of `dera generate`
+    columns = columns if isinstance(columns, dict) else row
     return Given(
-        Prompt(index, row["prompt"], source),
+        Prompt(index, row["prompt"], source, columns={name: columns[name] for name in CONTEXT if name in columns}),
         row["completion"],
         row.get("finish_reason"),
         num_tokens if isinstance(num_tokens, int) else None,

@@ -12,7 +12,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from dera_peft.decoding.prompts import Chat, Prompt
+from dera_peft.decoding.chats import Chat
+from dera_peft.decoding.prompts import Prompt
 from dera_peft.decoding.requests import Completion, Request
 from dera_peft.errors import DeRaError
 
