@@ -50,7 +50,8 @@ class Given:
 
 def read_completions(file: str) -> list[Given]:
     """
-    The rows of a .jsonl file, each with a "prompt" (a text or chat messages) and a "completion" (a text).
+    The rows of a .jsonl file, each with a "prompt" (a text or chat messages) and a "completion" (a text), and perhaps
+    what the prompt is rendered with (`chats.CONTEXT`), by itself or in "columns" as `dera generate` writes it.
 
     Raises:
         DeRaError: no such file, or a row that is malformed, with its line.
@@ -247,7 +248,8 @@ def _expected(row: ScoredRow, given: Sequence[Given]) -> Expected | None:
     if row.prompt_index >= len(given):
         return None
     now = given[row.prompt_index]
-    return Expected(now.prompt.source, {"prompt": now.prompt.content, "completion": now.completion}, "rows")
+    inputs = {"prompt": now.prompt.content, "columns": now.prompt.columns, "completion": now.completion}
+    return Expected(now.prompt.source, inputs, "rows")
 
 
 def _tell_of_other_splits(given: Sequence[Given], completions: Sequence[Sequence[int]], end: bool | None) -> None:
@@ -289,6 +291,7 @@ def _rows(
                 per_token=_number(scored.per_token[place]),
                 perplexity=_number(scored.perplexity[place]),
                 kl=_number(scored.kl[place].sum()),
+                columns=given.prompt.columns or None,
                 **of_tokens,
             )
         )

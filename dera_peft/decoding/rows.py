@@ -86,6 +86,7 @@ class ScoredRow:
         num_tokens: that were scored.
         log_p: log p_λ(completion | prompt); per_token is its mean over the tokens.
         kl: KL(π_λ ‖ π_ref) along the completion.
+        columns: of its row that its prompt was rendered with, where there are any.
         token_ids, token_texts, token_log_p, token_kl, token_disagreement: for each token, where they were asked for.
     """
 
@@ -101,6 +102,7 @@ class ScoredRow:
     per_token: float | None
     perplexity: float | None
     kl: float | None
+    columns: dict[str, Any] | None = None
     token_ids: list[int] | None = None
     token_texts: list[str] | None = None
     token_log_p: list[float | None] | None = None
@@ -316,7 +318,7 @@ def _check_row(row: Any, run: str | None, expected: Expected | None, output: Pat
         return
     for name, value in expected.inputs.items():
         if name == "columns":
-            before, now = _json_values(row.columns), _json_values(value)
+            before, now = _json_values(row.columns or {}), _json_values(value)
             for column in sorted(before.keys() | now.keys()):
                 if before.get(column) != now.get(column):
                     raise DeRaError(

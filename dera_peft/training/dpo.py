@@ -151,15 +151,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_decodable(trained)
     if quantization_of(trained) is not None and not trainer.is_sharded:
         train_in_float32(trained)
-    trainer.train_dataset = check_tokens(
-        cast("Dataset", trainer.train_dataset), usable, tokenizer, count, training_args.max_length
-    )
+    prepared = cast("Dataset", trainer.train_dataset)
+    trainer.train_dataset = check_tokens(prepared, usable, tokenizer, count, training_args)
     count.tell()
     count.check(settings.max_bad_rows)
     if held_out is not None and held_out_count is not None:
-        trainer.eval_dataset = check_tokens(
-            cast("Dataset", trainer.eval_dataset), held_out, tokenizer, held_out_count, training_args.max_length
-        )
+        prepared = cast("Dataset", trainer.eval_dataset)
+        trainer.eval_dataset = check_tokens(prepared, held_out, tokenizer, held_out_count, training_args)
         held_out_count.tell()
         held_out_count.check(settings.max_bad_rows)
 

@@ -126,10 +126,11 @@ class PreferenceReader:
 
     def _read_chats(self, prompt: Any, chosen: Chat, rejected: Chat, row: Mapping[str, Any]) -> ReadRow:
         remark = None
-        if isinstance(prompt, str) and "assistant" not in (chosen[0]["role"], rejected[0]["role"]):
-            if not any(prompt.strip() in text for text in texts_of(chosen)):
-                remark = PROMPT_NOT_IN_CHATS
-            prompt = None  # the column repeats what is in the chats
+        if isinstance(prompt, str):
+            repeats = all(_asks(each, prompt) for each in (chosen, rejected))
+            if repeats or "assistant" not in (chosen[0]["role"], rejected[0]["role"]):  # they are whole chats
+                remark = None if repeats else PROMPT_NOT_IN_CHATS
+                prompt = None
         shared, chosen, rejected = split_chats([] if prompt is None else as_chat(prompt), chosen, rejected)
         whole = whole_chat(shared, row)
         try:
@@ -150,6 +151,11 @@ class PreferenceReader:
         return ReadRow({**made, PROMPT_IDS: ids}, chat=True, remark=remark)
 
 
+def _asks(chat: Chat, prompt: str) -> bool:
+    """Whether a turn of the chat's, but for the assistant's, has the prompt's text."""
+    return any(prompt.strip() in turn.get("content", "") for turn in chat if turn["role"] != "assistant")
+
+
 def split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
     """
     Prompt and answers of texts that both begin with the prompt, as Anthropic's HH data: the prompt is all up to the
@@ -161,26 +167,31 @@ def split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
     """
     head, turn, _ = chosen[: shared_length(chosen, rejected)].rpartition(TURN)
     if not turn or not head.strip():
-        raise UnusableError(NO_PROMPT, f"there is no prompt column, and no {TURN!r} that chosen and rejected share")
+        raise UnusableError(NO_PROMPT, f"neither in a column ({', '.join(PROMPTS)}), nor by a {TURN!r} in both texts")
     prompt = head + turn
     return prompt, chosen.removeprefix(prompt), rejected.removeprefix(prompt)
 
 
 def split_chats(prompt: Chat, chosen: Chat, rejected: Chat) -> tuple[Chat, Chat, Chat]:
     """
-    Prompt and answers of chats: the prompt is the given one, unless chosen or rejected begin with it, and the turns
-    that both have behind it.
+    Prompt and answers of chats: the prompt is the given one and the turns that chosen and rejected both have behind it.
 
     Raises:
         UnusableError: there is no prompt, or it is not the same one.
     """
-    chosen, rejected = (each if each[: len(prompt)] == prompt else [*prompt, *each] for each in (chosen, rejected))
+    chosen, rejected = join_chats(prompt, chosen), join_chats(prompt, rejected)
     shared = min(shared_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
     if chosen[shared]["role"] != "assistant" or rejected[shared]["role"] != "assistant":
         raise UnusableError(OTHER_PROMPTS)
     if not any(text.strip() for text in texts_of(chosen[:shared])):
         raise UnusableError(NO_PROMPT)
     return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def join_chats(prompt: Chat, answer: Chat) -> Chat:
+    """The chat of a prompt and an answer, which may begin with the prompt's last turns, or with all of them."""
+    own = next(own for own in range(len(prompt) + 1) if answer[: len(prompt) - own] == prompt[own:])
+    return [*prompt[:own], *answer]
 
 
 def go_on(begun: dict[str, Any], answer: Chat) -> Chat:

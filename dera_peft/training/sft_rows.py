@@ -17,7 +17,7 @@ from dera_peft.decoding.chats import (
     whole_chat,
     whole_prompt,
 )
-from dera_peft.training.preference_rows import go_on
+from dera_peft.training.preference_rows import go_on, join_chats
 from dera_peft.training.rows import (
     CHAT_FEATURES,
     EMPTY,
@@ -35,7 +35,7 @@ from dera_peft.training.rows import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LENGTH = "length"  # tokens
+LENGTH = "num_tokens"
 
 
 def columns_to_read(columns: Sequence[str], text_field: str = "text") -> tuple[str, ...]:
@@ -109,8 +109,8 @@ def read_pair(prompt: str | Chat, completion: str | Chat, row: Mapping[str, Any]
     """A row's prompt and completion, both as texts, or both as chats."""
     if isinstance(prompt, str) and isinstance(completion, str):
         return [whole_prompt(prompt, row), completion]
-    before, answer = as_chat(prompt), as_chat(completion, "assistant")
-    answer = answer[len(before) :] if answer[: len(before)] == before else answer
+    before = as_chat(prompt)
+    answer = join_chats(before, as_chat(completion, "assistant"))[len(before) :]
     before = whole_chat(before, row)
     if not answer:
         raise UnusableError(EMPTY)

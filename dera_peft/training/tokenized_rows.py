@@ -10,18 +10,17 @@ from dera_peft.training.rows import IDS, LEFT_OUT, NUMBER, RowCount, map_rows, m
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+    from trl import DPOConfig
 
 OUTGROWN = "have a prompt that fills max_length"
 SAME = "become the same tokens for chosen and rejected"
-SHORTER = (
-    "are trained with a shorter prompt than decoding gives: its last tokens become others where the answer follows"
-)
+SHORTER = "are trained with a shorter prompt than decoding gives: its last tokens are others where the answer follows"
 SAME_TOKENS, MISSING, CUT_OFF = "same_tokens", "missing_text", "cut_off"  # what is found of a row
 MADE = ("prompt_ids", "chosen_ids", "rejected_ids")  # TRL's columns
 
 
 def check_tokens(
-    prepared: Dataset, usable: Dataset, tokenizer: "PreTrainedTokenizerBase", count: RowCount, max_length: int | None
+    prepared: Dataset, usable: Dataset, tokenizer: "PreTrainedTokenizerBase", count: RowCount, args: "DPOConfig"
 ) -> Dataset:
     """
     The rows that can be trained on, each divided where in decoding the prompt ends and the answer begins; the others,
@@ -33,10 +32,11 @@ def check_tokens(
     Args:
         prepared: the trainer's dataset.
         usable: what it was made of. TRL leaves out rows whose prompt fills max_length.
+        args: the trainer's.
     """
     found = map_rows(
         prepared, _compare, {**prepared.features, SAME_TOKENS: Value("bool"), MISSING: Value("string"), CUT_OFF: IDS},
-        None, "Checking tokens", tokenizer=tokenizer,
+        args.dataset_num_proc, "Checking tokens", tokenizer=tokenizer,
     )  # fmt: skip
     for number in sorted({*usable[NUMBER]} - {*prepared[NUMBER]}):
         count.leave_out(number, OUTGROWN)
@@ -52,7 +52,7 @@ def check_tokens(
             count.remark(number, LEFT_OUT, repr(row[MISSING]))
         if row[CUT_OFF]:
             count.remark(number, SHORTER, repr(tokenizer.decode(row[CUT_OFF])))
-        if max_length is not None and longest > max_length:
+        if args.max_length is not None and longest > args.max_length:
             count.add_cut(number)
     return cast("Dataset", found.select(kept))
 

@@ -47,6 +47,20 @@ PREFERENCES = {
         },
         SYSTEM_CHATS,
     ),
+    "chat with a system message beside whole chats without": (
+        {
+            "prompt": [system("Be kind."), user("n")],
+            "chosen": [user("n"), answer("geese")], "rejected": [user("n"), answer("boat")],
+        },
+        SYSTEM_CHATS,
+    ),
+    "text beside whole chats that begin with a greeting": (
+        {
+            "prompt": "n",
+            "chosen": [answer("Hi"), user("n"), answer("geese")], "rejected": [answer("Hi"), user("n"), answer("boat")],
+        },
+        ([answer("Hi"), user("n")], [answer("geese")], [answer("boat")]),
+    ),
     "whole chats": ({"chosen": [user("n"), answer("geese")], "rejected": [user("n"), answer("boat")]}, CHATS),
     "whole chats of several turns": (
         {
@@ -144,7 +158,7 @@ def test_preferences(name, tokenizer):
         ({"prompt": " ", "chosen": "a", "rejected": "b"}, "are empty", ""),
         ({"chosen": f"{HH}", "rejected": f"{HH} b"}, "are empty", ""),
         ({"prompt": "n", "chosen": "a", "rejected": "a"}, "have identical chosen and rejected", ""),
-        ({"chosen": "The boat waits", "rejected": "The boats"}, "have no prompt", "no '\\n\\nAssistant:' that"),
+        ({"chosen": "The boat waits", "rejected": "The boats"}, "have no prompt", "neither in a column (prompt, "),
         ({"prompt": None, "chosen": [answer("a")], "rejected": [answer("b")]}, "have no prompt", ""),
         ({"chosen": [answer("a")], "rejected": [answer("b")]}, "have no prompt", ""),
         ({"prompt": [answer("The")], "chosen": "a", "rejected": "b"}, "have no prompt", ""),
@@ -214,7 +228,7 @@ def test_rows_of_sft(name, tokenizer):
     assert {column: found.columns[column] for column in expected} == expected
     assert found.remark is None
     if not found.chat:
-        assert found.columns["length"] == len(tokenizer("".join(expected.values()) + "</s>")["input_ids"])
+        assert found.columns["num_tokens"] == len(tokenizer("".join(expected.values()) + "</s>")["input_ids"])
 
 
 @pytest.mark.parametrize(
