@@ -173,7 +173,7 @@ def load_base(
             f"{argument}={base!r} does not fit into the device's memory: quantize it (quantization), or take another "
             f"device or a smaller model. {first_line(error)}"
         ) from error
-    except (OSError, ValueError, HFValidationError) as error:
+    except (OSError, ValueError, HFValidationError, ImportError, TypeError) as error:  # the last two: of an argument
         raise DeRaError(f"{argument}={base!r} can't be loaded: {first_line(error)}") from error
 
 

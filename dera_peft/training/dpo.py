@@ -74,8 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         DeRaError: an argument is not known or can't be, or the training fails in a way that a user can mend.
     """
-    from trl import get_peft_config
-
     from dera_peft.training.adapters import (
         check_decodable,
         copy_adapter,
@@ -90,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from dera_peft.training.rows import check_data, check_tokenizer, read_rows
     from dera_peft.training.sft_model import find_sft_model_to_train
     from dera_peft.training.tokenized_rows import check_tokens
-    from dera_peft.training.trainer import DPOConfig, DPOTrainer, ModelConfig, build, run, save
+    from dera_peft.training.trainer import DPOConfig, DPOTrainer, ModelConfig, build, lora_config, run, save
 
     parser = Parser("dera dpo", __doc__, DPOSettings, DPOConfig, ModelConfig)
     settings, training_args, model_args = parser.read(arguments)
@@ -145,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train_dataset=usable,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        peft_config=None if settings.continue_sft_adapter else get_peft_config(model_args),
+        peft_config=None if settings.continue_sft_adapter else lora_config(model_args),
     )
     trained = cast("PeftModel", trainer.model)  # of a new adapter, or the one that is continued
     check_decodable(trained)

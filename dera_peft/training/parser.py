@@ -84,7 +84,7 @@ class Parser(RaisingParser, TrlParser):
                 group(**{each.name: getattr(values, each.name) for each in fields(form) if each.init})
                 for group, form in zip(self.groups, self.dataclass_types, strict=True)
             )
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, ImportError) as error:
             raise DeRaError(" ".join(str(error).split())) from error
 
     def _set_defaults_from(self, file: str, names: Sequence[str]) -> list[str]:

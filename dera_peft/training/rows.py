@@ -168,6 +168,8 @@ def map_rows(
     with_indices: bool = False, remove_columns: list[str] | None = None, **arguments: Any,
 ) -> Dataset:  # fmt: skip
     """`Dataset.map`, first in one process, of which the others read what it has cached."""
+    if num_proc is not None and num_proc < 0:
+        raise DeRaError(f"dataset_num_proc={num_proc} must not be negative.")
     with PartialState().local_main_process_first():
         mapped = dataset.map(
             function,

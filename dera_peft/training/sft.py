@@ -53,8 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         DeRaError: an argument is not known or can't be, or the training fails in a way that a user can mend.
     """
-    from trl import get_peft_config
-
     from dera_peft.training.adapters import merge, train_in_float32
     from dera_peft.training.data import dataset_fingerprint, read_splits
     from dera_peft.training.parser import Parser
@@ -62,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from dera_peft.training.rows import NUMBER, check_data, check_tokenizer, read_rows
     from dera_peft.training.sft_model import find_sft_model_to_train
     from dera_peft.training.sft_rows import LENGTH, SFTReader, columns_to_read
-    from dera_peft.training.trainer import ModelConfig, SFTConfig, SFTTrainer, build, run, save
+    from dera_peft.training.trainer import ModelConfig, SFTConfig, SFTTrainer, build, lora_config, run, save
 
     parser = Parser("dera sft", __doc__, SFTSettings, SFTConfig, ModelConfig)
     settings, training_args, model_args = parser.read(arguments)
@@ -123,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train_dataset=usable,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
+        peft_config=lora_config(model_args),
     )
     quantization = quantization_of(cast("PreTrainedModel | PeftModel", trainer.model))
     if model_args.use_peft and quantization is not None and not trainer.is_sharded:

@@ -34,12 +34,14 @@ def check_tokens(
         usable: what it was made of. TRL leaves out rows whose prompt fills max_length.
         args: the trainer's.
     """
+    for number in sorted({*usable[NUMBER]} - {*prepared[NUMBER]}):
+        count.leave_out(number, OUTGROWN)
+    if len(prepared) == 0:
+        return prepared
     found = map_rows(
         prepared, _compare, {**prepared.features, SAME_TOKENS: Value("bool"), MISSING: Value("string"), CUT_OFF: IDS},
         args.dataset_num_proc, "Checking tokens", tokenizer=tokenizer,
     )  # fmt: skip
-    for number in sorted({*usable[NUMBER]} - {*prepared[NUMBER]}):
-        count.leave_out(number, OUTGROWN)
     kept = []
     columns = [*MADE, NUMBER, SAME_TOKENS, MISSING, CUT_OFF]
     for place, row in enumerate(cast("Iterable[dict]", found.select_columns(columns))):
