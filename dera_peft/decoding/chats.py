@@ -18,6 +18,7 @@ ROLES = {
     "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "bot": "assistant",
     "model": "assistant", "ai": "assistant", "tool": "tool", "observation": "tool", "function_response": "tool",
 }  # fmt: skip
+JSON = (str, int, float, list, dict)
 
 
 class ChatError(ValueError):
@@ -42,7 +43,8 @@ def read_chat(value: Any, what: str = "a chat") -> Chat:
     A chat's messages, each with its role and a text as content, from a list of messages or a single one.
 
     A message has `role` and `content`, or `from` and `value`. Content may be a text or a list of text parts. A message
-    with tool calls may have no content. Keys whose value is None are left out: `datasets` fills rows with them.
+    with tool calls may have no content. Keys without a value, with which `datasets` fills rows, are left out, and those
+    with a date or another value that JSON does not know.
 
     Raises:
         ChatError: it is not a chat.
@@ -54,7 +56,9 @@ def read_chat(value: Any, what: str = "a chat") -> Chat:
 
 
 def _read_message(message: Any, what: str) -> dict[str, Any]:
-    given = {key: part for key, part in message.items() if part is not None} if isinstance(message, Mapping) else {}
+    given = (
+        {key: part for key, part in message.items() if isinstance(part, JSON)} if isinstance(message, Mapping) else {}
+    )
     role = given.pop("role", None) or given.pop("from", None)
     parts = given.pop("content", None)
     content = given.pop("value", None) if parts is None else _join_parts(parts, what)

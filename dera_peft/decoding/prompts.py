@@ -331,8 +331,10 @@ def token_ids(
         columns: of its row, for a chat's template.
 
     Raises:
-        ChatError: the chat template refuses the chat.
+        ChatError: the chat template refuses the chat; or a text is not valid UTF-8, by its column `system`.
     """
     if isinstance(content, str):
+        if not is_utf8(content):
+            raise ChatError("the prompt is not valid UTF-8.")
         return list(tokenizer(content)["input_ids"])
     return encode_chat(tokenizer, content, columns)

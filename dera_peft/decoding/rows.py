@@ -129,7 +129,7 @@ def from_json(row_type: type[Row], values: Mapping[str, Any]) -> Row:
 
 
 def to_line(row: Any) -> str:
-    return json.dumps(to_json(row), ensure_ascii=False)
+    return json.dumps(to_json(row), ensure_ascii=False, default=str)  # a dataset's column may hold dates
 
 
 @dataclass(frozen=True)
@@ -333,5 +333,5 @@ def _check_row(row: Any, run: str | None, expected: Expected | None, output: Pat
 
 
 def _json_values(columns: Mapping[str, Any]) -> dict[str, str]:
-    """Each as JSON, in which NaN is NaN."""
-    return {name: json.dumps(value, sort_keys=True, ensure_ascii=False) for name, value in columns.items()}
+    """Each as JSON, in which NaN is NaN, and a date the text that `to_line` makes of it."""
+    return {name: json.dumps(value, sort_keys=True, ensure_ascii=False, default=str) for name, value in columns.items()}

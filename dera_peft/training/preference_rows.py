@@ -26,6 +26,7 @@ from dera_peft.training.rows import (
     IDS,
     NO_PROMPT,
     REFUSED,
+    UNREADABLE,
     ReadRow,
     UnusableError,
     is_blank,
@@ -120,7 +121,10 @@ class PreferenceReader:
         if is_blank(chosen) or is_blank(rejected):
             raise UnusableError(EMPTY)
         prompt = whole_prompt(prompt, row)
-        ids = token_ids(self.tokenizer, prompt)
+        try:
+            ids = token_ids(self.tokenizer, prompt)
+        except ChatError as error:
+            raise UnusableError(UNREADABLE, str(error)) from None
         made = {"prompt": prompt, CHOSEN: chosen, REJECTED: rejected, "tools": None, "chat_template_kwargs": {}}
         return ReadRow({**made, PROMPT_IDS: ids}, chat=False, remark=remark)
 

@@ -12,6 +12,7 @@ from datasets import Dataset, Features, Json, List, Value
 
 from dera_peft import __version__
 from dera_peft.decoding.chats import Chat, ChatError, read_content, texts_of
+from dera_peft.decoding.prompts import is_utf8
 from dera_peft.errors import DeRaError
 from dera_peft.training.program import log
 
@@ -210,9 +211,12 @@ def read_column(row: Mapping[str, Any], column: str) -> str | Chat:
     if value == []:
         raise UnusableError(EMPTY)
     try:
-        return read_content(value, column)
+        content = read_content(value, column)
     except ChatError as error:
         raise UnusableError(UNREADABLE, str(error)) from None
+    if not all(map(is_utf8, texts_of(content))):
+        raise UnusableError(UNREADABLE, f"{column} is not valid UTF-8.")
+    return content
 
 
 def is_blank(content: str | Chat) -> bool:

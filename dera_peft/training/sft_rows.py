@@ -17,6 +17,7 @@ from dera_peft.decoding.chats import (
     whole_chat,
     whole_prompt,
 )
+from dera_peft.decoding.prompts import is_utf8
 from dera_peft.training.preference_rows import go_on, join_chats
 from dera_peft.training.rows import (
     CHAT_FEATURES,
@@ -98,6 +99,8 @@ class SFTReader:
         """Of the whole row; none where the tokenizer can't make them, which is told of all rows at once."""
         if isinstance(values[0], str):
             text, end = "".join(values), self.end or ""
+            if not is_utf8(text):  # by its column `system`
+                raise UnusableError(UNREADABLE, "the text is not valid UTF-8.")
             return self.tokenizer(text if text.endswith(end) else text + end)["input_ids"]
         if not self.tokenizer.chat_template:
             return []

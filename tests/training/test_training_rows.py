@@ -1,5 +1,9 @@
 """Rows in the forms that data sets have them: what is trained on, by hand, and what is told of the others."""
 
+import random
+from contextlib import suppress
+from datetime import datetime
+
 import pytest
 from datasets import Dataset, Features, Json
 from small_runs import train, write_rows
@@ -267,6 +271,48 @@ def test_unreadable_rows_are_counted_and_named(tokenizer, caplog):
     _, count = read_rows("d", dataset.select([2, 3]), PreferenceReader(tuple(columns), tokenizer))
     with pytest.raises(DeRaError, match="No row is left to train on"):
         count.check(1.0)
+
+
+def test_chats_with_dates_of_a_table(tokenizer):
+    """As chats that were recorded have them; neither JSON nor a template knows them."""
+    rows = [{"messages": [{**user("n"), "timestamp": datetime(2024, 1, 2)}, {**answer("m"), "timestamp": None}]}] * 2
+    usable, count = read_rows("d", Dataset.from_list(rows), SFTReader(("messages",), tokenizer, "</s>"))
+    assert list(usable["messages"]) == [[user("n"), answer("m")]] * 2
+    assert str(count) == "d: 2 rows, all usable"
+
+
+def random_value(rng: random.Random, depth: int = 0):
+    """What a row may hold, most of it no text and no chat."""
+    roles, texts = ["user", "human", "assistant", "gpt", "system", None, 3], ["n", " ", "", "a\ud800", HH, "[1]", "{}"]
+    leaves = [None, *texts, 0, 1.5, True, float("nan"), [], {}]
+    if depth == 3 or rng.random() < 0.4:
+        return rng.choice(leaves)
+    inner = [random_value(rng, depth + 1) for _ in range(2)]
+    message = {
+        rng.choice(["role", "from"]): rng.choice(roles),
+        rng.choice(["content", "value", "tool_calls"]): inner[0],
+    }
+    return rng.choice([inner, message, [message], [user("n"), message], [{"type": "text", "text": inner[1]}]])
+
+
+def test_no_row_is_a_traceback(tokenizer):
+    """Whatever it holds, it is read or named."""
+    rng, context, read_at_all = random.Random(3), ("system", "tools", "chat_template_kwargs"), 0
+    for _ in range(3000):
+        columns = ("chosen", "rejected", rng.choice(["prompt", "conversations", "question", "other"]), *context)
+        kinds = [("prompt", "completion"), ("messages",), ("conversations",), ("text",)]
+        of_sft = rng.choice(kinds)
+        for names, reader in (
+            (columns, PreferenceReader(columns, tokenizer)),
+            ((*of_sft, *context), SFTReader(of_sft, tokenizer, "</s>")),
+        ):
+            with suppress(UnusableError):
+                reader({name: random_value(rng) for name in names})
+                read_at_all += 1
+        with suppress(DeRaError):
+            row = {"prompt": random_value(rng), **{name: random_value(rng) for name in context}}
+            encode(read_prompts([row]), tokenizer, LlamaConfig(), 4, chat=rng.random() < 0.7)
+    assert read_at_all > 50
 
 
 # -- the whole way -----------------------------------------------------------------------------------------------------
