@@ -257,7 +257,7 @@ def read_yaml(file: str | os.PathLike) -> dict[str, Any]:
         raise DeRaError(f"config={os.fspath(file)!r}: there is no such file.") from None
     except OSError as error:
         raise DeRaError(f"config={os.fspath(file)!r} can't be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: of a date that is none, of a number with a tag
         raise DeRaError(f"config={os.fspath(file)!r} is not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:  # an empty file
         return {}

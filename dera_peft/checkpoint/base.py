@@ -86,7 +86,7 @@ def load_base(
             f"{argument}={base!r} does not fit into the device's memory: quantize it (quantization), or take another "
             f"device or a smaller model. {first_line(error)}"
         ) from error
-    except (OSError, ValueError, ImportError, RuntimeError, HFValidationError) as error:
+    except (OSError, ValueError, ImportError, TypeError, RuntimeError, HFValidationError) as error:
         # a quantized checkpoint may need another package, or an accelerator
         raise DeRaError(f"{argument}={base!r} can't be loaded: {first_line(error)}") from error
     compute_in(model, dtype)

@@ -143,7 +143,8 @@ def _expected(row: ScoredRow, given: Sequence[Given]) -> Expected | None:
     if row.prompt_index >= len(given):
         return None
     now = given[row.prompt_index]
-    return Expected(now.prompt.source, {"prompt": now.prompt.content, "completion": now.completion}, "rows")
+    inputs = {"prompt": now.prompt.content, "columns": now.prompt.columns, "completion": now.completion}
+    return Expected(now.prompt.source, inputs, "rows")
 
 
 def _rows(
@@ -172,6 +173,7 @@ def _rows(
                 per_token=_number(scored.per_token[place]),
                 perplexity=_number(scored.perplexity[place]),
                 kl=_number(scored.kl[place].sum()),
+                columns=given.prompt.columns or None,
                 **of_tokens,
             )
         )

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dera_peft.cli.console import printable, side_by_side
+from dera_peft.decoding.chats import text_of
 from dera_peft.evaluate.analysis.summary import LambdaSummary, RewardSummary, number
 from dera_peft.evaluate.result import SweepResult
 
@@ -111,5 +112,4 @@ def show_samples(console: Console, rows: Sequence[dict]) -> None:
             texts[row["prompt_index"]][row["lambda"]] = [row["completion"]]
     titles = {row["prompt_index"]: row["prompt"] for row in rows}
     for index in list(texts)[:SHOWN_PROMPTS]:
-        title = titles[index] if isinstance(titles[index], str) else titles[index][-1]["content"]
-        side_by_side(console, title, dict(sorted(texts[index].items())))
+        side_by_side(console, text_of(titles[index]), dict(sorted(texts[index].items())))

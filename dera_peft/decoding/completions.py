@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dera_peft.decoding.chats import CONTEXT
 from dera_peft.decoding.jsonl import parse_row
 from dera_peft.decoding.prompts import Prompt, is_utf8
 from dera_peft.errors import DeRaError
@@ -38,7 +39,8 @@ class Given:
 
 def read_completions(file: str) -> list[Given]:
     """
-    The rows of a .jsonl file, each with a "prompt" (a text or chat messages) and a "completion" (a text).
+    The rows of a .jsonl file, each with a "prompt" (a text or chat messages) and a "completion" (a text), and perhaps
+    what the prompt is rendered with (`chats.CONTEXT`), by itself or in "columns" as `dera generate` writes it.
 
     Raises:
         DeRaError: no such file, or a row that is malformed, with its line.
@@ -76,9 +78,10 @@ def _read_row(line: str, index: int, source: str) -> Given:
         raise DeRaError(f"{source}: end_token_id must be the id of a token; got {end_token_id!r}.")
     if token_ids is not None and not (isinstance(token_ids, list) and all(map(_is_token, token_ids))):
         raise DeRaError(f"{source}: token_ids must be a list of ids of tokens; got {token_ids!r}.")
-    return Given(
-        Prompt(index, row["prompt"], source), row["completion"], row.get("finish_reason"), end_token_id, token_ids
-    )
+    columns = row.get("columns")  # in the rows of `dera generate`
+    columns = columns if isinstance(columns, dict) else row
+    prompt = Prompt(index, row["prompt"], source, columns={name: columns[name] for name in CONTEXT if name in columns})
+    return Given(prompt, row["completion"], row.get("finish_reason"), end_token_id, token_ids)
 
 
 def _is_token(value: Any) -> bool:

@@ -5,8 +5,18 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
+from dera_peft.decoding.chats import (
+    CONTEXT,
+    Chat,
+    ChatError,
+    encode_chat,
+    read_content,
+    text_of,
+    texts_of,
+    whole_prompt,
+)
 from dera_peft.decoding.jsonl import parse_row
 from dera_peft.decoding.lambdas import is_lambda
 from dera_peft.decoding.tokens import num_closing_tokens
@@ -17,7 +27,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-Chat = list[dict[str, str]]
+COLUMN = "prompt"  # holds prompts, where another column may hold whole chats
 
 FILES = (".txt", ".jsonl", ".csv")
 
@@ -29,10 +39,11 @@ class Prompt:
 
     Attributes:
         index: its place in the list, from 0; random numbers and results belong to it.
-        content: a text, or chat messages (`[{"role": …, "content": …}, …]`).
+        content: a text, or chat messages (`[{"role": …, "content": …}, …]`); read by `prompt_of`.
         source: where it stands, for messages to the user: "prompts.txt, line 3".
         lam: λ of its own, which replace the run's.
-        columns: further values of its row, for rewards and results.
+        columns: further values of its row, for rewards and results; `system`, `tools` and `chat_template_kwargs` of
+            them also for the prompt.
     """
 
     index: int
@@ -42,13 +53,8 @@ class Prompt:
     columns: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        texts: list[str] = []  # of an empty chat
-        if is_chat(self.content):
-            texts = [message["content"] for message in self.content]
-        elif isinstance(self.content, str):
-            texts = [self.content]
-        elif self.content != []:
-            raise DeRaError(f"{self.source}: a prompt must be a text or a list of chat messages; got {self.content!r}.")
+        object.__setattr__(self, "content", prompt_of(self.content, COLUMN, self.source))
+        texts = texts_of(self.content)
         if not any(text.strip() for text in texts):
             raise DeRaError(f"{self.source}: the prompt is empty.")
         if not all(map(is_utf8, texts)):
@@ -57,7 +63,7 @@ class Prompt:
     @property
     def text(self) -> str:
         """What a person is shown: the text, or the last message."""
-        return self.content if isinstance(self.content, str) else self.content[-1]["content"]
+        return text_of(self.content)
 
 
 class PromptTooLong(DeRaError):
@@ -72,22 +78,6 @@ def column_names(prompts: Sequence[Prompt]) -> list[str]:
 def is_utf8(text: str) -> bool:
     """Whether it can be written: JSON's escapes can name half of a character."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def is_chat(content: Any) -> TypeGuard[Chat]:
-    return (
-        isinstance(content, list)
-        and bool(content)
-        and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in content
-        )
-    )
-
-
-def as_chat(content: str | Chat) -> Chat:
-    """A text as the only message of its chat."""
-    return [{"role": "user", "content": content}] if isinstance(content, str) else content
 
 
 def from_texts(texts: Sequence[str], source: str = "--prompt") -> list[Prompt]:
@@ -108,7 +98,7 @@ def _split_lines(text: str) -> list[str]:
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
 
 
-def from_file(name: str, column: str = "prompt") -> list[Prompt]:
+def from_file(name: str, column: str = COLUMN) -> list[Prompt]:
     """
     Prompts from a file: `.txt` (one a line), `.jsonl` or `.csv` (rows with the prompts in `column`, perhaps "lambda",
     and further columns), or `path.py:name`, a Python function that returns prompts or such rows (a `datasets.Dataset`
@@ -143,7 +133,7 @@ def from_file(name: str, column: str = "prompt") -> list[Prompt]:
 
 def read_prompts(
     source: str | Sequence[Any],
-    column: str = "prompt",
+    column: str = COLUMN,
     split: str = "train",
     subset: str | None = None,
     limit: int | None = None,
@@ -161,7 +151,7 @@ def from_dataset(
     name: str,
     split: str = "train",
     subset: str | None = None,
-    column: str = "prompt",
+    column: str = COLUMN,
     limit: int | None = None,
     *,
     argument: str = "prompts",
@@ -169,13 +159,13 @@ def from_dataset(
     skip_empty: bool = False,
 ) -> tuple[list[Prompt], int]:
     """
-    Prompts from a dataset (see `datasets.read_dataset`): texts, or chats; of a chat that ends with an answer, what
-    stands before it.
+    Prompts from a dataset (see `datasets.read_dataset`): texts, or chats (see `prompt_of`).
 
     Args:
         limit: read the first so many rows; None for all.
         argument: what names the dataset for the user, for messages.
-        columns: those that become the prompts' own; None for all but the prompt's.
+        columns: those that become the prompts' own, beside those that belong to a prompt (`chats.CONTEXT`); None for
+            all but the prompt's.
         skip_empty: leave out rows that have no prompt, where they are an error otherwise.
 
     Returns:
@@ -191,17 +181,16 @@ def from_dataset(
             way_out = ": set prompt_column." if each == column else "."
             raise DeRaError(f"{argument}={name!r} has no column {each!r}; it has {dataset.column_names}{way_out}")
     if columns is not None:
+        columns = list(dict.fromkeys((*columns, *(each for each in CONTEXT if each in dataset.column_names))))
         dataset = cast("Dataset", dataset.select_columns(list(dict.fromkeys((column, *columns)))))
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
     found = cast("Iterable[dict[str, Any]]", dataset)  # as a Dataset's rows are unless it was given another format
     prompts: list[Prompt] = []
     for number, row in enumerate(found, start=1):
-        source, content = f"{name}, row {number}", row[column]
-        if is_chat(content) and content[-1]["role"] == "assistant":
-            content = content[:-1]
-        texts = [message["content"] for message in content] if is_chat(content) else [content]
-        if skip_empty and not any(isinstance(text, str) and text.strip() for text in texts):
+        source = f"{name}, row {number}"
+        content = prompt_of(row[column], column, source)
+        if skip_empty and not any(text.strip() for text in texts_of(content)):
             continue
         lam = row.get("lambda") if columns is None else None
         own = [each for each in row if each not in (column, "lambda")] if columns is None else columns
@@ -210,9 +199,30 @@ def from_dataset(
     return prompts, len(dataset) - len(prompts)
 
 
-def from_rows(rows: Iterable[Any], source: str, column: str = "prompt") -> list[Prompt]:
+def prompt_of(value: Any, column: str, source: str) -> str | Chat:
+    """
+    The prompt in a column of a row: a text, or a chat, which is empty where there is no prompt.
+
+    A chat in a column called `prompt` is one; where it ends with an answer of the assistant's, that is begun, and is to
+    be continued. Another column may hold a whole chat: what stands before its last answer is the prompt.
+
+    Raises:
+        DeRaError: it is neither.
+    """
+    if value is None or value == []:
+        return []
+    try:
+        content = read_content(value)
+    except ChatError as error:
+        raise DeRaError(f"{source}: {error}") from None
+    if column != COLUMN and not isinstance(content, str) and content[-1]["role"] == "assistant":
+        return content[:-1]
+    return content
+
+
+def from_rows(rows: Iterable[Any], source: str, column: str = COLUMN) -> list[Prompt]:
     """Prompts from texts, chats, or rows as those of a .jsonl file."""
-    rows = [{column: row} if isinstance(row, str) or is_chat(row) else row for row in rows]
+    rows = [{column: row} if isinstance(row, (str, list)) else row for row in rows]
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise DeRaError(f"{source}, prompt {number}: must be a text, a chat or a row; got {row!r}.")
@@ -254,7 +264,7 @@ def _from_rows(rows: Mapping[str, Mapping[str, Any]], column: str) -> list[Promp
         columns = dict(row)
         if column not in columns:
             raise DeRaError(f"{source}: has no key {column!r}; its keys are {sorted(columns)}.")
-        content, lam = columns.pop(column), columns.pop("lambda", None)
+        content, lam = prompt_of(columns.pop(column), column, source), columns.pop("lambda", None)
         prompts.append(Prompt(index, content, source, None if lam is None else _read_lambdas(lam, source), columns))
     return prompts
 
@@ -280,35 +290,27 @@ def encode(
     Token ids of each prompt, checked to fit the context with what will be generated; nothing is ever cut.
 
     Args:
-        chat: render with the tokenizer's chat template; a text becomes one user message.
+        chat: render with the tokenizer's chat template; a text becomes one user message. A row's columns `system`,
+            `tools` and `chat_template_kwargs` go with its prompt, as in training.
 
     Raises:
         PromptTooLong: a prompt does not fit (with its length).
         DeRaError: there is no chat template, or it refuses a chat.
     """
-    from jinja2 import TemplateError
-
     if chat and not tokenizer.chat_template:
         raise DeRaError(
             "the tokenizer has no chat template: leave --chat away, or use a model that was trained for chat."
         )
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    # an encoder's input ends as its tokenizer ends it; any other prompt goes on
-    closing = 0 if config.is_encoder_decoder else num_closing_tokens(tokenizer)
     result = []
     for prompt in prompts:
-        if chat:
-            messages = as_chat(prompt.content)
-            try:
-                rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-            except TemplateError as error:
-                raise DeRaError(f"{prompt.source}: the chat template refuses this chat: {error}") from error
-            ids = cast("dict[str, list[int]]", rendered)["input_ids"]  # by return_dict
-        elif isinstance(prompt.content, str):
-            ids = tokenizer(prompt.content)["input_ids"]
-            ids = ids[: len(ids) - closing]
-        else:
+        if not chat and not isinstance(prompt.content, str):
             raise DeRaError(f"{prompt.source}: the prompt is a chat; pass --chat to render it with the chat template.")
+        content = whole_prompt(prompt.content, prompt.columns, chat)
+        try:
+            ids = token_ids(tokenizer, content, prompt.columns, closed=config.is_encoder_decoder)
+        except ChatError as error:
+            raise DeRaError(f"{prompt.source}: {error}") from error
         if context is not None and len(ids) + max_new_tokens > context:
             room = context - len(ids)
             way_out = f"at most {room} new tokens fit after it (--max-new-tokens)" if room > 0 else "shorten it"
@@ -316,5 +318,29 @@ def encode(
                 f"{prompt.source}: the prompt has {len(ids)} tokens, which with {max_new_tokens} new ones is more than "
                 f"the model's context of {context}; {way_out}."
             )
-        result.append(list(ids))
+        result.append(ids)
     return result
+
+
+def token_ids(
+    tokenizer: "PreTrainedTokenizerBase",
+    content: str | Chat,
+    columns: Mapping[str, Any] | None = None,
+    closed: bool = False,
+) -> list[int]:
+    """
+    Token ids of a prompt, from `chats.whole_prompt`.
+
+    Args:
+        columns: of its row, for a chat's template.
+        closed: whether a text ends as the tokenizer ends it, as an encoder's input does; any other prompt goes on.
+
+    Raises:
+        ChatError: the chat template refuses the chat; or a text is not valid UTF-8, by its column `system`.
+    """
+    if isinstance(content, str):
+        if not is_utf8(content):
+            raise ChatError("the prompt is not valid UTF-8.")
+        ids = list(tokenizer(content)["input_ids"])
+        return ids if closed else ids[: len(ids) - num_closing_tokens(tokenizer)]
+    return encode_chat(tokenizer, content, columns)

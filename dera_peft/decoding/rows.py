@@ -12,7 +12,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from dera_peft.decoding.prompts import Chat, Prompt
+from dera_peft.decoding.chats import Chat
+from dera_peft.decoding.prompts import Prompt
 from dera_peft.decoding.requests import Completion, Request
 from dera_peft.errors import DeRaError
 
@@ -91,6 +92,7 @@ class ScoredRow:
         num_tokens: that were scored.
         log_p: log p_λ(completion | prompt); per_token is its mean over the tokens.
         kl: KL(π_λ ‖ π_ref) along the completion.
+        columns: of its row that its prompt was rendered with, where there are any.
         token_ids, token_texts, token_log_p, token_kl, token_disagreement: for each token, where they were asked for.
     """
 
@@ -106,6 +108,7 @@ class ScoredRow:
     per_token: float | None
     perplexity: float | None
     kl: float | None
+    columns: dict[str, Any] | None = None
     token_ids: list[int] | None = None
     token_texts: list[str] | None = None
     token_log_p: list[float | None] | None = None
@@ -132,7 +135,7 @@ def from_json(row_type: type[Row], values: Mapping[str, Any]) -> Row:
 
 
 def to_line(row: Any) -> str:
-    return json.dumps(to_json(row), ensure_ascii=False)
+    return json.dumps(to_json(row), ensure_ascii=False, default=str)  # a dataset's column may hold dates
 
 
 @dataclass(frozen=True)
@@ -321,7 +324,7 @@ def _check_row(row: Any, run: str | None, expected: Expected | None, output: Pat
         return
     for name, value in expected.inputs.items():
         if name == "columns":
-            before, now = _json_values(row.columns), _json_values(value)
+            before, now = _json_values(row.columns or {}), _json_values(value)
             for column in sorted(before.keys() | now.keys()):
                 if before.get(column) != now.get(column):
                     raise DeRaError(
@@ -336,5 +339,5 @@ def _check_row(row: Any, run: str | None, expected: Expected | None, output: Pat
 
 
 def _json_values(columns: Mapping[str, Any]) -> dict[str, str]:
-    """Each as JSON, in which NaN is NaN."""
-    return {name: json.dumps(value, sort_keys=True, ensure_ascii=False) for name, value in columns.items()}
+    """Each as JSON, in which NaN is NaN, and a date the text that `to_line` makes of it."""
+    return {name: json.dumps(value, sort_keys=True, ensure_ascii=False, default=str) for name, value in columns.items()}

@@ -39,7 +39,8 @@ class SweepConfig(Sampling, ModelSource):
     )
     prompt_column: str = setting(
         "prompt",
-        "The column with the prompts, texts or chats. Rewards are given the other columns.",
+        "The column with the prompts, texts or chats. One that is not called prompt may hold whole chats, of which the "
+        "prompt is what stands before the last answer. Rewards are given the other columns.",
         metavar="COLUMN",
         panel=PROMPTS,
     )

@@ -198,7 +198,8 @@ def _finish(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJud
         plot_sweep(*inputs, folder / f"sweep.{ending}", title, models)
         plot_pareto(*inputs, folder / f"pareto.{ending}", title, models)
     lines = ({name: value for name, value in row.items() if name not in IN_MEMORY} for row in rows)
-    write_atomically(folder / "samples.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    written = (json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
+    write_atomically(folder / "samples.jsonl", "".join(written))
     write_csv(summaries, folder / "summary.csv")
     facts = _facts(worker, rewards, judge)
     title = f"How strong should {facts['adapter']} be?"

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dera_peft.checkpoint.fingerprint import file_fingerprint, settings_fingerprint, weights_fingerprint
-from dera_peft.decoding.prompts import Prompt, as_chat
+from dera_peft.decoding.chats import as_chat, with_answer
+from dera_peft.decoding.prompts import Prompt
 from dera_peft.errors import DeRaError
 from dera_peft.rewards.calls import CallFailed, Failures, accepted, call, read_values, unwrapped
 from dera_peft.rewards.metrics import Metric, read_metric
@@ -227,7 +228,7 @@ def _call(
     if not isinstance(reward, RewardModel):  # which makes a chat of both by itself
         prompts = [as_chat(prompt) for prompt in prompts] if chat else prompts
         given = [
-            [{"role": "assistant", "content": completion}] if isinstance(prompt, list) else completion
+            with_answer(prompt, completion)[-1:] if isinstance(prompt, list) else completion
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
     trls: dict[str, Any] = {"trainer_state": None, "log_extra": _log_nothing, "log_metric": _log_nothing}

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import HFValidationError
-from jinja2 import TemplateError
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 from dera_peft.checkpoint.devices import free_memory, read_device_map
+from dera_peft.decoding.chats import ChatError, render, with_answer
 from dera_peft.decoding.memory import Attempt, go_on_with_half
 from dera_peft.errors import DeRaError, first_line
 from dera_peft.messages import warn_once
@@ -133,12 +133,10 @@ class RewardModel:
 
     def _encode(self, prompt: str | list[dict], completion: str) -> list[int]:
         if self.tokenizer.chat_template:
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            messages = [*messages, {"role": "assistant", "content": completion}]
             try:
-                rendered = self.tokenizer.apply_chat_template(messages, return_dict=True)
-            except TemplateError as error:
-                raise DeRaError(f"reward={self.name!r}: its chat template refuses a chat: {error}") from error
+                rendered = render(self.tokenizer, with_answer(prompt, completion), {}, return_dict=True)
+            except ChatError as error:
+                raise DeRaError(f"reward={self.name!r}: {error}") from error
             return cast("dict[str, list[int]]", rendered)["input_ids"]  # by return_dict
         if not isinstance(prompt, str):
             raise DeRaError(

@@ -30,12 +30,18 @@ from typing import TYPE_CHECKING, Any, cast
 from dera_peft.checkpoint.source import ModelSource, Quantization
 from dera_peft.errors import DeRaError
 from dera_peft.messages import is_main_process
-from dera_peft.settings import setting, setting_like
+from dera_peft.settings import nearest, setting, setting_like
 from dera_peft.training.program import DataSettings, OutputFolder, check_processes, given_settings, log, settings_of
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from peft import PeftModel
 
+# TRL's, which it names in no place but the error of its first step
+LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
 KEEPS_BETA = {"sigmoid", "robust"}  # losses whose optimum is π_ref·exp(r/β)/Z, on which DeRa's β/λ stands
 
 
@@ -45,8 +51,8 @@ class DPOSettings(DataSettings):
 
     dataset_name: str | None = setting(
         None,
-        "Preferences: a hub id, a folder, a .jsonl/.csv/.parquet file, or path.py:function. Columns as TRL's "
-        "DPOTrainer takes them: prompt, chosen and rejected, as texts or as chats.",
+        "Preferences: a hub id, a folder, a .jsonl/.csv/.parquet file, or path.py:function. Columns: chosen and "
+        "rejected, as texts or as chats, and prompt, or another column of prompts, unless it is in both of them.",
         metavar="DATA",
     )
     quantization: Quantization | None = setting_like(ModelSource, "quantization")
@@ -68,8 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         DeRaError: an argument is not known or can't be, or the training fails in a way that a user can mend.
     """
-    from trl import get_peft_config
-
     from dera_peft.training.adapters import (
         check_decodable,
         copy_adapter,
@@ -80,10 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     from dera_peft.training.data import dataset_fingerprint, read_splits
     from dera_peft.training.parser import Parser
+    from dera_peft.training.preference_rows import CHOSEN, REJECTED, PreferenceReader
     from dera_peft.training.record import adapter_record, quantization_of, training_record
-    from dera_peft.training.rows import check_columns, preference_fault, usable_rows
+    from dera_peft.training.rows import check_data, check_tokenizer, read_rows
     from dera_peft.training.sft_model import find_sft_model_to_train
-    from dera_peft.training.trainer import DPOConfig, DPOTrainer, ModelConfig, build, run, save
+    from dera_peft.training.tokenized_rows import check_tokens
+    from dera_peft.training.trainer import DPOConfig, DPOTrainer, ModelConfig, build, lora_config, run, save
 
     parser = Parser("dera dpo", __doc__, DPOSettings, DPOConfig, ModelConfig)
     settings, training_args, model_args = parser.read(arguments)
@@ -113,14 +119,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         output.log_reused()
         return
 
-    name, has_template = settings.dataset_name, bool(sft_model.own_tokenizer().chat_template)
-    check_columns(name, rows, ("chosen", "rejected"), has_template)
-    usable, count = usable_rows(name, rows, preference_fault)
+    name, reader = settings.dataset_name, PreferenceReader(rows.column_names, sft_model.own_tokenizer())
+    check_data(name, rows, (CHOSEN, REJECTED))
+    usable, count = read_rows(name, rows, reader, training_args.dataset_num_proc)
+    check_tokenizer(name, usable, reader.tokenizer, reader.tokenizer.eos_token)
     count.check(settings.max_bad_rows)
+    held_out_count = None
     if held_out is not None:
-        held_out, held_out_count = usable_rows(f"{name}, to evaluate on", held_out, preference_fault)
+        held_out, held_out_count = read_rows(
+            f"{name}, to evaluate on", held_out, reader, training_args.dataset_num_proc
+        )
         held_out_count.check(settings.max_bad_rows)
-        log(str(held_out_count))
+    if note := reader.note():
+        log(f"{name}: {note}")
 
     training_args.model_init_kwargs = None
     model, tokenizer = sft_model.load_to_train(settings.continue_sft_adapter)
@@ -133,16 +144,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train_dataset=usable,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        peft_config=None if settings.continue_sft_adapter else get_peft_config(model_args),
+        peft_config=None if settings.continue_sft_adapter else lora_config(model_args),
     )
     trained = cast("PeftModel", trainer.model)  # of a new adapter, or the one that is continued
     leave_out_embeddings(trained)
     check_decodable(trained)
     if quantization_of(trained) is not None and not trainer.is_sharded:
         train_in_float32(trained)
-    count_cut(count, trainer.train_dataset, len(usable), training_args)
-    log(str(count))
+    prepared = cast("Dataset", trainer.train_dataset)
+    trainer.train_dataset = check_tokens(prepared, usable, tokenizer, count, training_args)
+    count.tell()
     count.check(settings.max_bad_rows)
+    if held_out is not None and held_out_count is not None:
+        prepared = cast("Dataset", trainer.eval_dataset)
+        trainer.eval_dataset = check_tokens(prepared, held_out, tokenizer, held_out_count, training_args)
+        held_out_count.tell()
+        held_out_count.check(settings.max_bad_rows)
 
     metrics = run(trainer)
     save(trainer)
@@ -173,6 +190,8 @@ def check_arguments(settings: DPOSettings, training_args, model_args) -> None:
     if not model_args.use_peft:
         raise DeRaError("use_peft=False: DeRa needs the aligned model as a LoRA adapter; set use_peft: true.")
     losses = set(training_args.loss_type)
+    if unknown := sorted(losses - set(LOSSES)):
+        raise DeRaError(f"loss_type={unknown[0]!r} is not one of TRL's; {nearest(unknown[0], LOSSES)}")
     if training_args.label_smoothing and not losses & {"robust", "exo_pair", "aot", "aot_unpaired"}:
         raise DeRaError(
             f"label_smoothing={training_args.label_smoothing} has no effect on loss_type={training_args.loss_type}: "
@@ -220,14 +239,3 @@ def check_lora_settings(model_args, adapter: str) -> None:
                 f"{name}={asked!r}, but sft_adapter={adapter!r}, which is continued, has {value!r}: leave it out, or "
                 "train a new adapter on top (continue_sft_adapter: false)."
             )
-
-
-def count_cut(count, prepared, before: int, training_args) -> None:
-    """Adds the rows that TRL left out because of max_length, and those that it cuts, to the count."""
-    if dropped := before - len(prepared):
-        count.unusable["have a prompt that fills max_length"] = dropped
-    if training_args.max_length is None:
-        return
-    for row in prepared.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]):
-        longest = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-        count.cut += longest > training_args.max_length

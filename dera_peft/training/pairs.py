@@ -8,6 +8,7 @@ from random import Random
 
 from rich.table import Table
 
+from dera_peft.decoding.chats import TEMPLATE_ARGUMENTS, TOOLS, Chat, as_chat, whole_prompt
 from dera_peft.decoding.rows import RewardedRow
 
 BEST_WORST, ALL = "best_worst", "all"
@@ -22,7 +23,12 @@ ALIKE = "no two rewards differ by more than min_margin"
 
 
 def make_pairs(
-    rows: Sequence[RewardedRow], pairs: str, min_margin: float, label_temperature: float = 0.0, seed: int = 0
+    rows: Sequence[RewardedRow],
+    pairs: str,
+    min_margin: float,
+    label_temperature: float = 0.0,
+    seed: int = 0,
+    chat: bool = False,
 ) -> tuple[list[dict], Counter]:
     """
     Pairs in TRL's preference format, and what became of the prompts.
@@ -33,10 +39,11 @@ def make_pairs(
         min_margin: of a pair the better reward exceeds the worse by more than this.
         label_temperature: T; a is chosen over b with the probability σ((r_a - r_b)/T), as Bradley and Terry have it,
             drawn by `seed`; at 0 the better one always is.
+        chat: whether the prompts were rendered with the chat template: a text is then a user message.
 
     Returns:
-        Rows with prompt, chosen, rejected, chosen_reward and rejected_reward, by prompt; and for each number of pairs,
-        or reason why there is none, how many prompts there are.
+        Rows with prompt, chosen, rejected, chosen_reward and rejected_reward, by prompt, and where they have them tools
+        and chat_template_kwargs; and for each number of pairs, or reason why there is none, how many prompts there are.
     """
     by_prompt = defaultdict(list)
     for row in rows:
@@ -44,7 +51,7 @@ def make_pairs(
     result, outcomes = [], Counter()
     for _, group in sorted(by_prompt.items()):
         usable, reason = _usable(group)
-        found = [] if reason else list(_pairs_of(usable, pairs, min_margin, label_temperature, seed))
+        found = [] if reason else list(_pairs_of(usable, pairs, min_margin, label_temperature, seed, chat))
         result.extend(found)
         outcomes[reason or len(found) or ALIKE] += 1
     return result, outcomes
@@ -65,10 +72,12 @@ def _usable(group: Sequence[RewardedRow]) -> tuple[list[RewardedRow], str | None
 
 
 def _pairs_of(
-    usable: Sequence[RewardedRow], pairs: str, min_margin: float, label_temperature: float, seed: int
+    usable: Sequence[RewardedRow], pairs: str, min_margin: float, label_temperature: float, seed: int, chat: bool
 ) -> Iterator[dict]:
     candidates = [(usable[0], usable[-1])] if pairs == BEST_WORST else combinations(usable, 2)
-    chat = isinstance(usable[0].prompt, list)
+    columns = usable[0].columns
+    prompt = whole_prompt(usable[0].prompt, columns, chat)
+    of_template = {name: columns[name] for name in (TOOLS, TEMPLATE_ARGUMENTS) if columns.get(name)}
     for worse, better in candidates:
         assert better.reward is not None  # of the usable ones
         assert worse.reward is not None
@@ -82,16 +91,17 @@ def _pairs_of(
             if draw >= 1 / (1 + math.exp(-margin / label_temperature)):
                 chosen, rejected = worse, better
         yield {
-            "prompt": chosen.prompt,
-            "chosen": _as_completion(chosen.completion, chat),
-            "rejected": _as_completion(rejected.completion, chat),
+            "prompt": prompt,
+            "chosen": _as_answer(chosen.completion, prompt),
+            "rejected": _as_answer(rejected.completion, prompt),
             "chosen_reward": chosen.reward,
             "rejected_reward": rejected.reward,
+            **of_template,
         }
 
 
-def _as_completion(text: str, chat: bool) -> str | list[dict]:
-    return [{"role": "assistant", "content": text}] if chat else text
+def _as_answer(text: str, prompt: str | Chat) -> str | Chat:
+    return text if isinstance(prompt, str) else as_chat(text, "assistant")
 
 
 def outcome_table(outcomes: Counter) -> Table:

@@ -5,7 +5,7 @@ import types
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import Field, field, fields, make_dataclass
-from typing import Any, Literal, NoReturn, cast, get_args, get_origin
+from typing import Any, Literal, NoReturn, cast, get_args, get_origin, get_type_hints
 
 from trl import TrlParser
 
@@ -84,7 +84,7 @@ class Parser(RaisingParser, TrlParser):
                 group(**{each.name: getattr(values, each.name) for each in fields(form) if each.init})
                 for group, form in zip(self.groups, self.dataclass_types, strict=True)
             )
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, ImportError) as error:
             raise DeRaError(" ".join(str(error).split())) from error
 
     def _set_defaults_from(self, file: str, names: Sequence[str]) -> list[str]:
@@ -98,8 +98,32 @@ class Parser(RaisingParser, TrlParser):
         for name in lists & values.keys():
             if isinstance(values[name], (str, int, float)):
                 values[name] = [values[name]]  # as on the command line
-        self.set_defaults_with_config(**values)
+        self.set_defaults_with_config(**self._read_of_trl(values, f"config={file!r}"))
         return list(values)
+
+    def _read_of_trl(self, values: dict[str, Any], source: str) -> dict[str, Any]:
+        """
+        A file's values, those for TRL's settings read as if they stood on the command line: argparse takes defaults as
+        they are. This package's own settings read themselves.
+        """
+        hints = {name: hint for group in self.groups for name, hint in get_type_hints(group).items()}
+        own = {each.name for group in self.groups if issubclass(group, Settings) for each in fields(group)}
+        lists = {action.dest for action in self._actions if action.nargs == "+"}
+        read = dict(values)
+        for name, value in values.items():
+            kinds = {get_origin(kind) or kind for kind in alternatives(hints[name])}
+            if value is None or name in own or (name not in lists and type(value) in kinds & {dict, list}):
+                continue
+            items = value if isinstance(value, list) and name in lists else [value]
+            if any(isinstance(each, (dict, list)) for each in items):
+                wanted = "a value or a list of values" if name in lists else "a single value"
+                raise DeRaError(f"{source}: {name}={value!r} must be {wanted}.")
+            try:
+                found = [getattr(self.parse_known_args([f"--{name}={each}"])[0], name) for each in items]
+            except DeRaError as error:
+                raise DeRaError(f"{source}: {error}") from None
+            read[name] = [each for (each,) in found] if name in lists else found[0]
+        return read
 
 
 def argparse_form(settings: type[Settings]) -> type:

@@ -14,7 +14,7 @@ those of a single one.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -62,7 +62,8 @@ class PreferenceSettings(ProgramSettings):
     dataset_split: str = setting("train", "Split of the dataset.", metavar="SPLIT")
     prompt_column: str = setting(
         "prompt",
-        "Its column with the prompts: texts, or chats; of a chat that ends with an answer, what stands before it.",
+        "Its column with the prompts, texts or chats. One that is not called prompt may hold whole chats, of which the "
+        "prompt is what stands before the last answer.",
         metavar="COLUMN",
     )
     reward_columns: tuple[str, ...] = setting(
@@ -130,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from dera_peft.checkpoint.devices import device_map_of, join_processes
     from dera_peft.checkpoint.fingerprint import settings_fingerprint
-    from dera_peft.decoding.prompts import as_chat, column_names
+    from dera_peft.decoding.prompts import column_names
     from dera_peft.decoding.requests import Request
     from dera_peft.decoding.rows import RewardedRow, RowLog, expect_prompts
     from dera_peft.files import write_atomically
@@ -192,9 +193,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     _, finished = read_log()
     rows = [finished[request] for request in requests if request in finished]
-    if settings.chat:  # so that training renders what was rendered here
-        rows = [replace(row, prompt=as_chat(row.prompt)) for row in rows]
-    pairs, outcomes = make_pairs(rows, settings.pairs, settings.min_margin, settings.label_temperature, sampling.seed)
+    pairs, outcomes = make_pairs(
+        rows, settings.pairs, settings.min_margin, settings.label_temperature, sampling.seed, settings.chat
+    )
     outcomes[TOO_LONG] = len(prompts) - outcomes.total()
     outcomes[EMPTY] = empty
     Console().print(outcome_table(outcomes))
@@ -259,7 +260,7 @@ def sample(
     todo = [request for request in todo if request.index in tokens]
     if not todo:
         return
-    names = column_names(prompts)
+    names = column_names(prompts) if settings.prompts else settings.reward_columns
     model = sft_model.load_to_sample()
     with show_progress("sampling", there + len(todo), there) as advance:
         for completions in decode(model, tokenizer, tokens, todo, sampling, settings.batch_size):

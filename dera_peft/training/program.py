@@ -210,9 +210,12 @@ class OutputFolder:
     def _write(self, complete: bool) -> None:
         if not is_main_process():
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"complete": complete, **self.record, **self.given}, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(self.file, text)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.file, text)
+        except OSError as error:
+            raise DeRaError(f"output_dir={str(self.folder)!r} can't be written: {error.strerror}.") from error
 
     def log_reused(self) -> None:
         log(f"{self.folder} is complete: reusing it (--overwrite true makes it again)")

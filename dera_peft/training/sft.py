@@ -16,8 +16,8 @@ unfinished one.
 
 import logging
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -41,7 +41,7 @@ class SFTSettings(DataSettings):
     dataset_name: str | None = setting(
         None,
         "Texts to learn from: a hub id, a folder, a .jsonl/.csv/.parquet file, or path.py:function. Columns as in "
-        "TRL's SFTTrainer: text, prompt and completion (texts or chats), or messages.",
+        "TRL's SFTTrainer: text, prompt and completion (texts or chats), messages, or conversations.",
         metavar="DATA",
     )
     quantization: Quantization | None = setting_like(ModelSource, "quantization")
@@ -55,15 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         DeRaError: an argument is not known or can't be, or the training fails in a way that a user can mend.
     """
-    from trl import get_peft_config
-
     from dera_peft.training.adapters import check_tokens_train, merge_and_save, train_in_float32
     from dera_peft.training.data import dataset_fingerprint, read_splits
     from dera_peft.training.parser import Parser
     from dera_peft.training.record import adapter_record, quantization_of, training_record
-    from dera_peft.training.rows import check_columns, text_columns, text_fault, usable_rows
+    from dera_peft.training.rows import NUMBER, check_data, check_tokenizer, read_rows
     from dera_peft.training.sft_model import find_sft_model_to_train
-    from dera_peft.training.trainer import ModelConfig, SFTConfig, SFTTrainer, build, run, save
+    from dera_peft.training.sft_rows import LENGTH, SFTReader, columns_to_read
+    from dera_peft.training.trainer import ModelConfig, SFTConfig, SFTTrainer, build, lora_config, run, save
 
     parser = Parser("dera sft", __doc__, SFTSettings, SFTConfig, ModelConfig)
     settings, training_args, model_args = parser.read(arguments)
@@ -96,19 +95,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     training_args.model_init_kwargs = None
     model, tokenizer = base.load_to_train()
-    name, columns = settings.dataset_name, text_columns(rows, training_args.dataset_text_field)
-    check_columns(name, rows, columns, bool(tokenizer.chat_template or training_args.chat_template_path))
-    usable, count = usable_rows(name, rows, partial(text_fault, columns=columns))
-    count.check(settings.max_bad_rows)
-    count.cut = count_cut(usable, columns, tokenizer, training_args)
-    log(str(count))
+    name, columns = settings.dataset_name, columns_to_read(rows.column_names, training_args.dataset_text_field)
+    check_data(name, rows, columns)
+    reader = SFTReader(
+        columns,
+        with_template(tokenizer, training_args.chat_template_path),
+        training_args.eos_token or tokenizer.eos_token,
+    )
+    usable, count = read_rows(name, rows, reader, training_args.dataset_num_proc)
+    check_tokenizer(name, usable, reader.tokenizer, reader.end)
+    if is_cut(training_args):
+        for number, length in zip(usable[NUMBER], usable[LENGTH], strict=True):
+            if length > training_args.max_length:
+                count.add_cut(number)
+    count.tell()
     count.check(settings.max_bad_rows)
     if held_out is not None:
-        held_out, held_out_count = usable_rows(
-            f"{name}, to evaluate on", held_out, partial(text_fault, columns=columns)
+        held_out, held_out_count = read_rows(
+            f"{name}, to evaluate on", held_out, reader, training_args.dataset_num_proc
         )
+        held_out_count.tell()
         held_out_count.check(settings.max_bad_rows)
-        log(str(held_out_count))
 
     trainer = build(
         SFTTrainer,
@@ -117,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train_dataset=usable,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
+        peft_config=lora_config(model_args),
     )
     trained = cast("PreTrainedModel | PeftModel", trainer.model)
     check_tokens_train(trained)
@@ -186,35 +193,26 @@ def check_quantized(settings: SFTSettings, model_args, base: "SFTModel") -> None
         )
 
 
-def count_cut(rows, columns: tuple[str, ...], tokenizer, training_args) -> int:
-    """How many rows are longer than max_length, and lose what is beyond it."""
-    from trl import maybe_convert_to_chatml
-
+def is_cut(training_args) -> bool:
+    """Whether a row that is longer than max_length loses what is beyond it."""
     packed_whole = training_args.packing and training_args.packing_strategy in ("bfd_split", "wrapped")
-    if training_args.max_length is None or packed_whole or "input_ids" in rows.column_names:
-        return 0
-    template = chat_template(training_args.chat_template_path, tokenizer)
-
-    def length(row: dict) -> dict[str, int]:
-        if isinstance(row[columns[0]], str):
-            tokens = tokenizer("".join(row[column] for column in columns) + tokenizer.eos_token)["input_ids"]
-        else:
-            row = maybe_convert_to_chatml(row)  # "conversations" become "messages"
-            names = columns if columns[0] in row else ("messages",)
-            messages = [message for column in names for message in row[column]]
-            tokens = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=True, return_dict=True)[
-                "input_ids"
-            ]
-        return {"length": len(tokens)}
-
-    lengths = rows.map(length, remove_columns=rows.column_names, num_proc=training_args.dataset_num_proc)["length"]
-    return sum(found > training_args.max_length for found in lengths)
+    return training_args.max_length is not None and not packed_whole
 
 
-def chat_template(path: str | None, tokenizer) -> str | dict | None:
-    """The template that TRL will train with: a file's, that of another model's tokenizer, or the tokenizer's own."""
+def with_template(tokenizer: "PreTrainedTokenizerBase", path: str | None) -> "PreTrainedTokenizerBase":
+    """The tokenizer with the template that TRL will train with: a file's, that of another tokenizer, or its own."""
     if path is None:
-        return tokenizer.chat_template
+        return tokenizer
+    other = deepcopy(tokenizer)
+    other.chat_template = read_template(path)
+    return other
+
+
+def read_template(path: str) -> str | dict | None:
+    """
+    Raises:
+        DeRaError: `path` is neither a template's file nor a tokenizer.
+    """
     if Path(path).suffix in (".jinja", ".j2"):
         try:
             return Path(path).read_text(encoding="utf-8")

@@ -40,9 +40,20 @@ WATCHING_UNLESS_STOPPED_EARLY = ("eval_on_start", "eval_steps", "eval_strategy",
 
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
+
     Mixed = TrainingArguments
 else:
     Mixed = object  # its fields' defaults must not come before TRL's
+
+# What TRL and transformers raise for a setting that can't be, some of it not before the first step.
+OF_A_SETTING = (ImportError, KeyError, ValueError, ZeroDivisionError)
+
+
+def in_one_line(error: Exception) -> str:
+    """What an error of another library says."""
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(text).split())
 
 
 @dataclass
@@ -62,6 +73,9 @@ class RunArguments(Mixed):
     )
 
     def __post_init__(self):
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise DeRaError(f"{name}={getattr(self, name)} must be at least 1.")
         # without this accelerate runs torchrun's processes on the CPU each for itself
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
@@ -219,8 +233,8 @@ def build(trainer_class: type[GuardedTrainer], **kwargs) -> GuardedTrainer:
         )
     try:
         trainer = trainer_class(**kwargs)
-    except (ValueError, RuntimeError) as error:
-        raise DeRaError(str(error)) from error
+    except (RuntimeError, *OF_A_SETTING) as error:
+        raise DeRaError(in_one_line(error)) from error
     check_tokens(trainer)
     trainer.add_callback(Watch(trainer, args.stop_at_loss))
     if not trainer.is_sharded:  # there a process has a part of the gradients at most, and not in the parameters
@@ -228,6 +242,19 @@ def build(trainer_class: type[GuardedTrainer], **kwargs) -> GuardedTrainer:
     if args.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     return trainer
+
+
+def lora_config(model_args: trl.ModelConfig) -> "PeftConfig | None":
+    """
+    The adapter that TRL's settings ask for, if they do.
+
+    Raises:
+        DeRaError: PEFT refuses one of them.
+    """
+    try:
+        return trl.get_peft_config(model_args)
+    except OF_A_SETTING as error:
+        raise DeRaError(in_one_line(error)) from error
 
 
 def run(trainer: GuardedTrainer) -> dict[str, float]:
@@ -239,7 +266,8 @@ def run(trainer: GuardedTrainer) -> dict[str, float]:
         steps, in whichever runs they were made.
 
     Raises:
-        DeRaError: the loss is not finite or diverges, a LoRA factor gets no gradient, or a checkpoint can't be saved.
+        DeRaError: the loss is not finite or diverges, a LoRA factor gets no gradient, a checkpoint can't be saved, or
+            TRL or transformers refuse a setting when they come to use it.
     """
     processes = trainer.args.world_size
     per_step = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps * processes
@@ -252,7 +280,12 @@ def run(trainer: GuardedTrainer) -> dict[str, float]:
         trainer.take(checkpoint)  # a sharded model's weights are loaded by `train` alone
         return final_metrics(trainer.state.log_history)
     begun = time.perf_counter()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except DeRaError:
+        raise
+    except OF_A_SETTING as error:
+        raise DeRaError(f"training stopped at step {trainer.state.global_step + 1}: {in_one_line(error)}") from error
     seconds = time.perf_counter() - begun
     metrics = final_metrics(trainer.state.log_history)
     memory = peak_memory(trainer.args.device)

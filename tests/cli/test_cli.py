@@ -331,6 +331,27 @@ def test_end_tokens_and_chats_are_scored_as_asked(dera, model, tmp_path):
     assert (found[2]["log_p"], found[2]["per_token"], found[2]["perplexity"]) == (0.0, None, None)
 
 
+def test_completions_are_scored_behind_the_prompt_as_it_was_rendered(dera, model, tmp_path):
+    """With its system column; the same under the columns of a row of results. Another one is of other rows."""
+    file, output = tmp_path / "completions.jsonl", tmp_path / "scores.jsonl"
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Rain?"}]
+    given = [
+        {"prompt": chat}, {"prompt": "Rain?", "system": "Be kind."},
+        {"prompt": "Rain?", "columns": {"system": "Be kind."}}, {"prompt": "Rain?"},
+    ]  # fmt: skip
+    file.write_text("".join(json.dumps({**row, "completion": "yes"}) + "\n" for row in given))
+    arguments = ["score", *model, "--completions", file, "--chat", "--json", "--output", output]
+    code, out, err = dera(*arguments)
+    assert code == 0, err
+    first, *others, without = [row["log_p"] for row in sorted(rows(out), key=lambda row: row["prompt_index"])]
+    assert others == pytest.approx([first] * 2, abs=1e-5)
+    assert without != pytest.approx(first, abs=1e-3)
+    file.write_text(file.read_text().replace('"system": "Be kind."', '"system": "Be rude."'))
+    code, _, err = dera(*arguments)
+    assert code == 2
+    assert "other columns: 'system' was " in err
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

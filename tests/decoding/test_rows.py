@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import datetime
 
 import pytest
 import torch
@@ -32,6 +33,16 @@ ROW = GeneratedRow("run1", 0, "a", {}, 0.5, 0, "b", 3, "eos", [5, 6, 2], 2)
 
 def open_log(file, run="run1", prompts=("a",)) -> RowLog[GeneratedRow]:
     return RowLog(file, GeneratedRow, run, expected=expect_prompts(from_texts(prompts)))
+
+
+def test_a_column_of_dates_is_written_and_found_again(tmp_path):
+    prompts = [Prompt(0, "a", "p", columns={"made": datetime(2024, 1, 2)})]
+    for _ in range(2):
+        log = RowLog(tmp_path / "out.jsonl", GeneratedRow, "run1", expected=expect_prompts(prompts))
+        log.append([replace(ROW, columns=prompts[0].columns)])
+    assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["columns"] == {
+        "made": "2024-01-02 00:00:00"
+    }
 
 
 def test_rows_are_found_again_and_a_torn_line_is_dropped(tmp_path):

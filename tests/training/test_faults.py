@@ -179,6 +179,24 @@ def test_no_room_for_a_checkpoint(settings, uninterrupted, tmp_path, monkeypatch
     assert metrics(tmp_path / "dpo")["loss"] == pytest.approx(metrics(uninterrupted)["loss"], abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"f_divergence_type": "foo"}, "training stopped at step 1: Unknown f_divergence_type: foo"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 must be at least 1"),
+        ({"lora_task_type": "FOO"}, "Invalid task type: 'FOO'"),
+        ({"model_init_kwargs": '{"foo": 1}'}, "can't be loaded: .*unexpected keyword argument 'foo'"),
+        ({"max_length": 0}, "have a prompt that fills max_length .*No row is left to train on"),
+        ({"dataset_num_proc": -1}, "dataset_num_proc=-1 must not be negative"),
+    ],
+)
+def test_a_setting_that_a_library_refuses_is_one_message(changes, message, settings, tmp_path):
+    """At once, or where it comes to use it."""
+    with pytest.raises(DeRaError, match=message) as caught:
+        train("dpo", tmp_path / "dpo", **{**settings, **changes})
+    assert "\n" not in str(caught.value)
+
+
 def test_rows_that_cannot_be_used_are_counted_and_left_out(settings, preferences, tmp_path, capfd):
     good = [json.loads(line) for line in preferences.read_text().splitlines()][:12]
     bad = [

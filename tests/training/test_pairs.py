@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -96,6 +97,20 @@ def test_pairs_of_a_chat_are_messages():
     assert pair["prompt"] == chat
     assert pair["chosen"] == [{"role": "assistant", "content": "b"}]
     assert pair["rejected"] == [{"role": "assistant", "content": "a"}]
+
+
+def test_a_pair_has_what_its_prompt_was_rendered_with():
+    """A text as the user message that it was; system, tools and arguments of the template."""
+    columns = {"system": "Be kind.", "tools": [{"name": "f"}], "chat_template_kwargs": {"mood": "gay"}, "other": 1}
+    group = [replace(row, columns=columns) for row in rows(0, ("a", 1.0), ("b", 2.0), prompt="hi")]
+    (pair,), _ = make_pairs(group, BEST_WORST, 0.0, chat=True)
+    assert pair == {
+        "prompt": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}],
+        "chosen": [{"role": "assistant", "content": "b"}], "rejected": [{"role": "assistant", "content": "a"}],
+        "chosen_reward": 2.0, "rejected_reward": 1.0, "tools": [{"name": "f"}], "chat_template_kwargs": {"mood": "gay"},
+    }  # fmt: skip
+    (pair,), _ = make_pairs(group, BEST_WORST, 0.0)
+    assert (pair["prompt"], pair["chosen"]) == ("Be kind.\n\nhi", "b")
 
 
 def test_the_table_counts_every_prompt():

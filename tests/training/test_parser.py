@@ -35,6 +35,15 @@ def test_the_command_line_comes_before_the_file_and_that_before_the_default(tmp_
     assert settings == DPOSettings()
 
 
+def test_values_of_a_file_are_read_as_on_the_command_line(tmp_path):
+    file = tmp_path / "dpo.yaml"
+    file.write_text("learning_rate: '1e-3'\nloss_weights: [1, 2]\nloss_type: [sigmoid, sft]\nreport_to: [none]\n"
+                    "run_name: 5\nmodel_init_kwargs: {a: 1}\nbf16: no\nmax_length: null\n")  # fmt: skip
+    _, training, _ = read_dpo("--config", str(file))
+    assert (training.learning_rate, training.loss_weights, training.run_name) == (1e-3, [1.0, 2.0], "5")
+    assert (training.loss_type, training.model_init_kwargs, training.max_length) == (["sigmoid", "sft"], {"a": 1}, None)
+
+
 def test_what_was_given_is_known_apart_from_defaults(tmp_path):
     file = tmp_path / "dpo.yaml"
     file.write_text("beta: 0.3\nmax-length: null\nlora-target-modules: all-linear\nenv: {DERA_TEST: 1}\n")
@@ -97,6 +106,14 @@ def test_what_is_no_option(arguments, message):
         ("- beta", "must hold keys with values"),
         ("sft_adapter: 3", "sft_adapter=3 must be a text"),
         ("quantization: nf5", "quantization='nf5' is not known; choose one of nf4, fp4, int8"),
+        ("max_steps: [3]", "dpo.yaml': max_steps=[3] must be a single value"),
+        ("beta: {a: 1}", "dpo.yaml': beta={'a': 1} must be a single value"),
+        ("lora_target_modules: [[a]]", "dpo.yaml': lora_target_modules=[['a']] must be a value or a list of values"),
+        ("seed: 1.5", "dpo.yaml': argument --seed: invalid int value: '1.5'"),
+        ("eval_strategy: no", "invalid choice: 'False' (choose from 'no', 'steps', 'epoch')"),
+        ("gradient_checkpointing_kwargs: [a]", "gradient_checkpointing_kwargs=['a'] must be a single value"),
+        ("seed: 2024-13-45", "is not valid YAML: month must be in 1..12"),
+        ("? [a]\n: b", "is not valid YAML"),
     ],
 )
 def test_what_is_no_file_of_settings(text, message, tmp_path):

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dera_peft import DeRaError, progress
 from dera_peft.checkpoint import devices
 from dera_peft.training import preferences
+from dera_peft.training.preference_rows import PreferenceReader
 from dera_peft.training.sft_model import SFTModel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -266,6 +267,35 @@ def test_a_text_that_was_rendered_as_a_chat_is_trained_on_as_one(files, base):
     assert rows
     assert all([message["role"] for message in row["prompt"]] == ["user"] for row in rows)
     assert all([message["role"] for message in row["rejected"]] == ["assistant"] for row in rows)
+
+
+def test_dpo_trains_with_the_prompt_tokens_that_were_sampled_from(files, base):
+    """Of a text that became a chat, with its system column, tools and arguments, and of an answer that is begun."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = (
+        "{{ tools | length if tools else '' }}{{ mood }}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}me:{% endif %}"
+    )
+    chatty = files / "chatty"
+    chatty.mkdir()
+    for file in base.iterdir():
+        (chatty / file.name).write_bytes(file.read_bytes())
+    tokenizer.save_pretrained(chatty)
+    begun = [{"role": "user", "content": "A fox"}, {"role": "assistant", "content": "It crossed"}]
+    rows = [
+        {"prompt": "Rain fell", "system": "Be kind.", "tools": None, "chat_template_kwargs": {"mood": "gay "}},
+        {"prompt": begun, "system": None, "tools": [{"name": "f"}], "chat_template_kwargs": None},
+    ]
+    texts = ["gay system: Be kind.\nuser: Rain fell\nme:", "1user: A fox\nassistant: It crossed"]
+    (files / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for source in ("--prompts", "--dataset_name"):
+        pairs = make(
+            files, chatty, f"out{source}", "--chat", "true", "--samples", "8", data=[source, str(files / "chats.jsonl")]
+        )
+        columns = list(dict.fromkeys(name for pair in pairs for name in pair))
+        read_pair = PreferenceReader(columns, tokenizer)
+        made = [read_pair({**dict.fromkeys(columns), **pair}).columns for pair in pairs]
+        assert [tokenizer.decode(row["decoding_prompt_ids"]) for row in made] == texts
 
 
 def test_a_quantized_base_samples_other_texts(files, base):
