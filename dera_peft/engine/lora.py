@@ -227,16 +227,17 @@ def _lora_forward(adapted: Adapted, layer: LoraLayer, routing: Routing) -> Calla
     def forward_beside(x: torch.Tensor, side: torch.cuda.Stream, *args, **kwargs) -> torch.Tensor:
         """The same, with the small products with A on a second stream: they take no time beside the base's product."""
         plan, main = routing.plan, torch.cuda.current_stream()
+        parts = [
+            (shares[adapter], routing.rows(name, x, run))
+            for adapter, runs in plan.adapter_rows.items()
+            if adapter in shares
+            for run in runs
+        ]
+        if not parts:  # a wait has its price too
+            return base_layer(x, *args, **kwargs)
         side.wait_stream(main)
-        lowered = []
         with torch.cuda.stream(side):
-            for adapter, runs in plan.adapter_rows.items():
-                share = shares.get(adapter)
-                if share is None:
-                    continue
-                for run in runs:
-                    rows = routing.rows(name, x, run)
-                    lowered.append((share, rows, share.lower(x[rows], plan)))
+            lowered = [(share, rows, share.lower(x[rows], plan)) for share, rows in parts]
         y = base_layer(x, *args, **kwargs)
         main.wait_stream(side)
         for share, rows, low in lowered:

@@ -32,7 +32,10 @@ def test_base(base, device):
     model = DeRaModel.from_peft(adapt(make_base(base), target_modules=base.targets))
     recorder = watch(model, device)
     assert_bit_equal(model, **padded(device), lam=LAM)
-    assert (recorder.recordings, recorder.replays) == (1, 9)
+    if base.model_type == "falcon" and device.type == "cuda":
+        assert recorder.recordings == 0  # its heads are picked by a list, which each step copies to the device
+    else:
+        assert (recorder.recordings, recorder.replays) == (1, 9)
 
 
 @pytest.mark.parametrize(

@@ -47,9 +47,10 @@ def batch(device):
 @pytest.mark.parametrize("upper", [False, True], ids=["all layers", "upper half"])
 @pytest.mark.parametrize("base", BASES, ids=lambda base: f"{base.model_type} {base.note}".strip())
 def test_base(base, upper, batch, device):
-    reference = make_base(base).to(device)
+    reference = make_base(base)
     layers = {"layers_to_transform": [2, 3]} if upper else {}
-    peft_model = adapt(copy.deepcopy(reference), target_modules=base.targets, **layers)
+    peft_model = adapt(copy.deepcopy(reference), target_modules=base.targets, **layers).to(device)
+    reference.to(device)
     aligned = copy.deepcopy(peft_model).merge_and_unload().eval()
     inputs = dict(batch)
     if "position_ids" in inspect.signature(type(reference).forward).parameters:
@@ -65,8 +66,12 @@ def test_base(base, upper, batch, device):
     assert (z_ref.argmax(-1) != z_aligned.argmax(-1))[real].sum() >= 4, "the branches must write other texts"
     expected = (1 - weight) * z_ref + weight * z_aligned
     torch.testing.assert_close(model(**inputs, lam=LAM).logits[real], expected[real], atol=2e-4, rtol=1e-5)
-    torch.testing.assert_close(z_off, z_ref, atol=1e-5, rtol=1e-5)
-    assert torch.equal(model(**inputs, lam=0).logits, z_off)
+    if device.type == "cpu":
+        torch.testing.assert_close(z_off, z_ref, atol=1e-5, rtol=1e-5)
+        assert torch.equal(model(**inputs, lam=0).logits, z_off)
+    else:  # two calls of jamba's experts and states on a GPU differ in their last bits
+        torch.testing.assert_close(z_off, z_ref, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(model(**inputs, lam=0).logits, z_off, atol=1e-4, rtol=1e-5)
 
     mixture = TwoModels(reference, aligned, weight.repeat_interleave(4, dim=0))
     by_two = mixture.generate(**batch, **NEW, num_beams=4, use_cache=False)
