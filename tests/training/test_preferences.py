@@ -290,8 +290,9 @@ def test_dpo_trains_with_the_prompt_tokens_that_were_sampled_from(files, base):
     (files / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for source in ("--prompts", "--dataset_name"):
         pairs = make(
-            files, chatty, f"out{source}", "--chat", "true", "--samples", "8", data=[source, str(files / "chats.jsonl")]
-        )
+            files, chatty, f"out{source}", "--chat", "true", "--samples", "8",
+            data=[source, str(files / "chats.jsonl")], reward="of_chats",
+        )  # fmt: skip
         columns = list(dict.fromkeys(name for pair in pairs for name in pair))
         read_pair = PreferenceReader(columns, tokenizer)
         made = [read_pair({**dict.fromkeys(columns), **pair}).columns for pair in pairs]
