@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 RECIPE = ROOT / "configs" / "llama-3.1-8b-qlora" / "dpo.yaml"
 COMPUTED = 9.5 * 1e9  # bytes, as the recipe computes them
-STEPS = ("tests", "demo", "qlora", "bench")
+TOGETHER = ("tests", "demo", "qlora")  # no times are taken of these: they share the GPU
+ALONE = ("bench", "generate", "sweep")
+STEPS = (*TOGETHER, *ALONE)
 BATCHES = (1, 8, 32)
 BASE, TWICE, DERA, REFERENCE, TWO = "base, B rows", "base, 2B rows", "DeRa λ=0.5", "DeRa λ=0", "two models, two passes"
 
@@ -98,6 +100,19 @@ class Checker:
             found |= json.loads(out.splitlines()[-1]) | {"computed_bytes": COMPUTED}
         return found
 
+    def generate(self) -> dict:
+        """Milliseconds a token of `generate` itself, with all that the host does for a token, eager and captured."""
+        found, out = self.command("generate", __file__, "--generate")
+        return found | ({"rows": json.loads(out.splitlines()[-1])} if found["passed"] else {})
+
+    def sweep(self) -> dict:
+        """A sweep against separate calls of `generate`."""
+        found, out = self.command(
+            "sweep", "-m", "dera_peft.cli", "bench", "sweep", "--shape", "llama-1b", "--dtype", "bfloat16",
+            "--prompts", 16, "--samples", 4, "--new", 64, "--batch", 64, "--json",
+        )  # fmt: skip
+        return found | (json.loads(out) if found["passed"] else {})
+
     def bench(self) -> dict:
         found = {}
         for dtype, quantization in (("bf16", ()), ("nf4", ("--quantization", "nf4"))):
@@ -105,6 +120,8 @@ class Checker:
                 ("captured", (BASE, TWICE, DERA, REFERENCE, "DeRa λ=1", TWO), 3),
                 ("dynamic", (BASE, DERA, "PEFT, mixed batch"), 1),
             ):
+                if quantization and engine == "dynamic":
+                    continue  # a quantized shape takes most of a minute to make
                 only = [part for name in names for part in ("--only", name)]
                 status, out = self.command(
                     f"bench {dtype} {engine}", "-m", "dera_peft.cli", "bench", "--shape", "llama-8b", "--dtype",
@@ -180,6 +197,35 @@ def make_llama(folder: Path, shape: str = "llama-8b", device: str = "cuda") -> N
         (folder / "pairs" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def time_generate() -> None:
+    """Prints, as a line of JSON, the milliseconds a token of greedy decoding of a Llama-8B in bf16."""
+    import torch
+
+    from dera_peft.bench.config import BenchedModel
+    from dera_peft.bench.contenders import make_dera
+
+    model = make_dera(BenchedModel(shape="llama-8b", dtype="bfloat16").build(1024))
+
+    def seconds(ids: torch.Tensor, lam: float, new: int, capture: bool) -> float:
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+        model.generate(ids, attention_mask=torch.ones_like(ids), lam=lam, capture=capture, **options)
+        torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    rows = []
+    for batch in (1, 8):
+        ids = torch.randint(3, 30_000, (batch, 64), device="cuda")
+        for lam, capture in ((lam, capture) for lam in (0.5, 0.0, 1.0) for capture in (False, True)):
+            first = seconds(ids, lam, 72, capture)  # with the recording
+            seconds(ids, lam, 8, capture)
+            # both of the same prefill
+            step = (seconds(ids, lam, 72, capture) - seconds(ids, lam, 8, capture)) / 64
+            rows.append({"batch": batch, "lambda": lam, "capture": capture, "step_ms": step * 1e3, "first_s": first})
+    print(json.dumps(rows))
+
+
 def run_dpo(arguments: list[str]) -> None:
     """`dera dpo`, then its peak memory as a line of JSON."""
     import torch
@@ -194,6 +240,9 @@ def run_dpo(arguments: list[str]) -> None:
 def main() -> int:
     if sys.argv[1:2] == ["--make-llama"]:
         make_llama(Path(sys.argv[2]))
+        return 0
+    if sys.argv[1:2] == ["--generate"]:
+        time_generate()
         return 0
     if sys.argv[1:2] == ["--dpo"]:
         run_dpo(sys.argv[2:])
@@ -223,12 +272,12 @@ def main() -> int:
             found[name] = result
             figures.write_text(json.dumps(found, indent=1, ensure_ascii=False))
 
-        with ThreadPoolExecutor() as pool:  # no times are taken of these: they share the GPU
-            together = {name: pool.submit(getattr(checker, name)) for name in steps if name != "bench"}
+        with ThreadPoolExecutor() as pool:
+            together = {name: pool.submit(getattr(checker, name)) for name in TOGETHER if name in steps}
             for name, result in together.items():
                 keep(name, result.result())
-        if "bench" in steps:
-            keep("bench", checker.bench())
+        for name in (name for name in ALONE if name in steps):
+            keep(name, getattr(checker, name)())
     facts = found["environment"]
     print(f"\n{facts['device']}, {facts['date']}; " + ", ".join(f"{k} {v}" for k, v in facts["versions"].items()))
     for what, aim, measured in aims(found):
