@@ -15,7 +15,7 @@ from dera_peft.decoding.noise import logits_processor, row_key
 from dera_peft.decoding.requests import Completion, Request
 from dera_peft.decoding.room import Room
 from dera_peft.decoding.sampling import Sampling
-from dera_peft.engine.generation import PLAIN_GENERATION
+from dera_peft.engine.generation import PLAIN_GENERATION, plain_generation
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.names import WEIGHTS
 from dera_peft.engine.padding import check_have_rows, pad, padding_id
@@ -24,6 +24,7 @@ from dera_peft.errors import DeRaError
 from dera_peft.messages import warn_once
 
 GROUP_BATCHES = 8  # of a group: one of them may be short
+OWN_OPTIONS = {"do_sample", "temperature", "top_k", "top_p", "min_p"}  # of a command; most bases' configs hold others
 BOTH_BRANCHES = 0.5  # a λ that needs both
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def decode(
         {token for index in used for token in prompts[index]},
         lambda token: cast("str", tokenizer.decode([token], skip_special_tokens=False)),
     )
-    _say_what_is_left_aside(model)
+    _check_generation_config(model)
     room = Room.of(model)
     batch_size, batch_tokens = batch_size or room.sequences, batch_tokens or room.cached
     filler = padding_id(model, tokenizer.pad_token_id)
@@ -116,10 +117,18 @@ def decode(
         yield completions
 
 
-def _say_what_is_left_aside(model: PreTrainedModel) -> None:
+def _check_generation_config(model: PreTrainedModel) -> None:
+    """Says what of it is left aside, or why it can't be read."""
     config = model.generation_config
-    found = {name: (getattr(config, name, None), plain) for name, plain in PLAIN_GENERATION.items()}
-    if own := [f"{name}={value!r}" for name, (value, plain) in found.items() if value not in (None, plain)]:
+    try:
+        config.validate()
+    except ValueError as error:  # which transformers' generate would not take, whatever it is given beside
+        raise DeRaError(f"the base's generation config (generation_config.json) is not valid: {error}") from None
+    values = {n: getattr(config, n, None) for n in PLAIN_GENERATION if n not in OWN_OPTIONS}
+    # False, 0 and None are the same "off"
+    if own := [
+        f"{n}={v!r}" for n, v in values.items() if v is not None and (v or None) != (PLAIN_GENERATION[n] or None)
+    ]:
         warn_once(
             logger,
             f"the base's generation config sets {', '.join(own)}: left aside, since tokens are drawn by the options of "
@@ -238,17 +247,14 @@ def _decode_batch(
         input_ids.to(model.device),
         attention_mask=attention_mask.to(model.device),
         **inputs,
-        do_sample=False,  # the noise in the logits makes the argmax a sample
-        num_beams=1,
+        # greedy: the noise in the logits makes the argmax a sample
         logits_processor=logits_processor(
             sampling,
             [row_key(sampling.seed, request.index, request.sample) for request in batch],
             length,
             padding,
         ),
-        **PLAIN_GENERATION,
-        max_new_tokens=sampling.max_new_tokens,
-        pad_token_id=filler,
+        **plain_generation(max_new_tokens=sampling.max_new_tokens, pad_token_id=filler),
         streamer=streamer,
     )
     completions = []

@@ -190,6 +190,10 @@ class BatchPlan:
             return self
         return BatchPlan(self.branches, self.lam.repeat_interleave(repeats, dim=0), self.device, self.every_branch)
 
+    def rows_at(self, is_forked: bool) -> int:
+        """The number of rows behind the fork, or before it."""
+        return self.num_rows if is_forked else self.batch_size
+
     def fork(self, tensor: torch.Tensor) -> torch.Tensor:
         """`[B, ...]` to the rows of the branches, `[R, ...]`."""
         return tensor if self.is_identity else tensor.index_select(0, self.source.to(tensor.device))

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from dera_peft.engine.capture import CapturedCache
-from dera_peft.engine.generation import PLAIN_GENERATION
+from dera_peft.engine.generation import plain_generation
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.padding import pad
 from dera_peft.engine.plan import BatchPlan
@@ -50,13 +50,8 @@ class Prefill:
         self.cache = model.generate(
             input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
-            **PLAIN_GENERATION,
-            max_new_tokens=1,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=pad_token_id,
             **({} if plan is None else {"lam": plan, "capture": False}),
-            return_dict_in_generate=True,
+            **plain_generation(max_new_tokens=1, pad_token_id=pad_token_id, return_dict_in_generate=True),
         ).past_key_values
 
     def select(
