@@ -16,10 +16,10 @@ from dera_peft.errors import DeRaError
 
 # Their outer forward counts rows between the layers (mpt's position bias has no batch dimension, gpt_bigcode restores
 # the input's shape, the Qwen3-VL family adds image features to some rows' tokens), or hands what one layer made of its
-# rows to the next beside them (zaya's router, the indexers of sparse attention); so their rows can only fork at the
-# input.
+# rows to the next beside them (zaya's router, the indexers of sparse attention), or the rows are not a layer's first
+# dimension (Gemma 3n); so they can only fork at the input.
 FORKS_AT_INPUT = (
-    "gpt_bigcode", "mpt", "zaya", "glm_moe_dsa", "hy_v4", "mistral_large4",
+    "gpt_bigcode", "mpt", "zaya", "gemma3n", "gemma3n_text", "glm_moe_dsa", "hy_v4", "mistral_large4",
     "qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe_thinker", "granite4_vision",
 )  # fmt: skip
 GRIDS = ("image_grid_thw", "video_grid_thw")

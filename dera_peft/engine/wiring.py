@@ -1,6 +1,6 @@
 """The surgery on a base's modules: adapted modules that follow a plan, and the hooks of the fork and the join."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,10 +8,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import KVSharingDict
 
+from dera_peft.engine.experts import block_forward, find_blocks
 from dera_peft.engine.fork import find_fork_layer, find_layers, fork_inputs, has_text_part, is_head_linear
-from dera_peft.engine.lora import Routing, branch_forward, check_one_replaces, check_scales, find_adapted
+from dera_peft.engine.lora import branch_forward, check_one_replaces, check_scales, find_adapted
 from dera_peft.engine.names import WEIGHTS
 from dera_peft.engine.plan import Branch
+from dera_peft.engine.routing import Routing
 from dera_peft.errors import DeRaError
 
 
@@ -47,11 +49,12 @@ class Wiring:
         self.forks_at_input = found is None or (found == 0 and not has_text_part(base))
         self.joins_before_head = self.can_join_before_head = is_head_linear(base, self.adapted)
         self._num_heads = getattr(base.config.get_text_config(decoder=True), "num_attention_heads", 1)
-        self._replaced = {}
+        self._replaced: list[tuple[nn.Module, Callable | None]] = []
         for module in self.adapted:
-            if "forward" in vars(module.module):  # another library's hook
-                self._replaced[module.name] = module.module.forward
-            module.module.forward = branch_forward(module, self.routing)
+            self._replace(module.module, branch_forward(module, self.routing))
+        for name, adapters in find_blocks((m.name, m.adapters) for m in self.adapted).items():
+            block = base.get_submodule(name)
+            self._replace(block, block_forward(name, block, adapters, self.routing))
         self._handles = []
         if not self.forks_at_input:
             layers = find_layers(base)
@@ -70,10 +73,14 @@ class Wiring:
         del self.base.is_in_dera
         for handle in self._handles:
             handle.remove()
-        for module in self.adapted:
-            del module.module.forward
-            if module.name in self._replaced:
-                module.module.forward = self._replaced[module.name]
+        for module, before in reversed(self._replaced):
+            del module.forward
+            if before is not None:
+                module.forward = before
+
+    def _replace(self, module: nn.Module, forward: Callable) -> None:
+        self._replaced.append((module, vars(module).get("forward")))  # another library's hook, or none
+        module.forward = forward
 
     def find_other_hook(self) -> str | None:
         """A module of the base with a hook on its forward that is not one of these, by name."""
