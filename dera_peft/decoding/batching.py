@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -16,6 +16,7 @@ from dera_peft.decoding.requests import Completion, Request
 from dera_peft.decoding.room import Room
 from dera_peft.decoding.sampling import Sampling
 from dera_peft.engine.generation import PLAIN_GENERATION, plain_generation
+from dera_peft.engine.lengths import find_rope_switch, forget_lengths
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.names import WEIGHTS
 from dera_peft.engine.padding import check_have_rows, pad, padding_id
@@ -140,7 +141,8 @@ class _Queue:
     """
     The requests that wait, and which of them are decoded at once.
 
-    They are taken in groups. A group's prompts are computed once for all of its requests; or it has none to keep.
+    They are taken in groups, each of one kind of lengths. A group's prompts are computed once for all of its requests;
+    or it has none to keep.
     What is shared is a prefix: a prompt, and where weights are mixed a λ too, for then keys and values depend on it.
 
     Attributes:
@@ -155,6 +157,7 @@ class _Queue:
         self.counts = Counter(map(self.prefix, requests)) if can_be_shared(model) else Counter()
         self.group: list[Request] = []
         self.kept: dict[tuple, int] = {}
+        self.rope_switch = find_rope_switch(model.config)
         # those whose prompt is shared stand together, before the others
         self.waiting = sorted(
             requests,
@@ -170,6 +173,13 @@ class _Queue:
     def prefix(self, request: Request) -> tuple:
         return (request.index, request.lam) if self.mixes_weights else (request.index,)
 
+    def kind(self, request: Request) -> Hashable:
+        """Of its lengths: another kind's positions would change its own in one batch."""
+        if self.rope_switch is None:
+            return None
+        length = self.length(request)  # the last new token is never read
+        return self.rope_switch.kind(length, length + self.new_tokens - 1)
+
     def can_be_kept(self, request: Request) -> bool:
         """Whether its prompt is worth keeping, and leaves room for decoding."""
         return self.counts[self.prefix(request)] > 1 and 1 < self.length(request) <= self.batch_tokens // 4
@@ -177,9 +187,9 @@ class _Queue:
     def open_group(self) -> None:
         """As many prompts as leave few batches short, but in no more than a quarter of the tokens."""
         self.kept, self.kept_length = {}, self.length(self.waiting[0])
-        is_kept = self.can_be_kept(self.waiting[0])
+        is_kept, kind = self.can_be_kept(self.waiting[0]), self.kind(self.waiting[0])
         for request in self.waiting:
-            if self.can_be_kept(request) != is_kept:
+            if self.can_be_kept(request) != is_kept or self.kind(request) != kind:
                 break
             if is_kept and self.prefix(request) not in self.kept:
                 is_full = len(self.kept) == self.batch_tokens // 4 // self.kept_length
@@ -243,6 +253,7 @@ def _decode_batch(
     if prefill is not None:
         assert places is not None  # they come with it
         inputs["past_key_values"] = prefill.select(places, length, inputs.get("lam"), sampling.max_new_tokens)
+    forget_lengths(model)
     sequences = model.generate(
         input_ids.to(model.device),
         attention_mask=attention_mask.to(model.device),

@@ -8,6 +8,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from dera_peft.engine.capture import CapturedCache
 from dera_peft.engine.generation import plain_generation
+from dera_peft.engine.lengths import forget_lengths
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.padding import pad
 from dera_peft.engine.plan import BatchPlan
@@ -46,6 +47,7 @@ class Prefill:
         self.model, self.plan = model, plan
         input_ids, attention_mask = pad(prompts, pad_token_id, left=True)
         self.length = input_ids.shape[1]
+        forget_lengths(model)
         # one token is generated and thrown away: so the base prepares positions and masks as it does for decoding
         self.cache = model.generate(
             input_ids.to(model.device),
