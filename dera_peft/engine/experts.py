@@ -30,15 +30,14 @@ def wrappers(outer: ParamWrapper) -> Iterator[ParamWrapper]:
 def check_parameters(name: str, outer: ParamWrapper) -> None:
     """
     Raises:
-        DeRaError: a parameter that is adapted is quantized or offloaded: a delta can't be added to it.
+        DeRaError: a parameter that is adapted is quantized: a delta can't be added to it.
     """
     for wrapper in wrappers(outer):
-        weight = wrapper.get_param()
-        if weight.is_meta or weight.dtype not in FULL_PRECISION:
-            kind = "offloaded" if weight.is_meta else f"in {str(weight.dtype).removeprefix('torch.')}"
+        dtype = wrapper.get_param().dtype
+        if dtype not in FULL_PRECISION:
             raise DeRaError(
-                f"{name}: the adapter is on its parameter {wrapper.parameter_name!r}, which is {kind}; load the base "
-                "without quantization and offloading."
+                f"{name}: the adapter is on its parameter {wrapper.parameter_name!r}, which is in "
+                f"{str(dtype).removeprefix('torch.')}; load the base without quantization."
             )
 
 
@@ -66,9 +65,15 @@ def parameter_forward(name: str, outer: ParamWrapper, adapters: frozenset[str], 
         def run(rows: slice, part: BatchPlan) -> Any:
             weights = {}
             for wrapper in wrappers(outer):
+                weight = wrapper.get_param()
+                if weight.is_meta:
+                    raise DeRaError(
+                        f"{name}: the adapter is on its parameter {wrapper.parameter_name!r}, which is offloaded; load "
+                        "the base onto one device."
+                    )
                 deltas = [wrapper.get_delta_weight(a) for a in part.adapter_rows if a in wrapper.lora_A]
                 if deltas:
-                    weights[wrapper.parameter_name] = sum(deltas, wrapper.get_param())
+                    weights[wrapper.parameter_name] = sum(deltas, weight)
             of_rows = [_rows(value, x, rows) for value in (x, *args)]
             return functional_call(inner, weights, tuple(of_rows), {k: _rows(v, x, rows) for k, v in kwargs.items()})
 
