@@ -85,8 +85,9 @@ class MixtureGenerationMixin(GenerationMixin):
                 steps are computed as ever.
 
         Raises:
-            DeRaError: λ does not fit; the base has no row for a token; or what is asked for makes forward passes of its own that know no λ
-                (`guidance_scale`, drafts by another model or by some of the layers, continuous batching).
+            DeRaError: λ does not fit; the base has no row for a token; or what is asked for makes forward passes of its
+                own that know no λ (`guidance_scale`, drafts by another model or by some of the layers, continuous
+                batching).
         """
         self._check_wrapped()
         given = kwargs.get("input_ids") if inputs is None else inputs

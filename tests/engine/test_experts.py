@@ -28,8 +28,10 @@ def settings_of(name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", EXPERT_KINDS, ids=lambda kind: kind.name)
-def test_parity(kind):
+def test_parity(kind, tmp_path):
+    base_of(kind.base).save_pretrained(tmp_path / "base")
     peft_model = adapt(base_of(kind.base), **kind.settings)
+    peft_model.save_pretrained(tmp_path / "adapter")
     reference, aligned = base_of(kind.base), copy.deepcopy(peft_model).merge_and_unload().eval()
     inputs, real = {"input_ids": IDS, "attention_mask": MASK}, MASK.bool()
     z_aligned = peft_model(**inputs).logits
@@ -52,6 +54,14 @@ def test_parity(kind):
     assert torch.equal(model.unwrap()(**inputs).logits, z_aligned), "PEFT's own forward is back"
     with pytest.raises(DeRaError, match="can't be scaled by λ"):
         DeRaModel.from_peft(peft_model, mixing="weights")
+
+    loaded = DeRaModel.from_pretrained(tmp_path / "base", tmp_path / "adapter")
+    torch.testing.assert_close(loaded(**inputs, lam=LAM).logits[real], z[real], atol=2e-4, rtol=1e-5)
+    with pytest.raises(DeRaError, match="can't be scaled by λ"):
+        loaded.export(0.5, tmp_path / "exported")
+    loaded.save_pretrained(tmp_path / "saved")
+    loaded = DeRaModel.from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(loaded(**inputs, lam=LAM).logits[real], z[real], atol=2e-4, rtol=1e-5)
 
 
 @torch.no_grad()
