@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
 from dera_peft.checkpoint.adapters import detach_adapter
 from dera_peft.checkpoint.export import export
 from dera_peft.checkpoint.loading import load_adapter, save
@@ -13,6 +15,7 @@ from dera_peft.checkpoint.source import ModelSource
 from dera_peft.checkpoint.tokenizers import copy_tokenizer
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.plan import Branch, check_default_lam
+from dera_peft.engine.turns import in_turn
 from dera_peft.errors import DeRaError
 
 PathLike = str | os.PathLike
@@ -112,6 +115,7 @@ class DeRaModel(MixtureModel):
         return model
 
     # the options that transformers has for weights are none of an adapter's folder
+    @in_turn
     def save_pretrained(  # pyrefly: ignore[bad-override]
         self, save_directory: PathLike, safe_serialization: bool = True, **kwargs
     ) -> None:
@@ -131,6 +135,7 @@ class DeRaModel(MixtureModel):
         save(self, self.record, save_directory)
 
     # transformers' own makes an untrained adapter of a config: no branch of a mixture
+    @in_turn
     def add_adapter(  # pyrefly: ignore[bad-override]
         self, name: str, adapter: PathLike, stacked: bool | None = None
     ) -> None:
@@ -162,6 +167,7 @@ class DeRaModel(MixtureModel):
         if self.record is not None:
             self._update_record({**self.record.adapters, name: folder})
 
+    @in_turn
     def remove_adapter(self, name: str) -> None:
         """Removes an aligned branch, and its adapter unless another branch has it too."""
         self._check_wrapped()
@@ -189,6 +195,7 @@ class DeRaModel(MixtureModel):
         training = self._loaded.training if is_as_loaded else {}
         self.record = replace(self.record, adapters=adapters, branches=branches, lam=self.lam, training=training)
 
+    @in_turn
     def export(self, lam: float | Mapping[str, float], folder: PathLike, prompts: Sequence[Sequence[int]] = ()) -> dict:
         """
         Writes one plain PEFT adapter whose weights are scaled by λ, for any server that loads LoRA.
@@ -202,3 +209,7 @@ class DeRaModel(MixtureModel):
         if self.record is not None:
             copy_tokenizer(self.record, os.fspath(folder))
         return fit
+
+
+# the names by which transformers' pipelines know a causal language model
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["dera"] = DeRaModel.__name__

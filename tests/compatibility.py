@@ -25,6 +25,14 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 FUSED_GPT = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+SHARED_KEYS = {
+    "num_hidden_layers": 6,
+    "num_kv_shared_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "sliding_window": 4,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCABULARY,
+}
 MIXED_LAYERS = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
 
 
@@ -102,7 +110,7 @@ BASES = [
         "gpt_oss",
         ATTENTION,
         {**SMALL_HEADS, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
-        "experts; adapters on attention",
+        "experts",
     ),
     Base(
         "deepseek_v3",
@@ -122,15 +130,47 @@ BASES = [
             "v_head_dim": 8,
             "first_k_dense_replace": 1,
         },
-        "latent attention, experts; adapters on attention",
+        "latent attention, experts",
     ),
     Base(
         "mixtral",
         ATTENTION,
         {"num_local_experts": 4, "num_experts_per_tok": 2},
-        "experts; adapters on attention",
+        "experts",
     ),
-    Base("qwen3_moe", ATTENTION, {**SMALL_HEADS, **EXPERTS}, "experts; adapters on attention"),
+    Base("qwen3_moe", ATTENTION, {**SMALL_HEADS, **EXPERTS}, "experts"),
+    Base(
+        "llama4_text",
+        ATTENTION,
+        {
+            **SMALL_HEADS,
+            "num_local_experts": 4,
+            "interleave_moe_layer_step": 2,
+            "intermediate_size_mlp": 64,
+            "attention_chunk_size": 4,
+        },
+        "experts, attention in chunks",
+    ),
+    Base(
+        "gemma3n_text",
+        LINEAR,
+        {
+            **SMALL_HEADS,
+            **SHARED_KEYS,
+            "intermediate_size": [64] * 6,
+            "activation_sparsity_pattern": [0.0] * 6,
+            "laurel_rank": 8,
+            "altup_num_inputs": 2,
+        },
+        "upper layers reuse keys and values of lower ones; always forks at the input",
+        forks_above_input=False,
+    ),
+    Base(
+        "gemma4_text",
+        LINEAR,
+        {**SMALL_HEADS, **SHARED_KEYS, "global_head_dim": 8},
+        "upper layers reuse keys and values of lower ones",
+    ),
     Base(
         "jamba",
         [*ATTENTION, "in_proj"],
@@ -272,6 +312,34 @@ BIASES = [
     Kind('`bias="all"` with DoRA', {"bias": "all", "target_modules": ["fc1"], "use_dora": True}, False, base="phi"),
 ]
 
+# on what stands in a mixture's blocks; PEFT 0.21 takes "all-linear" to mean experts and router too
+PARAMETERS = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+EXPERT_KINDS = [
+    *(
+        Kind(
+            f'`target_modules="all-linear"` of {base}: experts and router',
+            {"target_modules": "all-linear"},
+            False,
+            base,
+        )
+        for base in ("mixtral", "qwen3_moe", "deepseek_v3", "qwen3_next")
+    ),
+    *(Kind(f"experts of {base} (`target_parameters`)", PARAMETERS, False, base) for base in ("gpt_oss", "llama4_text")),
+    Kind(
+        "experts, router and attention of gpt_oss, in some layers",
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": [f"{i}.mlp.{name}" for i in (2, 3) for name in ("experts.down_proj", "router.weight")],
+            "layers_to_transform": [2, 3],
+        },
+        False,
+        "gpt_oss",
+    ),
+    Kind(
+        "a router alone (`target_parameters`)", {**PARAMETERS, "target_parameters": ["gate.weight"]}, False, "mixtral"
+    ),
+]
+
 
 @dataclass(frozen=True)
 class Refused:
@@ -297,12 +365,6 @@ REFUSED = [
         "save them with `path_initial_model_for_weight_conversion`, as plain LoRA",
     ),
     Refused("OLoRA", LoraConfig(init_lora_weights="olora"), "'olora'", "the same"),
-    Refused(
-        "parameters of a mixture's experts (`target_parameters`)",
-        LoraConfig(target_parameters=["mlp.experts.gate_up_proj"]),
-        "target_parameters",
-        "adapters on the attention layers: an expert's batch mixes the tokens of all rows",
-    ),
     Refused("aLoRA", LoraConfig(alora_invocation_tokens=[1, 2]), "alora_invocation_tokens", "LoRA that is always on"),
     Refused(
         "X-LoRA",
@@ -353,6 +415,8 @@ def main() -> None:
     print("## Adapters\n\nCompared with PEFT's own forward, adapter on and off; saved, loaded and compared again.\n")
     print('| adapter | result | `mixing="weights"` and `export` |\n| --- | --- | --- |')
     for kind in KINDS:
+        print(f"| {kind.name} | works | {'yes' if kind.scales else 'refused: its weights do not scale'} |")
+    for kind in EXPERT_KINDS:
         print(f"| {kind.name} | works | {'yes' if kind.scales else 'refused: its weights do not scale'} |")
     for kind in BIASES:
         result = "works when loaded from its folder; `from_peft` and training refuse it"

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -15,7 +15,8 @@ from dera_peft.decoding.noise import logits_processor, row_key
 from dera_peft.decoding.requests import Completion, Request
 from dera_peft.decoding.room import Room
 from dera_peft.decoding.sampling import Sampling
-from dera_peft.engine.generation import PLAIN_GENERATION
+from dera_peft.engine.generation import PLAIN_GENERATION, plain_generation
+from dera_peft.engine.lengths import find_rope_switch, forget_lengths
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.names import WEIGHTS
 from dera_peft.engine.padding import check_have_rows, pad, padding_id
@@ -24,6 +25,7 @@ from dera_peft.errors import DeRaError
 from dera_peft.messages import warn_once
 
 GROUP_BATCHES = 8  # of a group: one of them may be short
+OWN_OPTIONS = {"do_sample", "temperature", "top_k", "top_p", "min_p"}  # of a command; most bases' configs hold others
 BOTH_BRANCHES = 0.5  # a λ that needs both
 
 logger = logging.getLogger(__name__)
@@ -81,7 +83,7 @@ def decode(
         {token for index in used for token in prompts[index]},
         lambda token: cast("str", tokenizer.decode([token], skip_special_tokens=False)),
     )
-    _say_what_is_left_aside(model)
+    _check_generation_config(model)
     room = Room.of(model)
     batch_size, batch_tokens = batch_size or room.sequences, batch_tokens or room.cached
     filler = padding_id(model, tokenizer.pad_token_id)
@@ -116,10 +118,18 @@ def decode(
         yield completions
 
 
-def _say_what_is_left_aside(model: PreTrainedModel) -> None:
+def _check_generation_config(model: PreTrainedModel) -> None:
+    """Says what of it is left aside, or why it can't be read."""
     config = model.generation_config
-    found = {name: (getattr(config, name, None), plain) for name, plain in PLAIN_GENERATION.items()}
-    if own := [f"{name}={value!r}" for name, (value, plain) in found.items() if value not in (None, plain)]:
+    try:
+        config.validate()
+    except ValueError as error:  # which transformers' generate would not take, whatever it is given beside
+        raise DeRaError(f"the base's generation config (generation_config.json) is not valid: {error}") from None
+    values = {n: getattr(config, n, None) for n in PLAIN_GENERATION if n not in OWN_OPTIONS}
+    # False, 0 and None are the same "off"
+    if own := [
+        f"{n}={v!r}" for n, v in values.items() if v is not None and (v or None) != (PLAIN_GENERATION[n] or None)
+    ]:
         warn_once(
             logger,
             f"the base's generation config sets {', '.join(own)}: left aside, since tokens are drawn by the options of "
@@ -131,7 +141,8 @@ class _Queue:
     """
     The requests that wait, and which of them are decoded at once.
 
-    They are taken in groups. A group's prompts are computed once for all of its requests; or it has none to keep.
+    They are taken in groups, each of one kind of lengths. A group's prompts are computed once for all of its requests;
+    or it has none to keep.
     What is shared is a prefix: a prompt, and where weights are mixed a λ too, for then keys and values depend on it.
 
     Attributes:
@@ -146,6 +157,7 @@ class _Queue:
         self.counts = Counter(map(self.prefix, requests)) if can_be_shared(model) else Counter()
         self.group: list[Request] = []
         self.kept: dict[tuple, int] = {}
+        self.rope_switch = find_rope_switch(model.config)
         # those whose prompt is shared stand together, before the others
         self.waiting = sorted(
             requests,
@@ -161,6 +173,13 @@ class _Queue:
     def prefix(self, request: Request) -> tuple:
         return (request.index, request.lam) if self.mixes_weights else (request.index,)
 
+    def kind(self, request: Request) -> Hashable:
+        """Of its lengths: another kind's positions would change its own in one batch."""
+        if self.rope_switch is None:
+            return None
+        length = self.length(request)  # the last new token is never read
+        return self.rope_switch.kind(length, length + self.new_tokens - 1)
+
     def can_be_kept(self, request: Request) -> bool:
         """Whether its prompt is worth keeping, and leaves room for decoding."""
         return self.counts[self.prefix(request)] > 1 and 1 < self.length(request) <= self.batch_tokens // 4
@@ -168,9 +187,9 @@ class _Queue:
     def open_group(self) -> None:
         """As many prompts as leave few batches short, but in no more than a quarter of the tokens."""
         self.kept, self.kept_length = {}, self.length(self.waiting[0])
-        is_kept = self.can_be_kept(self.waiting[0])
+        is_kept, kind = self.can_be_kept(self.waiting[0]), self.kind(self.waiting[0])
         for request in self.waiting:
-            if self.can_be_kept(request) != is_kept:
+            if self.can_be_kept(request) != is_kept or self.kind(request) != kind:
                 break
             if is_kept and self.prefix(request) not in self.kept:
                 is_full = len(self.kept) == self.batch_tokens // 4 // self.kept_length
@@ -234,21 +253,19 @@ def _decode_batch(
     if prefill is not None:
         assert places is not None  # they come with it
         inputs["past_key_values"] = prefill.select(places, length, inputs.get("lam"), sampling.max_new_tokens)
+    forget_lengths(model)
     sequences = model.generate(
         input_ids.to(model.device),
         attention_mask=attention_mask.to(model.device),
         **inputs,
-        do_sample=False,  # the noise in the logits makes the argmax a sample
-        num_beams=1,
+        # greedy: the noise in the logits makes the argmax a sample
         logits_processor=logits_processor(
             sampling,
             [row_key(sampling.seed, request.index, request.sample) for request in batch],
             length,
             padding,
         ),
-        **PLAIN_GENERATION,
-        max_new_tokens=sampling.max_new_tokens,
-        pad_token_id=filler,
+        **plain_generation(max_new_tokens=sampling.max_new_tokens, pad_token_id=filler),
         streamer=streamer,
     )
     completions = []

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
 
 from dera_peft.decoding.memory import Attempt, go_on_with_half
 from dera_peft.decoding.room import Room
+from dera_peft.engine.lengths import find_rope_switch, forget_lengths
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.names import WEIGHTS
 from dera_peft.engine.padding import check_have_rows, pad, padding_id
@@ -102,13 +104,25 @@ def score_each(
     """
     lam = _read_lambdas(lam, model.aligned)
     _check(model, prompts, completions, temperature, top)
-    shares = len(prompts) >= 2 * len(set(map(tuple, prompts))) and can_be_shared(model)
+    may_share = len(prompts) >= 2 * len(set(map(tuple, prompts))) and can_be_shared(model)
+    switch = find_rope_switch(model.config)
+
+    def kind(index: int) -> tuple[int, ...]:
+        """Of its lengths: another kind's positions would change its own in one pass."""
+        read = len(prompts[index]) + len(completions[index]) - 1  # a sequence's last token is never read
+        if switch is None or read <= switch.length:
+            return ()
+        return (read,) if switch.grows else (switch.length,)
+
     waiting = sorted(
-        range(len(prompts)), key=lambda index: (len(prompts[index]), tuple(prompts[index]), len(completions[index]))
+        range(len(prompts)),
+        key=lambda index: (kind(index), len(prompts[index]), tuple(prompts[index]), len(completions[index])),
     )
     room, halvings = Room.of(model), 0
     while waiting:
-        lengths = [(len(prompts[index]), len(completions[index])) for index in waiting]
+        alike = next([*group] for _, group in groupby(waiting, kind))
+        shares = may_share and not kind(waiting[0])  # a prompt's keys would be those of its own length
+        lengths = [(len(prompts[index]), len(completions[index])) for index in alike]
         chosen = waiting[: _slice_size(model, lengths, room, halvings, shares)]
         error = None
         if len(chosen) == 1:
@@ -272,6 +286,7 @@ def _log_probs(
         first = min(map(len, prompts)) - 1
         inputs["logits_to_keep"] = input_ids.shape[1] - first
         starts = [len(prompt) - 1 - first for prompt in prompts]
+    forget_lengths(model)
     output = model(
         input_ids.to(model.device),
         attention_mask=attention_mask.to(model.device),

@@ -44,11 +44,6 @@ def check_adapter_kind(adapter: str, config: PeftConfig, argument: str = "adapte
             "so the base alone is not its reference; convert it to plain LoRA when saving (save_pretrained's "
             "path_initial_model_for_weight_conversion)."
         )
-    if config.target_parameters:
-        raise DeRaError(
-            f"{named} uses target_parameters={config.target_parameters!r}, as for a mixture's experts, in "
-            "whose batches the rows of all branches are mixed; adapt modules (target_modules), as those of attention."
-        )
     if config.alora_invocation_tokens:
         raise DeRaError(
             f"{named} is an activated LoRA (alora_invocation_tokens={config.alora_invocation_tokens!r}), "

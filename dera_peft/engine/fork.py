@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
+from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dera_peft.engine.lora import Adapted
@@ -14,9 +15,15 @@ from dera_peft.engine.plan import BatchPlan, Branch
 from dera_peft.errors import DeRaError
 
 # Their outer forward counts rows between the layers (mpt's position bias has no batch dimension, gpt_bigcode restores
-# the input's shape), or hands what one layer made of its rows to the next beside them (zaya's router); so their rows
-# can only fork at the input.
-FORKS_AT_INPUT = ("gpt_bigcode", "mpt", "zaya")
+# the input's shape, the Qwen3-VL family adds image features to some rows' tokens), or hands what one layer made of its
+# rows to the next beside them (zaya's router, the indexers of sparse attention), or the rows are not a layer's first
+# dimension (Gemma 3n); so they can only fork at the input.
+FORKS_AT_INPUT = (
+    "gpt_bigcode", "mpt", "zaya", "gemma3n", "gemma3n_text", "glm_moe_dsa", "hy_v4", "mistral_large4",
+    "qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe_thinker", "granite4_vision",
+)  # fmt: skip
+GRIDS = ("image_grid_thw", "video_grid_thw")
+PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id")  # in a config
 
 
 def own_adapters(branches: Sequence[Branch]) -> set[str]:
@@ -26,20 +33,28 @@ def own_adapters(branches: Sequence[Branch]) -> set[str]:
 
 
 def find_layers(base: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
-    """The decoder's layers and their name, or None where they can't be told."""
+    """The text decoder's layers and their name, or None where they can't be told."""
     depth = base.config.get_text_config(decoder=True).num_hidden_layers
+    decoder = base.get_decoder()
+    inside = set((base if decoder is None else decoder).modules())  # a vision tower may be as deep
     for name, module in base.named_modules():
         if (
             isinstance(module, nn.ModuleList)
             and len(module) == depth
             and isinstance(module[0], GradientCheckpointingLayer)
+            and module in inside
         ):
             return name, module
     return None
 
 
-def find_fork_layer(base: PreTrainedModel, branches: Sequence[Branch], adapted: Sequence[Adapted]) -> int:
-    """The first decoder layer with an adapter that not all branches share; 0 (the input) if that can't be told."""
+def has_text_part(base: PreTrainedModel) -> bool:
+    """Whether the text decoder is a part of the base, beside those for images or sounds."""
+    return not base.config.is_encoder_decoder and base.config.get_text_config(decoder=True) is not base.config
+
+
+def find_fork_layer(base: PreTrainedModel, branches: Sequence[Branch], adapted: Sequence[Adapted]) -> int | None:
+    """The first decoder layer with an adapter that not all branches share; None where rows must fork at the input."""
     found = None if base.config.is_encoder_decoder else find_layers(base)
     # a flex attention mask is no tensor and can't be forked between layers
     if (
@@ -47,7 +62,7 @@ def find_fork_layer(base: PreTrainedModel, branches: Sequence[Branch], adapted: 
         or base.config._attn_implementation == "flex_attention"
         or base.config.model_type in FORKS_AT_INPUT
     ):
-        return 0
+        return None
     prefix, layers = found[0] + ".", found[1]
     own = own_adapters(branches)
     head = base.get_output_embeddings()
@@ -56,10 +71,31 @@ def find_fork_layer(base: PreTrainedModel, branches: Sequence[Branch], adapted: 
         if not own & module.adapters or module.module is head:
             continue
         if not module.name.startswith(prefix):
-            return 0
+            return None
         first = min(first, int(module.name.removeprefix(prefix).split(".")[0]))
     # with nothing but the head adapted the rows still have to fork before it
     return min(first, len(layers) - 1)
+
+
+def check_media(base: PreTrainedModel, inputs: dict, batch_size: int) -> None:
+    """
+    Refuses images and sounds that can't be forked at the input: they are counted by themselves, not by sequences.
+
+    Raises:
+        DeRaError: a sequence has none or several.
+    """
+    media = [name for name in (*MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL, *GRIDS) if name in inputs]
+    places = [value for name, value in vars(base.config).items() if name in PLACEHOLDERS and value is not None]
+    ids = inputs.get("input_ids")
+    for name in media:
+        counts = [0] if ids is None else torch.isin(ids, ids.new_tensor(places)).sum(dim=1).tolist()
+        if len(set(counts)) > 1 or 0 in counts or len(inputs[name]) != batch_size:
+            raise DeRaError(
+                f"{name} does not have one entry for each of the {batch_size} sequences, and this model's rows fork "
+                "before images and sounds are read: an adapter changes the layers that see them, or the base adds "
+                "their features between its layers. Pass one a sequence, train adapters on the language model's "
+                "layers alone, or decode all at λ=0 or all at λ=1."
+            )
 
 
 def is_head_linear(base: PreTrainedModel, adapted: Sequence[Adapted]) -> bool:
@@ -105,5 +141,11 @@ def fork_inputs(inputs: Any, plan: BatchPlan, heads: int, forked: list[tuple[tor
     if isinstance(inputs, (tuple, list)):
         return type(inputs)(fork_inputs(value, plan, heads, forked) for value in inputs)
     if type(inputs) is dict:
-        return {name: fork_inputs(value, plan, heads, forked) for name, value in inputs.items()}
+        return {
+            # positions in an image have three dimensions, which stand before the batch's
+            name: fork_inputs(value.transpose(0, 1), plan, heads, forked).transpose(0, 1)
+            if name == "position_ids" and isinstance(value, torch.Tensor) and value.ndim == 3
+            else fork_inputs(value, plan, heads, forked)
+            for name, value in inputs.items()
+        }
     return inputs

@@ -1,5 +1,6 @@
 """transformers' `generate` over branches: the rows are planned once per call, from λ, and fixed for the call."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -7,33 +8,36 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, Pr
 from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationMode
 
+from dera_peft.engine.caches import claim_cache
 from dera_peft.engine.capturable import why_not_call, why_not_model
 from dera_peft.engine.capture import CapturedCache, Captures
+from dera_peft.engine.fork import has_text_part
 from dera_peft.engine.padding import num_rows, padding_id, readable
 from dera_peft.engine.plan import BatchPlan
+from dera_peft.engine.turns import in_turn
 from dera_peft.engine.wiring import Wiring
 from dera_peft.errors import DeRaError
 
-# What a base's generation config may hold that changes the distribution, with the values at which it does not: a caller
-# who passes these draws by its own settings alone.
+# What a generation config says of the model, its cache and the length, and not of how tokens are drawn or returned.
+OF_THE_MODEL = {
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "max_length", "max_new_tokens",
+    "use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "compile_config",
+    "disable_compile", "transformers_version",
+}  # fmt: skip
+# All else, at transformers' own defaults.
 PLAIN_GENERATION = {
-    "repetition_penalty": 1.0,
-    "min_length": 0,
-    "min_new_tokens": None,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "encoder_repetition_penalty": 1.0,
-    "bad_words_ids": None,
-    "sequence_bias": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "exponential_decay_length_penalty": None,
-    "watermarking_config": None,
-    "remove_invalid_values": False,
-    "stop_strings": None,
+    name: value
+    for name, value in {**GenerationConfig().to_dict(), **GenerationConfig._get_default_generation_params()}.items()
+    if name not in OF_THE_MODEL and not name.startswith("_")
 }
+
+
+def plain_generation(**settings: Any) -> dict[str, Any]:
+    """
+    Arguments of `generate` with which a caller draws tokens by `settings` alone: greedily, one sequence a prompt and
+    returned as a tensor unless they say otherwise, whatever the base's generation config holds.
+    """
+    return {**PLAIN_GENERATION, **settings}
 
 
 class MixtureGenerationMixin(GenerationMixin):
@@ -63,9 +67,9 @@ class MixtureGenerationMixin(GenerationMixin):
         @property
         def fork_layer(self) -> int: ...
         def plan(self, lam: Any, batch_size: int, every_branch: bool = False) -> BatchPlan: ...
-        def _check_cache(self, past_key_values: Cache | None, plan: BatchPlan) -> None: ...
         def _check_wrapped(self) -> None: ...
 
+    @in_turn
     def generate(
         self, inputs: torch.Tensor | None = None, *args, lam: Any = None, capture: bool | None = None, **kwargs
     ):
@@ -81,8 +85,9 @@ class MixtureGenerationMixin(GenerationMixin):
                 steps are computed as ever.
 
         Raises:
-            DeRaError: λ does not fit; the base has no row for a token; or with `guidance_scale` or `assistant_model`,
-                whose forward passes know no λ.
+            DeRaError: λ does not fit; the base has no row for a token; or what is asked for makes forward passes of its
+                own that know no λ (`guidance_scale`, drafts by another model or by some of the layers, continuous
+                batching).
         """
         self._check_wrapped()
         given = kwargs.get("input_ids") if inputs is None else inputs
@@ -121,39 +126,83 @@ class MixtureGenerationMixin(GenerationMixin):
             raise DeRaError(f"guidance_scale={scale!r} is not supported: its own forward pass is not given λ.")
         if generation_mode_kwargs.get("assistant_model") is not None:
             raise DeRaError("assistant_model is not supported: it is not given λ; prompt_lookup_num_tokens is.")
+        for name in ("assistant_early_exit", "use_mtp"):
+            if value := getattr(generation_config, name):
+                raise DeRaError(
+                    f"{name}={value!r} is not supported: its drafts are made without branches; "
+                    "prompt_lookup_num_tokens is."
+                )
         super()._validate_generation_mode(  # pyrefly: ignore[bad-argument-type]
             generation_mode, generation_config, generation_mode_kwargs
         )
 
+    def _plan_of(self, model_kwargs: dict[str, Any], batch_size: int) -> BatchPlan:
+        lam = model_kwargs.get("lam")
+        if isinstance(lam, BatchPlan):
+            return lam
+        return self.plan(lam, batch_size, bool(model_kwargs.get("output_branches")))
+
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         assert input_ids is not None  # as generate calls it
-        plan = model_kwargs.pop("lam", None)
-        if not isinstance(plan, BatchPlan):
-            every_branch = bool(model_kwargs.get("output_branches"))
-            plan = self.plan(plan, input_ids.shape[0], every_branch)
-        self._check_cache(model_kwargs.get("past_key_values"), plan.expand(expand_size))
+        plan = self._plan_of(model_kwargs, input_ids.shape[0])
+        model_kwargs.pop("lam", None)
+        if (cache := model_kwargs.get("past_key_values")) is not None:
+            claim_cache(cache, plan.expand(expand_size), self.fork_layer)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(  # pyrefly: ignore[bad-argument-type]
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         model_kwargs["lam"] = plan.expand(expand_size)
         return input_ids, model_kwargs
 
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor, model_kwargs, model_input_name, generation_config
+    ):
+        """Where images and sounds are the same for all branches they are encoded once, before anything expands."""
+        inputs = (inputs_tensor, model_kwargs, model_input_name, generation_config)
+        if self.config.is_encoder_decoder:
+            return super()._maybe_prepare_encoder_kwargs_for_generation(*inputs)  # pyrefly: ignore[bad-argument-type]
+        if self._wiring.forks_at_input or not has_text_part(self.base):
+            return model_kwargs
+        plan = self._plan_of(model_kwargs, inputs_tensor.shape[0])
+        self._wiring.routing.start(plan, inputs_tensor.shape[1])
+        prepare = cast("Callable", self.base._maybe_prepare_encoder_kwargs_for_generation)
+        return {**prepare(*inputs), "lam": plan}
+
     def _prepare_text_encoder_decoder_kwargs_for_generation(
         self, inputs_tensor, model_kwargs, model_input_name, generation_config
     ):
         """The encoder runs before anything expands: once, on the branches' rows, which then expand as sequences do."""
+        plan = self._plan_of(model_kwargs, inputs_tensor.shape[0])
         own = {name: model_kwargs.pop(name) for name in ("lam", "output_branches") if name in model_kwargs}
-        plan = own.get("lam")
-        if not isinstance(plan, BatchPlan):
-            plan = self.plan(plan, inputs_tensor.shape[0], bool(own.get("output_branches")))
         self._wiring.routing.start(plan, inputs_tensor.shape[1])
         forked = super()._prepare_text_encoder_decoder_kwargs_for_generation(  # pyrefly: ignore[bad-argument-type]
             plan.fork(inputs_tensor), self._wiring.fork(model_kwargs), model_input_name, generation_config
         )
         return {**model_kwargs, **own, "lam": plan, "encoder_outputs": forked["encoder_outputs"]}
 
-    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
-        return self.base.prepare_inputs_for_generation(input_ids, *args, **kwargs)
+    # Properties, since transformers reads from the signatures which inputs a model takes.
+    @property
+    def prepare_inputs_for_generation(self) -> Callable:  # pyrefly: ignore[bad-override]
+        return cast("Callable", self.base.prepare_inputs_for_generation)
+
+    @property
+    def _prepare_position_ids_for_generation(self) -> Callable:  # pyrefly: ignore[bad-override]
+        return cast("Callable", self.base._prepare_position_ids_for_generation)
+
+    @property
+    def _update_model_kwargs_for_generation(self) -> Callable:  # pyrefly: ignore[bad-override]
+        return cast("Callable", self.base._update_model_kwargs_for_generation)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        self.base._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k not in ("lam", "output_branches")})
+
+    def init_continuous_batching(self, *args, **kwargs):
+        raise DeRaError(
+            "transformers' continuous batching (generate_batch, cache_implementation='paged') is not supported: it "
+            "packs prompts into one row, for which there is no λ each; use generate."
+        )
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
 
     def _reorder_cache(self, past_key_values: Cache, beam_idx: torch.LongTensor) -> Cache:
         rows = cast("torch.LongTensor", self._wiring.routing.plan.reorder(beam_idx))

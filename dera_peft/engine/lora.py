@@ -13,52 +13,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, Tra
 from torch import nn
 
 from dera_peft.engine.biases import TrainedBias, find_bias
+from dera_peft.engine.experts import EXPERTS, check_parameters, parameter_forward, wrappers
 from dera_peft.engine.plan import BatchPlan, Branch
+from dera_peft.engine.routing import Routing
 from dera_peft.errors import DeRaError
 
 SUPPORTED_VARIANTS = (DoraEmbeddingVariant, DoraLinearVariant)
-
-
-class Routing:
-    """
-    What fork, adapted modules and join of one model share while a batch is computed.
-
-    Attributes:
-        plan: the batch's rows.
-        length: S, the batch's number of tokens a sequence.
-        keep_branches: whether the head runs for each branch, since their logits are asked for.
-        forked: the inputs forked so far, see `fork_inputs`.
-        side_stream: for products beside the base's, while a step is recorded as a CUDA graph.
-    """
-
-    plan: BatchPlan  # not there before the first batch
-
-    def __init__(self):
-        self.length = 1
-        self.keep_branches = False
-        self.forked: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.side_stream: torch.cuda.Stream | None = None
-
-    def start(self, plan: BatchPlan, length: int, keep_branches: bool = False) -> None:
-        self.plan, self.length, self.keep_branches, self.forked = plan, length, keep_branches, []
-
-    def rows(self, name: str, x: torch.Tensor, rows: slice) -> slice:
-        """
-        The rows of `x` that a plan's `rows` stand for: in `[R, S, ...]` themselves, in `[R·S, D]` S times as many.
-
-        Raises:
-            DeRaError: `x` has another number of rows.
-        """
-        if rows.start is None:  # all of them
-            return rows
-        each = self.length if x.ndim == 2 and x.is_floating_point() else 1
-        if x.shape[0] != self.plan.num_rows * each:
-            raise DeRaError(
-                f"{name} was called with {x.shape[0]} rows in a batch of {self.plan.num_rows}: its model reorders or "
-                "folds the rows before this layer (as mixtures of experts do), so an adapter here cannot be kept to "
-                "its branch; train one on the attention layers."
-            )
-        return rows if each == 1 else slice(rows.start * each, rows.stop * each)
 
 
 @dataclass(frozen=True)
@@ -92,6 +52,8 @@ class Adapted:
     @property
     def scales(self) -> bool:
         """Whether an adapter's share of the output is proportional to a scale, as plain LoRA's is."""
+        if isinstance(self.module, ParamWrapper) or EXPERTS in self.name.split("."):
+            return False
         varied = self.module.lora_variant if isinstance(self.module, LoraLayer) else ()
         return not self.is_replaced and not self.adapters.intersection(varied)
 
@@ -104,12 +66,17 @@ def find_adapted(base: nn.Module, adapters: Sequence[str]) -> list[Adapted]:
         DeRaError: one is adapted in a way that can't be kept to a branch's rows; names module, adapter and reason.
     """
     found = []
-    inner = set()  # layers in a LoRA layer, which stands for them
+    inner: set[nn.Module] = set()  # layers in a LoRA layer, which stands for them
     for name, module in base.named_modules():
         bias = find_bias(module)
         if bias is not None and bias.adapter not in adapters:
             bias = None
-        if isinstance(module, LoraLayer):
+        if isinstance(module, ParamWrapper):
+            if module in inner:
+                continue
+            inner.update(chain := list(wrappers(module)))
+            names = {adapter for wrapper in chain for adapter in wrapper.r}
+        elif isinstance(module, LoraLayer):
             inner.add(module.get_base_layer())
             names = set(module.r) if bias is None else {*module.r, bias.adapter}
         elif isinstance(module, ModulesToSaveWrapper):
@@ -131,22 +98,24 @@ def _check(adapted: Adapted) -> None:
     if adapted.is_replaced:
         merged = layer.token_adapter.merged_adapters if isinstance(layer, TrainableTokensWrapper) else []
     else:
-        merged = layer.merged_adapters if isinstance(layer, LoraLayer) else []
+        parts = wrappers(layer) if isinstance(layer, ParamWrapper) else [layer] if isinstance(layer, LoraLayer) else []
+        merged = [adapter for part in parts for adapter in part.merged_adapters]
     if merged:
         raise DeRaError(f"{name}: the adapter {merged} is merged into the base; call unmerge_adapter() first.")
-    if not isinstance(layer, LoraLayer):
+    if isinstance(layer, ParamWrapper):
+        check_parameters(name, layer)
+    if not isinstance(layer, LoraLayer) or isinstance(layer, ParamWrapper):
         return
     for adapter in sorted(adapted.adapters.intersection(layer.r)):
         is_linear = (
             adapter in layer.lora_A
             and isinstance(layer.lora_A[adapter], nn.Linear)
-            and not isinstance(layer, (MultiheadAttention, ParamWrapper))
+            and not isinstance(layer, MultiheadAttention)
         )
         if not is_linear and not isinstance(layer, LoraEmbedding):
             raise DeRaError(
-                f"{name}: adapter {adapter!r} is a LoRA {type(layer).__name__}; LoRA on linear layers and embeddings "
-                "is supported. Where it adapts the experts of a mixture (target_parameters), adapt the attention "
-                "layers instead: the tokens of all sequences are mixed in an expert's batch."
+                f"{name}: adapter {adapter!r} is a LoRA {type(layer).__name__}; LoRA on linear layers, embeddings and "
+                "parameters is supported."
             )
         variant = layer.lora_variant.get(adapter)
         if variant is not None and type(variant) not in SUPPORTED_VARIANTS:
@@ -168,6 +137,8 @@ def check_scales(branches: Sequence[Branch], adapted: Sequence[Adapted]) -> None
     for module in adapted:
         if not (module.scales or module.interpolates) and (own := module.adapters - common):
             kind = "modules_to_save" if module.is_replaced else "DoRA"
+            if isinstance(module.module, ParamWrapper) or EXPERTS in module.name.split("."):
+                kind = "target_parameters or experts"
             raise DeRaError(
                 f"{module.name}: adapter {min(own)!r} uses {kind}, whose weights can't be scaled by λ; mix logits."
             )
@@ -195,6 +166,8 @@ def branch_forward(adapted: Adapted, routing: Routing) -> Callable:
     module = adapted.module
     if isinstance(module, AuxiliaryTrainingWrapper):
         return _replaced_forward(adapted, module, routing)
+    if isinstance(module, ParamWrapper):
+        return parameter_forward(adapted.name, module, adapted.adapters, routing)
     forward = _lora_forward(adapted, module, routing) if isinstance(module, LoraLayer) else module.forward
     return forward if adapted.bias is None else _biased_forward(adapted.name, adapted.bias, routing, forward)
 

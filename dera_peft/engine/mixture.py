@@ -1,5 +1,6 @@
 """`MixtureModel`: fork and join around a base model, so that one base decodes at any λ."""
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
@@ -14,13 +15,16 @@ from transformers.modeling_utils import slice_logits_to_keep
 
 from dera_peft.engine.adapter_kinds import check_adapter_kind, check_keeps_biases
 from dera_peft.engine.biases import hand_over_biases
+from dera_peft.engine.caches import claim_cache
 from dera_peft.engine.capture import CapturedStep, Captures
+from dera_peft.engine.fork import check_media, has_text_part
 from dera_peft.engine.generation import MixtureGenerationMixin
 from dera_peft.engine.lora import Adapted
 from dera_peft.engine.names import ALIGNED, LOGITS, REFERENCE, WEIGHTS
 from dera_peft.engine.padding import fill_padding, num_rows
 from dera_peft.engine.plan import BatchPlan, Branch, WeightPlan, check_default_lam, make_branches, read_lam
 from dera_peft.engine.quantized import keep_trainable
+from dera_peft.engine.turns import in_turn
 from dera_peft.engine.wiring import Wiring
 from dera_peft.errors import DeRaError
 
@@ -66,7 +70,7 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
     With `mixing="weights"` λ scales the adapters' weights instead (one row a sequence, no second branch): what people
     do without DeRa, here to be compared with.
 
-    One instance computes one batch at a time: it is not safe to call from several threads at once.
+    One instance computes one batch at a time: threads that call it at once wait for each other.
 
     It knows nothing of files; `dera_peft.DeRaModel` adds loading and saving.
 
@@ -97,7 +101,9 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
         for name in ("hf_device_map", "hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
             if name in vars(base):
                 setattr(self, name, vars(base)[name])
+        self.turn = threading.RLock()  # of the thread that computes, see `in_turn`
         self._peft_model = (peft_model,)  # in a tuple: the base's parameters are registered once
+        self._has_text_part = has_text_part(base)
         self._base_slices_logits = base._supports_logits_to_keep()  # slow to answer, beside a step of a small model
         self.training = base.training
         self.lam = check_default_lam(lam, [branch.name for branch in branches if branch.name != REFERENCE])
@@ -105,6 +111,7 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
         self._captures = Captures()
         self._wire(branches)
 
+    @in_turn
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -151,12 +158,15 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
         tokens = next(inputs[name] for name in TOKENS if name in inputs)
         plan = lam if isinstance(lam, BatchPlan) else self.plan(lam, tokens.shape[0], every_branch=output_branches)
         self._check_inputs(inputs, plan, tokens.shape[0], output_branches)
-        if not torch.compiler.is_compiling():  # a compiled step only follows one that was not, with the same plan
-            self._check_cache(past_key_values, plan)
+        # a compiled step only follows one that was not, with the same plan
+        if past_key_values is not None and not torch.compiler.is_compiling():
+            claim_cache(past_key_values, plan, self.fork_layer)
 
         self._wiring.routing.start(plan, tokens.shape[1], output_branches)
         try:
-            if self.fork_layer == 0:
+            if self._wiring.forks_at_input:
+                if self._has_text_part and not (plan.is_identity and not plan.adapter_scale):
+                    check_media(self.base, inputs, plan.batch_size)
                 inputs = self._wiring.fork(inputs)
             if self._base_slices_logits:
                 inputs["logits_to_keep"] = logits_to_keep
@@ -204,19 +214,6 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
                 f"encoder_outputs has {inputs['encoder_outputs'][0].shape[0]} rows, and the branches have "
                 f"{plan.num_rows}: each has its own encoder outputs; pass input_ids instead."
             )
-
-    def _check_cache(self, past_key_values: Cache | None, plan: BatchPlan) -> None:
-        """A cache holds the rows of the plan that filled it; under another plan it would be read as other branches'."""
-        if past_key_values is None:
-            return
-        filled = getattr(past_key_values, "dera_pattern", plan.pattern)
-        # a static cache's length is on the device, and is only asked for where it matters
-        if filled != plan.pattern and past_key_values.get_seq_length() > 0:
-            raise DeRaError(
-                "past_key_values was filled at a λ for which other branches were computed; go on with a λ that needs "
-                "the same branches for each sequence, or start with plan(lam, batch_size, every_branch=True)."
-            )
-        past_key_values.dera_pattern = plan.pattern  # pyrefly: ignore[missing-attribute] # our own mark on it
 
     def _check_wrapped(self) -> None:
         if self.base is None:
@@ -278,6 +275,7 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
         keep_trainable(peft_model)
         return cls(peft_model, make_branches(reference, aligned, stacked), lam, mixing)
 
+    @in_turn
     def unwrap(self) -> PeftModel:
         """
         The PeftModel, as it was before. This instance can't be used any more.

@@ -64,15 +64,15 @@ def padding_id(model: PreTrainedModel, wanted: int | None) -> int:
     return next((token for token in candidates if token is not None and 0 <= token < rows), 0)
 
 
-def fill_padding(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, rows: int) -> torch.Tensor:
+def fill_padding(input_ids: torch.Tensor, attention_mask: torch.Tensor | dict | None, rows: int) -> torch.Tensor:
     """
     `input_ids` (`[B, S]`) with 0 in place of masked ids without a row in an embedding of `rows` of them, as a padding
     token that was added to a tokenizer has. It does not wait for a GPU.
 
     Args:
-        attention_mask: `[B, S]`; one of another shape is left aside.
+        attention_mask: `[B, S]`; one of another shape is left aside, or one for each type of layers.
     """
-    if attention_mask is None or attention_mask.shape != input_ids.shape:
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != input_ids.shape:
         return input_ids
     return input_ids.masked_fill((attention_mask == 0) & (input_ids >= rows), 0)
 

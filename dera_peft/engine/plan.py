@@ -166,6 +166,7 @@ class BatchPlan:
         self.source = source  # [R] int64: the sequence of each row
         # adapter name -> a further scale of its delta for each row; none where logits are mixed
         self.adapter_scale: dict[str, torch.Tensor] = {}
+        self._runs: dict[frozenset[str], list[tuple[slice, BatchPlan]]] = {}
 
     @property
     def structure(self) -> tuple:
@@ -189,6 +190,29 @@ class BatchPlan:
         if repeats == 1:
             return self
         return BatchPlan(self.branches, self.lam.repeat_interleave(repeats, dim=0), self.device, self.every_branch)
+
+    def rows_at(self, is_forked: bool) -> int:
+        """The number of rows behind the fork, or before it."""
+        return self.num_rows if is_forked else self.batch_size
+
+    def runs(self, adapters: frozenset[str]) -> list[tuple[slice, "BatchPlan"]]:
+        """
+        The rows that see the same of `adapters`, contiguous and with the plan of a batch of them alone, for what has to
+        be computed one branch after the other. Made once.
+        """
+        if adapters not in self._runs:
+            found: list[tuple[slice, tuple[str, ...]]] = []
+            for segment in self.segments:
+                seen = tuple(name for name in segment.branch.adapters if name in adapters)
+                if found and found[-1][1] == seen:
+                    found[-1] = (slice(found[-1][0].start, segment.stop), seen)
+                else:
+                    found.append((slice(segment.start, segment.stop), seen))
+            self._runs[adapters] = [
+                (rows, BatchPlan([Branch("alone", seen)], self.lam.new_zeros(rows.stop - rows.start, 0), self.device))
+                for rows, seen in found
+            ]
+        return self._runs[adapters]
 
     def fork(self, tensor: torch.Tensor) -> torch.Tensor:
         """`[B, ...]` to the rows of the branches, `[R, ...]`."""

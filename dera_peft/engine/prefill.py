@@ -7,7 +7,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from dera_peft.engine.capture import CapturedCache
-from dera_peft.engine.generation import PLAIN_GENERATION
+from dera_peft.engine.generation import plain_generation
+from dera_peft.engine.lengths import forget_lengths
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.padding import pad
 from dera_peft.engine.plan import BatchPlan
@@ -46,17 +47,13 @@ class Prefill:
         self.model, self.plan = model, plan
         input_ids, attention_mask = pad(prompts, pad_token_id, left=True)
         self.length = input_ids.shape[1]
+        forget_lengths(model)
         # one token is generated and thrown away: so the base prepares positions and masks as it does for decoding
         self.cache = model.generate(
             input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
-            **PLAIN_GENERATION,
-            max_new_tokens=1,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=pad_token_id,
             **({} if plan is None else {"lam": plan, "capture": False}),
-            return_dict_in_generate=True,
+            **plain_generation(max_new_tokens=1, pad_token_id=pad_token_id, return_dict_in_generate=True),
         ).past_key_values
 
     def select(

@@ -1,16 +1,19 @@
 """The surgery on a base's modules: adapted modules that follow a plan, and the hooks of the fork and the join."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import KVSharingDict
 
-from dera_peft.engine.fork import find_fork_layer, find_layers, fork_inputs, is_head_linear
-from dera_peft.engine.lora import Routing, branch_forward, check_one_replaces, check_scales, find_adapted
+from dera_peft.engine.experts import block_forward, find_blocks
+from dera_peft.engine.fork import find_fork_layer, find_layers, fork_inputs, has_text_part, is_head_linear
+from dera_peft.engine.lora import branch_forward, check_one_replaces, check_scales, find_adapted
 from dera_peft.engine.names import WEIGHTS
 from dera_peft.engine.plan import Branch
+from dera_peft.engine.routing import Routing
 from dera_peft.errors import DeRaError
 
 
@@ -21,7 +24,8 @@ class Wiring:
     Attributes:
         routing: what fork, adapted modules and join share while a batch is computed.
         adapted: the modules that adapters of the branches change.
-        fork_layer: the decoder layer before which the rows fork; 0 if they fork at the input.
+        fork_layer: the decoder layer before which the rows fork.
+        forks_at_input: whether they fork before the base is called, and not between its modules.
         joins_before_head: whether the rows are joined before the LM head. False joins the logits behind it.
         can_join_before_head: whether the head is linear, which that needs.
 
@@ -39,19 +43,23 @@ class Wiring:
         check_one_replaces(branches, self.adapted)
         if "is_in_dera" in vars(base):
             raise DeRaError("the PeftModel is wrapped by a DeRaModel already; unwrap() that one first.")
-        self.fork_layer = 0 if mixing == WEIGHTS else find_fork_layer(base, branches, self.adapted)
+        found = None if mixing == WEIGHTS else find_fork_layer(base, branches, self.adapted)
+        self.fork_layer = found or 0
+        # before the first layer, images and sounds have found their places in the sequences
+        self.forks_at_input = found is None or (found == 0 and not has_text_part(base))
         self.joins_before_head = self.can_join_before_head = is_head_linear(base, self.adapted)
         self._num_heads = getattr(base.config.get_text_config(decoder=True), "num_attention_heads", 1)
-        self._replaced = {}
+        self._replaced: list[tuple[nn.Module, Callable | None]] = []
         for module in self.adapted:
-            if "forward" in vars(module.module):  # another library's hook
-                self._replaced[module.name] = module.module.forward
-            module.module.forward = branch_forward(module, self.routing)
+            self._replace(module.module, branch_forward(module, self.routing))
+        for name, adapters in find_blocks((m.name, m.adapters) for m in self.adapted).items():
+            block = base.get_submodule(name)
+            self._replace(block, block_forward(name, block, adapters, self.routing))
         self._handles = []
-        if self.fork_layer > 0:
-            found = find_layers(base)
-            assert found is not None  # where the rows fork between layers, find_fork_layer knew them
-            _, layers = found
+        if not self.forks_at_input:
+            layers = find_layers(base)
+            assert layers is not None  # where the rows fork between layers, find_fork_layer knew them
+            _, layers = layers
             for index, layer in enumerate(layers[self.fork_layer :]):
                 hook = self._fork_hidden_states if index == 0 else self._fork_side_inputs
                 self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
@@ -65,10 +73,14 @@ class Wiring:
         del self.base.is_in_dera
         for handle in self._handles:
             handle.remove()
-        for module in self.adapted:
-            del module.module.forward
-            if module.name in self._replaced:
-                module.module.forward = self._replaced[module.name]
+        for module, before in reversed(self._replaced):
+            del module.forward
+            if before is not None:
+                module.forward = before
+
+    def _replace(self, module: nn.Module, forward: Callable) -> None:
+        self._replaced.append((module, vars(module).get("forward")))  # another library's hook, or none
+        module.forward = forward
 
     def find_other_hook(self) -> str | None:
         """A module of the base with a hook on its forward that is not one of these, by name."""
@@ -83,6 +95,9 @@ class Wiring:
         return fork_inputs(inputs, self.routing.plan, self._num_heads, self.routing.forked)
 
     def _fork_hidden_states(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        for value in kwargs.values():
+            if isinstance(value, KVSharingDict):  # upper layers read from it what lower ones made, and write there too
+                value.update({name: self.fork(states) for name, states in value.items()})
         return self.fork((args, kwargs))
 
     def _fork_side_inputs(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -73,6 +73,28 @@ def test_the_bases_generation_config_changes_no_draws(run, tiny_model, caplog):
     finally:
         config.bad_words_ids = config.no_repeat_ngram_size = config.min_new_tokens = None
     said = caplog.text
+    modes = {
+        "do_sample": True,
+        "num_return_sequences": 2,
+        "return_dict_in_generate": True,
+        "penalty_alpha": 0.6,
+        "num_beams": 3,
+    }
+    modes |= {"prompt_lookup_num_tokens": 3, "dola_layers": "low", "num_beam_groups": 3, "token_healing": True}
+    before = {name: getattr(config, name) for name in modes}
+    try:
+        for name, value in modes.items():
+            setattr(config, name, value)
+            assert run() == plain, name
+            assert name == "do_sample" or f"{name}={value!r}" in caplog.text
+    finally:
+        config.update(**before)
+    config.num_return_sequences = 2  # for which it would have to sample, or to have beams
+    try:
+        with pytest.raises(DeRaError, match=r"generation config .* not valid: .*num_return_sequences"):
+            run()
+    finally:
+        config.num_return_sequences = None
     assert "the base's generation config sets min_new_tokens=12, no_repeat_ngram_size=1, bad_words_ids=" in said
 
 

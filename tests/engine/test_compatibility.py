@@ -22,8 +22,8 @@ from dera_peft.cli.info import describe_model
 from dera_peft.decoding.batching import decode
 from dera_peft.decoding.requests import Request
 from dera_peft.decoding.sampling import Sampling
-from dera_peft.engine.lora import Routing
 from dera_peft.engine.plan import BatchPlan, Branch
+from dera_peft.engine.routing import Routing
 
 LAM = [0.0, 0.5, 1.0, 1.5]
 PADDING = [3, 0, 5, 2]
