@@ -189,7 +189,13 @@ class DeRaModel(MixtureModel):
         training = self._loaded.training if is_as_loaded else {}
         self.record = replace(self.record, adapters=adapters, branches=branches, lam=self.lam, training=training)
 
-    def export(self, lam: float | Mapping[str, float], folder: PathLike, prompts: Sequence[Sequence[int]] = ()) -> dict:
+    def export(
+        self,
+        lam: float | Mapping[str, float],
+        folder: PathLike,
+        prompts: Sequence[Sequence[int]] = (),
+        overwrite: bool = False,
+    ) -> dict:
         """
         Writes one plain PEFT adapter whose weights are scaled by λ, for any server that loads LoRA.
 
@@ -198,7 +204,7 @@ class DeRaModel(MixtureModel):
         returns and raises.
         """
         self._check_wrapped()
-        fit = export(self, lam, folder, prompts)
+        fit = export(self, lam, folder, prompts, record=self.record, overwrite=overwrite)
         if self.record is not None:
             copy_tokenizer(self.record, os.fspath(folder))
         return fit

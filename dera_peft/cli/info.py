@@ -34,6 +34,7 @@ def info(settings: InfoSettings) -> None:
 
     `dera info --base org/base --adapter ./dpo --quantization nf4 --json`
     """
+    settings.check_paths()
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

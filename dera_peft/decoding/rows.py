@@ -6,7 +6,6 @@ Nothing here imports torch: what reads results need not wait for it.
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -16,6 +15,7 @@ from dera_peft.decoding.chats import Chat
 from dera_peft.decoding.prompts import Prompt
 from dera_peft.decoding.requests import Completion, Request
 from dera_peft.errors import DeRaError
+from dera_peft.files import check_writable, told_if_unwritable
 
 JSON_NAMES = {"lam": "lambda"}  # fields that JSON calls otherwise: `lambda` is a keyword of Python
 
@@ -223,37 +223,15 @@ class RowLog(Generic[Row]):
         cut_torn(self.file, own_torn, '{"run": "' if run is None else json.dumps({"run": run})[:-1])
 
     def append(self, rows: Iterable[Row]) -> list[Row]:
-        """Writes rows as whole lines, at once; returns them."""
+        """Writes rows as whole lines, at once; returns them. Raises `DeRaError` where they can't be written."""
         rows = list(rows)
         lines = "".join(to_line(row) + "\n" for row in rows).encode("utf-8")
-        with self.file.open("ab", buffering=0) as stream:  # one call, so that no line of another process comes between
+        # one call, so that no line of another process comes between
+        with told_if_unwritable(self.file), self.file.open("ab", buffering=0) as stream:
             while lines:
                 lines = lines[stream.write(lines) :]
         self.rows += rows
         return rows
-
-
-def check_writable(file: Path, argument: str) -> None:
-    """
-    Makes the folder of `file`. Better known now than after an hour of decoding is whether the file can be written.
-
-    A file that is not there yet is not made: another process may make it meanwhile.
-
-    Raises:
-        DeRaError: it can't; the message names `argument`.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.lstat(file)
-        except FileNotFoundError:
-            with tempfile.TemporaryFile(dir=file.parent):
-                pass
-        else:
-            with file.open("ab"):
-                pass
-    except OSError as error:
-        raise DeRaError(f"{argument}: {str(file)!r} can't be written: {error.strerror}.") from error
 
 
 def read_rows(file: Path, row_type: type[Row]) -> tuple[list[Row], bytes]:

@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -18,7 +17,6 @@ from dera_peft.evaluate.analysis.recommend import recommend
 from dera_peft.evaluate.analysis.summary import AGAINST, check_names, summarise, write_csv
 from dera_peft.evaluate.arms import Arm, make_arms
 from dera_peft.evaluate.config import SweepConfig
-from dera_peft.evaluate.lock import hold
 from dera_peft.evaluate.report.page import write_report
 from dera_peft.evaluate.report.plots import plot_pareto, plot_sweep
 from dera_peft.evaluate.result import SweepResult
@@ -27,6 +25,7 @@ from dera_peft.evaluate.retrain import retrain_command
 from dera_peft.evaluate.rows import Key, RewardRow
 from dera_peft.evaluate.worker import SweepWorker
 from dera_peft.files import write_atomically
+from dera_peft.lock import hold
 from dera_peft.progress import Progress, no_progress
 from dera_peft.rewards.functions import NamedReward, check_columns, load_rewards
 from dera_peft.rewards.judges import NamedJudge, load_judge
@@ -74,7 +73,7 @@ def sweep(config: SweepConfig | None = None, *, progress: Progress = no_progress
     prompts = _read_prompts(config, rewards, warns=processes.is_main_process)
     tokenizer, tokens = encode_prompts(config, arms[0], prompts)
     folder = Path(config.output_dir)
-    with hold(folder) if processes.is_main_process else nullcontext():
+    with hold(folder if processes.is_main_process else None, "output_dir", is_folder=True):
         processes.wait_for_everyone()  # none touches a file before the folder is held
         worker = SweepWorker(
             config,

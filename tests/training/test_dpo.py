@@ -156,7 +156,7 @@ def test_a_loss_that_changes_the_meaning_of_beta_warns(settings, message, tiny_b
         ({"label_smoothing": 0.1}, "label_smoothing=0.1 has no effect.*loss_type: robust"),
         ({"continue_sft_adapter": True}, "needs the adapter: set sft_adapter"),
         ({"sft_adapter": "BASE"}, "is not an adapter: it has no adapter_config.json"),
-        ({"sft_adapter": "./nowhere"}, "sft_adapter='./nowhere' can't be loaded: there is no such folder"),
+        ({"sft_adapter": "./nowhere"}, "sft_adapter='./nowhere': there is no such folder"),
         ({"sft_adapter": "SFT", "continue_sft_adapter": True, "lora_r": 32}, "lora_r=32, but .* has 4: leave it out"),
         ({"model_name_or_path": "SFT", "sft_adapter": "SFT"}, "is an adapter, and sft_adapter=.* another"),
         ({"model_name_or_path": "configs/tiny/world.py:model"}, "has no weights that dera.json could name"),
