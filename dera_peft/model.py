@@ -111,6 +111,12 @@ class DeRaModel(MixtureModel):
         model.capture = source.capture
         return model
 
+    def __repr__(self) -> str:
+        """One line; `model.base` shows the modules."""
+        base = self.config.name_or_path if self.record is None else self.record.base
+        adapters = {branch.name: list(branch.adapters) for branch in self.branches if branch.name in self.aligned}
+        return f"{type(self).__name__}(base={base!r}, aligned={adapters}, lam={self.lam}, mixing={self.mixing!r})"
+
     # the options that transformers has for weights are none of an adapter's folder
     def save_pretrained(  # pyrefly: ignore[bad-override]
         self, save_directory: PathLike, safe_serialization: bool = True, **kwargs

@@ -53,6 +53,7 @@ def _export(settings: ExportSettings, prompts: "list[Prompt]") -> None:
     from rich.console import Console
 
     from dera_peft.checkpoint.export import NEW_TOKENS, describe_fit
+    from dera_peft.cli.console import print_json
     from dera_peft.decoding.prompts import encode
     from dera_peft.model import DeRaModel
 
@@ -63,7 +64,7 @@ def _export(settings: ExportSettings, prompts: "list[Prompt]") -> None:
         tokens = encode(prompts, tokenizer, base_config, NEW_TOKENS, settings.chat)
     fit = DeRaModel.from_source(source).export(settings.lam, settings.output, tokens, settings.overwrite)
     if settings.json:
-        print(json.dumps({"folder": settings.output, "lambda": settings.lam, **fit}, ensure_ascii=False))
+        print_json(json.dumps({"folder": settings.output, "lambda": settings.lam, **fit}, ensure_ascii=False))
         return
     lam = settings.lam if isinstance(settings.lam, Mapping) else {"": settings.lam}
     strength = ",".join(f"{name}={value:g}".removeprefix("=") for name, value in lam.items())

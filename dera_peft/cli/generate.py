@@ -142,8 +142,10 @@ def _generate(settings: GenerateSettings, prompts: "Sequence[Prompt]") -> None:
 
 
 def _print_rows(rows: Iterable[GeneratedRow]) -> None:
+    from dera_peft.cli.console import print_json
+
     for row in rows:
-        print(to_line(row), flush=True)
+        print_json(to_line(row))
 
 
 def _show(prompts: "Sequence[Prompt]", requests: Sequence[Request], finished: dict[Request, GeneratedRow]) -> None:

@@ -230,5 +230,7 @@ def _exp(value: float) -> float:
 
 
 def _print_rows(rows: Iterable[ScoredRow]) -> None:
+    from dera_peft.cli.console import print_json
+
     for row in rows:
-        print(to_line(row), flush=True)
+        print_json(to_line(row))

@@ -18,6 +18,7 @@ from dera_peft.files import RUN_FILE, check_exists, check_file, is_same_folder, 
 from dera_peft.lock import hold
 from dera_peft.messages import is_main_process
 from dera_peft.settings import COUNT, Settings, read_yaml, setting
+from dera_peft.user_code import is_object_path
 
 logger = logging.getLogger(__name__)
 
@@ -147,13 +148,15 @@ def check_files(arguments: Sequence[str] | None) -> None:
     if "config" in named:
         of_file = {str(key).replace("-", "_"): value for key, value in read_yaml(named["config"]).items()}
         named = {**of_file, **named}
-    for name in ("model_name_or_path", "sft_adapter", "reward"):
+    for name in (*SOURCES, "reward", "dataset_name", "prompts"):
         value = named.get(name)
-        if isinstance(value, str) and value and not value.rpartition(":")[0].endswith(".py"):
+        if value is None or value == "":
+            continue
+        if not isinstance(value, str):
+            raise DeRaError(f"{name}={value!r} must be a text.")
+        check_file(name, value)
+        if name in (*SOURCES, "reward") and not is_object_path(value):
             check_exists(name, value)
-    for name in ("dataset_name", "prompts", "reward", "model_name_or_path"):
-        if isinstance(named.get(name), str):
-            check_file(name, named[name])
 
 
 class OutputFolder:

@@ -185,3 +185,20 @@ def test_fingerprints_tell_settings_and_weights_apart(tmp_path):
     (tmp_path / "model-2.safetensors").write_bytes(b"not a tensor")
     with pytest.raises(DeRaError, match="is corrupt"):
         weights_fingerprint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"lam": "0.5"}, {"sample": 0.5}, {"num_tokens": True}, {"columns": [1]}, {"prompt": None}, {"completion": 3}],
+)
+def test_a_row_with_a_value_of_another_type_is_no_row(tmp_path, values):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(to_json(ROW)) + "\n\n")
+    assert read_rows(tmp_path / "rows.jsonl", GeneratedRow) == ([ROW], b""), "a blank line at the end is none either"
+    (tmp_path / "rows.jsonl").write_text(json.dumps(to_json(replace(ROW, **values))) + "\n")
+    with pytest.raises(DeRaError, match="line 1, is not a row of results"):
+        read_rows(tmp_path / "rows.jsonl", GeneratedRow)
+
+
+def test_a_full_disk_is_one_message():
+    with pytest.raises(DeRaError, match="'/dev/full' can't be written: No space left on device"):
+        open_log("/dev/full").append([ROW])
