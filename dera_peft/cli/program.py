@@ -7,6 +7,8 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from safetensors import SafetensorError
+
 from dera_peft.errors import DeRaError
 
 INTERRUPTED = 130  # the exit code of Ctrl-C, Typer's too, as shells have it: 128 + SIGINT
@@ -44,7 +46,7 @@ def run_program(program: Callable[[], None], debug: bool = False) -> None:
             program()
         finally:
             sys.stdout.flush()  # here, where a full disk is an error like any other
-    except (DeRaError, OSError) as error:
+    except (DeRaError, OSError, SafetensorError) as error:  # the last is of a file that can't be read or written
         _drop_unwritten_output()
         if debug:
             traceback.print_exc()

@@ -177,7 +177,11 @@ def sample_and_rank(arguments: Sequence[str] | None, held: ExitStack) -> None:
     check_columns(column_names(prompts))
     folder = Path(settings.output_dir)
     output = OutputFolder(
-        folder, settings_of(settings, sampling, ignore=NOT_OF_A_COMPLETION), inputs, settings.overwrite
+        folder,
+        settings_of(settings, sampling, ignore=NOT_OF_A_COMPLETION),
+        inputs,
+        settings.overwrite,
+        has_model=False,
     )
     with processes.main_process_first():
         if settings.overwrite and processes.is_main_process:

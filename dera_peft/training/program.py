@@ -170,6 +170,7 @@ class OutputFolder:
         settings, inputs: of this run, as JSON-like values; inputs are fingerprints.
         overwrite: forget what is there.
         given: what the user gave of the settings, for who repeats the run; it is not compared.
+        has_model: whether what is made is a model, which must not be written over another one.
 
     Raises:
         DeRaError: it holds the results of other settings or inputs, a model that no such program made, or the one that
@@ -183,6 +184,7 @@ class OutputFolder:
         inputs: dict,
         overwrite: bool = False,
         given: dict | None = None,
+        has_model: bool = True,
     ):
         self.folder = Path(folder)
         self.file = self.folder / RUN_FILE
@@ -192,12 +194,13 @@ class OutputFolder:
         from accelerate import PartialState
 
         with PartialState().main_process_first():
-            self._check_sources(overwrite)
+            if has_model or overwrite:
+                self._check_sources(overwrite)
             if overwrite and is_main_process():
                 self._forget()
             if self.file.is_file():
                 self._compare()
-            elif found := None if overwrite else next(self._model_files(), None):
+            elif found := next(self._model_files(), None) if has_model and not overwrite else None:
                 raise DeRaError(
                     f"output_dir={str(self.folder)!r} holds {found.name!r}, which no run of this program made: name "
                     "another folder, or pass --overwrite true."

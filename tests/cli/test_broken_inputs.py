@@ -83,8 +83,9 @@ def emptied(file: Path, rng: random.Random) -> None:
 
 
 def cut(file: Path, rng: random.Random) -> None:
-    """Within its first bytes: a file of rows or texts that is cut later may be a whole, shorter one."""
-    file.write_bytes(file.read_bytes()[: rng.randrange(1, 8)])
+    """Rows within their first bytes, since a file that is cut later may be a whole, shorter one."""
+    content = file.read_bytes()
+    file.write_bytes(content[: rng.randrange(1, 8 if file.suffix == ".jsonl" else len(content) - 3)])
 
 
 def noise(file: Path, rng: random.Random) -> None:
@@ -143,11 +144,9 @@ def break_config(config: Path, rng: random.Random) -> str:
 
 def is_wrong(name: str, value: object) -> bool:
     """Whether no command takes that value of that setting: null is as if it were left out, and 0.5 may be λ."""
-    if name == "use_peft":
-        return isinstance(value, (list, dict))
     if name in ("output", "output_dir", "plot"):
         return isinstance(value, dict)
-    if name == "report_to":
+    if name in ("report_to", "use_peft"):
         return False
     if name in ("lambdas", "lam", "max_steps", "max_new_tokens", "samples", "prompt", "new", "rounds", "batch"):
         return isinstance(value, dict) or value in ("text", "∞", [[]], [None, 1])
