@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from dera_peft.checkpoint.end_tokens import end_tokens
 from dera_peft.checkpoint.fingerprint import tensors_fingerprint
 from dera_peft.checkpoint.record import Record
 from dera_peft.checkpoint.source import ModelSource
@@ -68,6 +69,9 @@ class LoadedModel(ModelSource):
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
+
+    def end_tokens(self) -> list[int]:
+        return end_tokens(self.model.generation_config, self.tokenizer(), self.resolve())
 
     def fingerprint(self) -> dict[str, Any]:
         """Of the weights as they are now: a model in memory may have been trained since it was loaded."""
