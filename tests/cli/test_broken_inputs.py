@@ -144,10 +144,8 @@ def break_config(config: Path, rng: random.Random) -> str:
 
 def is_wrong(name: str, value: object) -> bool:
     """Whether no command takes that value of that setting: null is as if it were left out, and 0.5 may be λ."""
-    if name in ("output", "output_dir", "plot"):
+    if name in ("output", "output_dir", "plot", "report_to", "use_peft"):
         return isinstance(value, dict)
-    if name in ("report_to", "use_peft"):
-        return False
     if name in ("lambdas", "lam", "max_steps", "max_new_tokens", "samples", "prompt", "new", "rounds", "batch"):
         return isinstance(value, dict) or value in ("text", "∞", [[]], [None, 1])
     return value is not None and value != ""
