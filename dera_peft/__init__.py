@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 __all__ = ["DeRaError", "DeRaModel", "__version__"]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str):
     # torch and transformers take seconds to import, which `dera --help` should not
     if name == "DeRaModel":

@@ -114,6 +114,12 @@ class DeRaModel(MixtureModel):
         model.capture = source.capture
         return model
 
+    def __repr__(self) -> str:
+        """One line; `model.base` shows the modules."""
+        base = self.config.name_or_path if self.record is None else self.record.base
+        adapters = {branch.name: list(branch.adapters) for branch in self.branches if branch.name in self.aligned}
+        return f"{type(self).__name__}(base={base!r}, aligned={adapters}, lam={self.lam}, mixing={self.mixing!r})"
+
     # the options that transformers has for weights are none of an adapter's folder
     @in_turn
     def save_pretrained(  # pyrefly: ignore[bad-override]
@@ -196,7 +202,13 @@ class DeRaModel(MixtureModel):
         self.record = replace(self.record, adapters=adapters, branches=branches, lam=self.lam, training=training)
 
     @in_turn
-    def export(self, lam: float | Mapping[str, float], folder: PathLike, prompts: Sequence[Sequence[int]] = ()) -> dict:
+    def export(
+        self,
+        lam: float | Mapping[str, float],
+        folder: PathLike,
+        prompts: Sequence[Sequence[int]] = (),
+        overwrite: bool = False,
+    ) -> dict:
         """
         Writes one plain PEFT adapter whose weights are scaled by λ, for any server that loads LoRA.
 
@@ -205,7 +217,7 @@ class DeRaModel(MixtureModel):
         returns and raises.
         """
         self._check_wrapped()
-        fit = export(self, lam, folder, prompts)
+        fit = export(self, lam, folder, prompts, record=self.record, overwrite=overwrite)
         if self.record is not None:
             copy_tokenizer(self.record, os.fspath(folder))
         return fit

@@ -23,6 +23,7 @@ def be_quiet() -> None:
     # at import it warns where there is no GPU, and where a CPU has AVX512-BF16 and no further package for it
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what it logs as an error, it raises too
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not sys.stderr.isatty():
         for name in (BARS, "HF_DATASETS_DISABLE_PROGRESS_BARS"):

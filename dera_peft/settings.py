@@ -5,20 +5,32 @@ From the field come the option of the command line (`cli.options`), the key of a
 argument and a line of the reference page. One precedence holds everywhere: command line, then YAML, then default.
 """
 
-import math
 import os
 import re
+import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    Self,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import yaml
 
 from dera_peft.errors import DeRaError
+from dera_peft.formatting import short_repr
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -26,6 +38,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 KEY = "setting"  # in a field's metadata
 WRONG = object()  # what `_convert` makes of a value of another type
+FLOAT_MAX = sys.float_info.max
 MOST_NAMES = 60  # that a message lists
 
 
@@ -95,6 +108,10 @@ def setting_like(kind: type, name: str, default: Any = MISSING, **changes: Any) 
 class Settings:
     """Base of the settings' dataclasses: every field is checked, and converted to its type."""
 
+    def __init_subclass__(cls):
+        # where a class has one of its own, dataclasses makes none
+        cls.__repr__ = short_repr  # pyrefly: ignore[bad-assignment] # it is of any dataclass
+
     called: ClassVar[str] = "this command"  # whose settings they are, for messages
     # of each of these groups one is enough: one on the command line takes the place of another in the file
     instead: ClassVar[tuple[tuple[str, ...], ...]] = ()
@@ -162,6 +179,7 @@ def read_value(name: str, value: Any, hint: Any, check: Check | None = None) -> 
     """
     kinds = [kind for kind in alternatives(hint) if kind is not type(None)]
     optional = len(kinds) < len(alternatives(hint))
+    value = plain(value)
     if kinds == [Any] or (value is None and optional):
         return value
     if len(kinds) == 1 and get_origin(kinds[0]) is tuple:
@@ -181,12 +199,17 @@ def read_value(name: str, value: Any, hint: Any, check: Check | None = None) -> 
     raise DeRaError(f"{name}={value!r} must be {wanted}{', or left out' if optional else ''}.")
 
 
+def plain(value: Any) -> Any:
+    """Python's own number or list of one of numpy, torch or pandas, which share this method; any other as it is."""
+    return value.tolist() if callable(getattr(value, "tolist", None)) else value
+
+
 def _read_items(name: str, value: Any, hint: Any, check: Check | None) -> tuple:
     """One value, or a list of them."""
     kinds = alternatives(hint)
     items = []
-    for each in value if isinstance(value, (list, tuple)) else (value,):
-        item = _convert_to_any(each, kinds)
+    for each in value if isinstance(value, (list, tuple, range)) else (value,):
+        item = _convert_to_any(plain(each), kinds)
         if item is WRONG:
             wanted = " or ".join(map(describe_type, kinds))
             raise DeRaError(f"{name}: {each!r} is not one of what it may hold: {wanted}.")
@@ -213,7 +236,7 @@ def _convert(value: Any, kind: Any) -> Any:
     if kind is int:
         return value if isinstance(value, int) and not isinstance(value, bool) else WRONG
     if kind is float:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= FLOAT_MAX
         return float(value) if is_number else WRONG
     if kind is str:
         text = os.fspath(value) if isinstance(value, os.PathLike) else value

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 import dera_peft
+import dera_peft.evaluate
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -20,6 +21,14 @@ def test_the_version_is_the_projects():
 def test_the_version_needs_no_torch():
     program = "import sys, dera_peft; dera_peft.__version__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_what_there_is_can_be_seen_and_importing_says_nothing():
+    assert {"DeRaModel", "DeRaError", "__version__"} <= {*dir(dera_peft)}
+    assert {"sweep", "score", "SweepConfig", "SweepResult"} <= {*dir(dera_peft.evaluate)}
+    program = "from dera_peft import DeRaModel; from dera_peft.evaluate import sweep"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_the_citation_names_this_version_and_the_paper():

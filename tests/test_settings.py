@@ -241,6 +241,7 @@ TEXTS = {
     "batch": "2",
     "prompts": "2",
     "top": "0.5",
+    "plot": "bench.png",
 }
 
 

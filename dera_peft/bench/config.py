@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftModel
 
+PICTURES = (".png", ".svg", ".pdf")
 MODEL, MEASURING = "What is measured", "Measuring"
 
 
@@ -152,7 +153,12 @@ class StepSettings(BenchedModel):
         panel=MEASURING,
     )
     json: bool = setting(False, "Print the figures as JSON.")
-    plot: Path | None = setting(None, "A bar chart: .png, .svg or .pdf.", metavar="FILE")
+    plot: Path | None = setting(
+        None,
+        "A bar chart: .png, .svg or .pdf.",
+        check=Check(lambda file: file.suffix in PICTURES, f"a file that ends in {', '.join(PICTURES)}"),
+        metavar="FILE",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """What was measured as rows of figures, a table, JSON and a bar chart."""
 
+import io
 import platform
 import statistics
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from dera_peft.bench.contenders import BASE, BASE_TWICE
 from dera_peft.bench.measure import Timings
+from dera_peft.files import write_atomically
 from dera_peft.formatting import format_bytes
 from dera_peft.versions import package_versions
 
@@ -161,8 +163,9 @@ def plot(rows: Sequence[dict], file: Path, title: str) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
     figure.suptitle(title)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150)
+    stream = io.BytesIO()
+    figure.savefig(stream, format=file.suffix[1:], dpi=150)
+    write_atomically(file, stream.getvalue())
 
 
 def _ratio(value: float | None) -> str:

@@ -21,6 +21,7 @@ from transformers.utils.hub import cached_file
 
 from dera_peft.engine.adapter_kinds import check_adapter_kind
 from dera_peft.errors import DeRaError, first_line
+from dera_peft.files import check_exists
 from dera_peft.messages import warn_once
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -174,13 +175,6 @@ def is_bias(key: str) -> bool:
 
 def is_adapter(folder: str) -> bool:
     return os.path.isfile(os.path.join(folder, CONFIG_FILE))
-
-
-def check_exists(argument: str, name: str) -> None:
-    """A name that can only be a path must be there; any other may be a hub id."""
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isfile(name) or not name
-    if looks_like_path and not os.path.isdir(name):
-        raise DeRaError(f"{argument}={name!r}: there is no such folder.")
 
 
 def check_named(named_by: str, kind: str, name: str, way_out: str) -> None:

@@ -9,10 +9,11 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
-from dera_peft.checkpoint.adapter_file import check_exists, is_adapter
+from dera_peft.checkpoint.adapter_file import is_adapter
 from dera_peft.checkpoint.quantization import choose_quantization, compute_in
 from dera_peft.checkpoint.vocabulary import num_tokens
 from dera_peft.errors import DeRaError, first_line
+from dera_peft.files import check_exists
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
 

@@ -1,12 +1,11 @@
 """A mixture as one plain PEFT adapter, for servers that load LoRA; and how far that is from DeRa."""
 
+import itertools
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -16,10 +15,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dera_peft.checkpoint.adapter_check import CheckedAdapter
-from dera_peft.checkpoint.adapter_file import CONFIG_FILE, PREFIX, WEIGHTS_FILE, AdapterFile
+from dera_peft.checkpoint.adapter_file import PREFIX, WEIGHTS_FILE, AdapterFile
 from dera_peft.checkpoint.adapters import attach_adapter, detach_adapter
 from dera_peft.checkpoint.base import has_added_tokens
+from dera_peft.checkpoint.card import write_export_card
 from dera_peft.checkpoint.merging import check_same, probe
+from dera_peft.checkpoint.record import Record
 from dera_peft.checkpoint.vocabulary import own_tokens_alone
 from dera_peft.engine.biases import biases_at
 from dera_peft.engine.lora import check_scales
@@ -28,25 +29,13 @@ from dera_peft.engine.names import REFERENCE
 from dera_peft.engine.plan import Branch, WeightPlan, read_lam
 from dera_peft.engine.quantized import keep_packed
 from dera_peft.errors import DeRaError
-from dera_peft.files import write_atomically
+from dera_peft.files import RUN_FILE, check_new_folder, written_as_a_whole
 
 SECOND = re.compile(r"\.lora_(embedding_)?B(\.|$)")  # B of B·A, and its bias
 COMBINED = "dera_export"  # a name that the PeftModel holds for a moment
 NEW_TOKENS = 32  # of each prompt's continuation, on which the two are compared
-CARD = """---
-library_name: peft
-base_model: {base}
----
-
-# A LoRA adapter exported at {lam}
-
-Made by `dera export` from {sources}: a plain LoRA adapter for the base alone, whose weights are scaled once.
-
-It is an approximation of decoding-time realignment (DeRa, arXiv 2402.02992), which mixes the models' logits; here their
-weights are mixed.
-
-{fit}
-"""
+# an adapter's, which an export takes the place of; a record beside it would tell of other weights
+REPLACED = ("adapter_model*", "dera.json", RUN_FILE)
 
 
 @torch.no_grad()
@@ -55,14 +44,20 @@ def export(
     lam: float | Mapping[str, float],
     folder: str | os.PathLike,
     prompts: Sequence[Sequence[int]] = (),
+    *,
+    record: Record | None = None,
+    overwrite: bool = False,
 ) -> dict:
     """
     Writes one plain PEFT adapter whose weights are scaled by λ, with a card.
 
     Args:
         lam: a number, or a dict by aligned branch.
-        folder: of the new adapter.
+        folder: of the new adapter: a new or an empty one.
         prompts: token ids. Each is continued greedily by DeRa, and both are compared at every new token.
+        record: of the model, if it was loaded from files.
+        overwrite: whether the folder may have something in it. An adapter there is replaced, with its record; other
+            files stay.
 
     Returns:
         `{"kl": mean KL(DeRa ‖ exported) in nats a token, "max_kl": ..., "tokens": how many, "prompts": how many}`.
@@ -70,8 +65,11 @@ def export(
 
     Raises:
         DeRaError: an adapter can't be scaled (DoRA, modules_to_save of other modules than linear ones and embeddings),
-            several can't be combined, or what was made computes something else.
+            several can't be combined, or what was made computes something else; or the folder is one that the model was
+            loaded from, has something in it, or can't be written.
     """
+    known = [] if record is None else [record.base, *record.adapters.values()]
+    check_new_folder(folder, overwrite, [*known, model.config.name_or_path or ""])
     if any(len(prompt) == 0 for prompt in prompts):
         raise DeRaError("prompts: one is empty; leave it out, or give at least the token that begins a text.")
     weights = read_lam(lam, 1, model.aligned)
@@ -79,24 +77,21 @@ def export(
     plan = WeightPlan(model.branches, weights)
     factors = {name: float(plan.adapter_scale.get(name, torch.ones(1))) for name in plan.branches[0].adapters}
     tensors, config = _scale(model, factors) if len(factors) == 1 else _combine(model, factors)
-    config = replace(config, inference_mode=True, base_model_name_or_path=model.config.name_or_path or None)
-    with TemporaryDirectory() as unfinished:
-        save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, Path(unfinished, WEIGHTS_FILE))
-        config.save_pretrained(unfinished)
-        _check_export(model, weights, unfinished)
-        fit = _compare(model, weights, prompts) if prompts else {}
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in (WEIGHTS_FILE, CONFIG_FILE):
-            shutil.copyfile(Path(unfinished, file), folder / file)
+    folder = Path(folder)
+    base = model.config.name_or_path or ""
+    config = replace(config, inference_mode=True, base_model_name_or_path=base or None)
     named = zip(model.aligned, weights[0].tolist(), strict=True)
-    card = CARD.format(
-        base=model.config.name_or_path,
-        lam=", ".join(f"λ={value:g}" if len(model.aligned) == 1 else f"λ({name})={value:g}" for name, value in named),
-        sources=" and ".join(f"`{name}` (times {factor:g})" for name, factor in factors.items()),
-        fit=describe_fit(fit),
+    strengths = ", ".join(
+        f"λ={value:g}" if len(model.aligned) == 1 else f"λ({name})={value:g}" for name, value in named
     )
-    write_atomically(folder / "README.md", card)
+    with written_as_a_whole(folder) as made:
+        save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, made / WEIGHTS_FILE)
+        config.save_pretrained(str(made))
+        _check_export(model, weights, str(made))
+        fit = _compare(model, weights, prompts) if prompts else {}
+        write_export_card(made, folder, record, base, strengths, factors, describe_fit(fit))
+        for old in itertools.chain.from_iterable(map(folder.glob, REPLACED)):
+            old.unlink()
     return fit
 
 

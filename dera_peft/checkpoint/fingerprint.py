@@ -3,10 +3,14 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dera_peft.errors import DeRaError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DIGITS = 12
 SAMPLE = 4096  # bytes read of each tensor
@@ -18,7 +22,7 @@ BASE_FILES = "model*.safetensors"  # what transformers loads; a hub repository m
 def settings_fingerprint(values: Any) -> str:
     """Twelve hex digits of a JSON-like value."""
     text = json.dumps(values, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:DIGITS]
 
 
 def file_fingerprint(file: str | os.PathLike) -> str:
@@ -29,7 +33,8 @@ def file_fingerprint(file: str | os.PathLike) -> str:
 
 def weights_fingerprint(name: str | os.PathLike, files: str = "*.safetensors") -> str | None:
     """
-    Twelve hex digits of the safetensors `files` in a local folder; None for a hub id, whose name and revision tell.
+    Twelve hex digits of the safetensors `files` in a local folder; None where it has none, and for a hub id, whose name
+    and revision tell.
 
     Of each tensor its name, type, shape and its first 4 KiB count. That takes milliseconds for a large model too, tells
     trained weights apart, and does not depend on how the tensors are spread over files; weights that differ only
@@ -44,7 +49,19 @@ def weights_fingerprint(name: str | os.PathLike, files: str = "*.safetensors") -
     tensors: list[tuple[str, str, str]] = []
     for file in folder.glob(files):
         tensors += _sampled_tensors(file)
-    return settings_fingerprint(sorted(tensors))
+    return settings_fingerprint(sorted(tensors)) if tensors else None
+
+
+def tensors_fingerprint(tensors: "Iterable[tuple[str, Tensor]]") -> str:
+    """As `weights_fingerprint`, of named tensors; of those that are offloaded the name, type and shape alone count."""
+    import torch
+
+    found = []
+    for name, tensor in tensors:
+        start = tensor.detach().flatten()[: max(1, SAMPLE // tensor.element_size())]
+        content = b"" if tensor.is_meta else start.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+        found.append((name, f"{tensor.dtype}{list(tensor.shape)}", hashlib.sha256(content).hexdigest()[:DIGITS]))
+    return settings_fingerprint(sorted(found))
 
 
 def base_fingerprint(name: str, revision: str | None = None) -> str | None:

@@ -11,9 +11,10 @@ from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dera_peft.checkpoint.adapter_check import CheckedAdapter, check_adapter
-from dera_peft.checkpoint.adapter_file import AdapterFile, check_exists
+from dera_peft.checkpoint.adapter_file import AdapterFile
 from dera_peft.checkpoint.adapters import attach_adapter
 from dera_peft.checkpoint.base import has_added_tokens, load_base, load_config, make_skeleton
+from dera_peft.checkpoint.card import write_card
 from dera_peft.checkpoint.end_tokens import end_tokens, end_with
 from dera_peft.checkpoint.fingerprint import base_fingerprint, cached_revision
 from dera_peft.checkpoint.quantization import quantized_to
@@ -26,6 +27,7 @@ from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.plan import check_default_lam
 from dera_peft.engine.quantized import keep_packed
 from dera_peft.errors import DeRaError
+from dera_peft.files import check_exists, is_same_folder, told_if_unwritable
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +193,8 @@ def save(model: MixtureModel, record: Record | None, folder: str | os.PathLike) 
         record: of the model, if it was loaded from files.
 
     Raises:
-        DeRaError: the base has no name that could be written down, or `model.lam` is none.
+        DeRaError: the base has no name that could be written down, `model.lam` is none, or the folder can't be written
+            or is the base's, or one of another adapter of the model.
     """
     peft_model, lam = model.peft_model, check_default_lam(model.lam, model.aligned)
     adapters = sorted({name for branch in model.branches for name in branch.adapters})
@@ -201,13 +204,26 @@ def save(model: MixtureModel, record: Record | None, folder: str | os.PathLike) 
             raise DeRaError("the base has no name (it was not loaded from a hub or a folder): dera.json can't name it.")
         record = Record(base, {}, {}, base_fingerprint=base_fingerprint(base), base_revision=cached_revision(base))
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with biases_at(model.base), keep_packed(model.base), own_tokens_alone(model.base):
-        peft_model.save_pretrained(
-            str(folder), selected_adapters=adapters, save_embedding_layers=has_added_tokens(model.base, record.base)
-        )
     # PEFT writes the adapter "default" into the folder itself, any other into a folder of its name below it
     paths = {name: str(folder if name == "default" else folder / name) for name in adapters}
+    _check_overwrites_no_source(record, folder, paths)
+    with told_if_unwritable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with biases_at(model.base), keep_packed(model.base), own_tokens_alone(model.base):
+            has_added = has_added_tokens(model.base, record.base)
+            peft_model.save_pretrained(str(folder), selected_adapters=adapters, save_embedding_layers=has_added)
     branches = {branch.name: list(branch.adapters) for branch in model.branches}
     copy_tokenizer(record, paths[model.branches[-1].adapters[-1]])
-    replace(record, adapters=paths, branches=branches, lam=lam, mixing=model.mixing).save(folder)
+    record = replace(record, adapters=paths, branches=branches, lam=lam, mixing=model.mixing)
+    record.save(folder)
+    write_card(record, folder)
+
+
+def _check_overwrites_no_source(record: Record, folder: Path, paths: Mapping[str, str]) -> None:
+    """Raises `DeRaError` where a file would be written over the base's, or an adapter's over those of another one."""
+    places = [("the base", record.base, folder)]
+    for name, source in record.adapters.items():
+        places += [(f"the adapter {name!r}", source, Path(path)) for other, path in paths.items() if other != name]
+    for what, source, path in places:
+        if is_same_folder(path, source):
+            raise DeRaError(f"save_directory={str(folder)!r}: {str(path)!r} holds {what}: name another folder.")

@@ -50,7 +50,7 @@ class Record:
 
     @staticmethod
     def is_in(folder: str | os.PathLike) -> bool:
-        return (Path(folder) / FILE_NAME).is_file()
+        return os.path.lexists(Path(folder) / FILE_NAME)  # what is there and can't be read is no record that is missing
 
     def with_base(self, base: str) -> "Record":
         """The same adapters over another copy of the base; `check_base` tells whether it is one."""
@@ -136,6 +136,8 @@ class Record:
             values = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise DeRaError(f"{str(folder)!r} has no {FILE_NAME}.") from None
+        except OSError as error:
+            raise DeRaError(f"{str(file)!r} can't be read: {error.strerror}.") from error
         except ValueError as error:
             raise DeRaError(f"{str(file)!r} is not valid JSON: {error}") from None
         if not isinstance(values, dict) or values.pop("format", None) != FORMAT:

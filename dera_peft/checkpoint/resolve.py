@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dera_peft.checkpoint.adapter_file import CONFIG_FILE, base_of, check_exists, check_named, has_file, in_subfolder
+from dera_peft.checkpoint.adapter_file import CONFIG_FILE, base_of, check_named, has_file, in_subfolder
 from dera_peft.checkpoint.fingerprint import weights_fingerprint
 from dera_peft.checkpoint.record import FILE_NAME, Record
 from dera_peft.engine.names import ALIGNED, LOGITS, REFERENCE
 from dera_peft.engine.plan import make_branches
 from dera_peft.errors import DeRaError
+from dera_peft.files import check_exists
 
 WAY_OUT = "name it where it is now, with base=."
 

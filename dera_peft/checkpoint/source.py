@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dera_peft.checkpoint.fingerprint import cached_revision
 from dera_peft.errors import DeRaError
+from dera_peft.files import check_exists
 from dera_peft.settings import Setting, Settings, setting
 
 if TYPE_CHECKING:
@@ -107,6 +108,24 @@ class ModelSource(Settings):
         """What names the aligned model: an adapter, or a folder with a dera.json."""
         several = (self.adapters or {}).values()
         return str(self.adapter or next(iter(several), None) or self.base)
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """Field -> what the user named there: folders or hub ids. Of several adapters of one field each has its own."""
+        named = {"base": self.base, "adapter": self.adapter}
+        named |= {f"adapters[{name!r}]": adapter for name, adapter in (self.adapters or {}).items()}
+        named |= {f"reference[{place}]": adapter for place, adapter in enumerate(self.reference)}
+        return {argument: name for argument, name in named.items() if name is not None}
+
+    def check_paths(self) -> None:
+        """
+        Checks that the folders that are named are there, without importing torch, which takes seconds.
+
+        Raises:
+            DeRaError: one is not.
+        """
+        for argument, name in self.folders.items():
+            check_exists(argument, name)
 
     def resolve(self) -> "Record":
         """

@@ -11,6 +11,7 @@ import typer
 from dera_peft.bench.config import StepSettings, SweepTimingSettings
 from dera_peft.cli.program import INTERRUPTED
 from dera_peft.errors import DeRaError
+from dera_peft.lock import hold
 
 if TYPE_CHECKING:
     from dera_peft.bench.measure import Timings
@@ -32,6 +33,12 @@ def bench(settings: StepSettings) -> None:
 
     `dera bench sweep --shape smollm2-135m`
     """
+    settings.check_paths()
+    with hold(settings.plot, "--plot"):
+        _bench(settings)
+
+
+def _bench(settings: StepSettings) -> None:
     import torch
 
     from dera_peft.bench.contenders import NAMES, make_contenders
@@ -84,6 +91,7 @@ def bench_sweep(settings: SweepTimingSettings) -> None:
 
     `dera bench sweep --shape smollm2-135m --lambda 0,0.5,1`
     """
+    settings.check_paths()
     from dera_peft.bench.contenders import make_dera
     from dera_peft.bench.report import environment, spread
     from dera_peft.bench.sweep import SweepTimings, measure_sweep
@@ -125,8 +133,10 @@ def _threads(count: int | None) -> Iterator[None]:
 def _print_json(
     settings: StepSettings | SweepTimingSettings, environment: dict, result: dict, interrupted: bool
 ) -> None:
+    from dera_peft.cli.console import print_json
+
     whole = {"environment": environment, "settings": asdict(settings), **result, "complete": not interrupted}
-    print(json.dumps(whole, indent=2, ensure_ascii=False, default=str))
+    print_json(json.dumps(whole, indent=2, ensure_ascii=False, default=str))
 
 
 def _print(settings: StepSettings, facts: dict, bandwidth: float, rows: list[dict], peaks: list[dict]) -> None:

@@ -1,6 +1,8 @@
 """What several commands share."""
 
+import json
 import re
+import sys
 
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +18,15 @@ def format_lam(lam: float) -> str:
 def printable(text: str) -> Text:
     """As it is, without markup; control characters, which a terminal would obey, become a replacement character."""
     return Text(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text))
+
+
+def print_json(text: str) -> None:
+    """JSON, with escapes for what the encoding of standard output does not have; at once."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = "".join(each if each.isascii() else json.dumps(each)[1:-1] for each in text)
+    print(text, flush=True)
 
 
 def side_by_side(console: Console, title: str, texts: dict[float, list[str]]) -> None:

@@ -3,11 +3,18 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dera_peft.checkpoint.source import ModelSource
 from dera_peft.decoding.lambdas import is_lambda, read_lambda_by_name
 from dera_peft.decoding.prompt_settings import PromptSettings
+from dera_peft.files import check_new_folder
+from dera_peft.lock import hold
 from dera_peft.settings import Check, part, setting
+
+if TYPE_CHECKING:
+    from dera_peft.decoding.prompts import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +28,8 @@ class ExportSettings(PromptSettings, ModelSource):
         parse=read_lambda_by_name,
         check=Check(lambda lam: all(map(is_lambda, lam.values() if isinstance(lam, Mapping) else [lam])), "finite"),
     )
-    output: str = setting(help="Folder of the new adapter.", metavar="DIR")
+    output: str = setting(help="Folder of the new adapter, a new or an empty one.", metavar="DIR")
+    overwrite: bool = setting(False, "Write into a folder that has something in it, in place of the adapter there.")
     json: bool = setting(False, "Print what was measured as JSON.")
 
 
@@ -34,21 +42,29 @@ def export(settings: ExportSettings) -> None:
 
     `dera export --adapter ./dpo --lambda 0.6 --output ./dpo-0.6 --prompts test.txt`
     """
+    settings.check_paths()
+    check_new_folder(settings.output, settings.overwrite, settings.folders.values())
+    prompts = settings.read_prompts()
+    with hold(Path(settings.output), "--output", is_folder=True):
+        _export(settings, prompts)
+
+
+def _export(settings: ExportSettings, prompts: "list[Prompt]") -> None:
     from rich.console import Console
 
     from dera_peft.checkpoint.export import NEW_TOKENS, describe_fit
+    from dera_peft.cli.console import print_json
     from dera_peft.decoding.prompts import encode
     from dera_peft.model import DeRaModel
 
-    prompts = settings.read_prompts()
     source = part(settings, ModelSource).placed()
     tokens = []
     if prompts:
         base_config, tokenizer = source.config, source.tokenizer()
         tokens = encode(prompts, tokenizer, base_config, NEW_TOKENS, settings.chat)
-    fit = DeRaModel.from_source(source).export(settings.lam, settings.output, tokens)
+    fit = DeRaModel.from_source(source).export(settings.lam, settings.output, tokens, settings.overwrite)
     if settings.json:
-        print(json.dumps({"folder": settings.output, "lambda": settings.lam, **fit}, ensure_ascii=False))
+        print_json(json.dumps({"folder": settings.output, "lambda": settings.lam, **fit}, ensure_ascii=False))
         return
     lam = settings.lam if isinstance(settings.lam, Mapping) else {"": settings.lam}
     strength = ",".join(f"{name}={value:g}".removeprefix("=") for name, value in lam.items())

@@ -17,6 +17,7 @@ from dera_peft.decoding.requests import Request
 from dera_peft.decoding.rows import GeneratedRow, RowLog, expect_prompts, to_line
 from dera_peft.decoding.sampling import Sampling
 from dera_peft.errors import DeRaError
+from dera_peft.lock import hold
 from dera_peft.settings import COUNT, part, setting
 
 if TYPE_CHECKING:
@@ -72,13 +73,19 @@ def generate(settings: GenerateSettings) -> None:
 
     `dera generate --adapter ./dpo --lambda=-0.5,0,1 --prompts prompts.jsonl --samples 4 --output out.jsonl`
     """
+    settings.check_paths()
+    prompts = settings.read_prompts_or_lines()
+    with hold(settings.output, "--output"):
+        _generate(settings, prompts)
+
+
+def _generate(settings: GenerateSettings, prompts: "Sequence[Prompt]") -> None:
     from dera_peft.checkpoint.fingerprint import settings_fingerprint
     from dera_peft.decoding.batching import decode
     from dera_peft.decoding.prompts import encode
     from dera_peft.model import DeRaModel
     from dera_peft.progress import show_progress
 
-    prompts = settings.read_prompts_or_lines()
     source, sampling = part(settings, ModelSource).placed(), settings.sampling
     record = source.resolve_one(
         "dera generate", "use DeRaModel.generate with lam by name, or export a mixture of them (dera export)."
@@ -135,8 +142,10 @@ def generate(settings: GenerateSettings) -> None:
 
 
 def _print_rows(rows: Iterable[GeneratedRow]) -> None:
+    from dera_peft.cli.console import print_json
+
     for row in rows:
-        print(to_line(row), flush=True)
+        print_json(to_line(row))
 
 
 def _show(prompts: "Sequence[Prompt]", requests: Sequence[Request], finished: dict[Request, GeneratedRow]) -> None:

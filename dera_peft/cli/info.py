@@ -34,11 +34,13 @@ def info(settings: InfoSettings) -> None:
 
     `dera info --base org/base --adapter ./dpo --quantization nf4 --json`
     """
+    settings.check_paths()
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from dera_peft.checkpoint.tokenizers import find_tokenizer, tokenizer_places
+    from dera_peft.cli.console import print_json
     from dera_peft.model import DeRaModel
 
     source = part(settings, ModelSource).placed()
@@ -46,7 +48,7 @@ def info(settings: InfoSettings) -> None:
     tokenizer = find_tokenizer(*tokenizer_places(source.resolve()), base_arguments=source.base_arguments)
     facts = describe_model(model, tokenizer)
     if settings.json:
-        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        print_json(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     branches = "\n".join(f"{name}: {' + '.join(['base', *adapters])}" for name, adapters in facts["branches"].items())
     rows = ", ".join(f"λ={lam}: {count}" for lam, count in facts["rows_per_sequence"].items())

@@ -1,9 +1,13 @@
 """How a program ends: errors, and Ctrl-C."""
 
+import io
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+
+from safetensors import SafetensorError
 
 from dera_peft.errors import DeRaError
 
@@ -36,9 +40,14 @@ def run_program(program: Callable[[], None], debug: bool = False) -> None:
     Args:
         debug: show the traceback of the former too.
     """
+    _replace_what_is_not_encoded()
     try:
-        program()
-    except (DeRaError, OSError) as error:
+        try:
+            program()
+        finally:
+            sys.stdout.flush()  # here, where a full disk is an error like any other
+    except (DeRaError, OSError, SafetensorError) as error:  # the last is of a file that can't be read or written
+        _drop_unwritten_output()
         if debug:
             traceback.print_exc()
         else:
@@ -66,6 +75,21 @@ def process_group() -> Iterator[None]:
         # NCCL would wait for the other processes, which need not have failed; that this one exits ends them
         if has_group and not (failed and distributed.get_backend() == "nccl"):
             distributed.destroy_process_group()
+
+
+def _replace_what_is_not_encoded() -> None:
+    """A terminal that knows ASCII alone shows "?" for λ, where Python would end the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
+def _drop_unwritten_output() -> None:
+    """Standard output that can't be written would be tried again, and told of, when Python ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _tell_interrupted() -> None:

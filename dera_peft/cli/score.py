@@ -13,6 +13,7 @@ from dera_peft.decoding.completions import Given, read_completions
 from dera_peft.decoding.lambdas import lambdas_setting
 from dera_peft.decoding.prompt_settings import PromptSettings
 from dera_peft.decoding.rows import Expected, RowLog, ScoredRow, to_line
+from dera_peft.lock import hold
 from dera_peft.settings import Check, part, setting, setting_like
 
 if TYPE_CHECKING:
@@ -75,6 +76,13 @@ def score(settings: ScoreSettings) -> None:
 
     `dera score --adapter ./dpo --completions chats.jsonl --chat --end --lambda 0,1 --output scores.jsonl`
     """
+    settings.check_paths()
+    given = read_completions(settings.completions)
+    with hold(settings.output, "--output"):
+        _score(settings, given)
+
+
+def _score(settings: ScoreSettings, given: Sequence[Given]) -> None:
     from rich.console import Console
 
     from dera_peft.checkpoint.fingerprint import settings_fingerprint
@@ -85,7 +93,6 @@ def score(settings: ScoreSettings) -> None:
     from dera_peft.model import DeRaModel
     from dera_peft.progress import show_progress
 
-    given = read_completions(settings.completions)
     source = part(settings, ModelSource).placed()
     record = source.resolve_one("dera score", "use dera_peft.evaluate.score with lam by name.")
     lambdas = settings.lambdas or (cast("float", record.lam),)  # of one aligned branch it is one number
@@ -223,5 +230,7 @@ def _exp(value: float) -> float:
 
 
 def _print_rows(rows: Iterable[ScoredRow]) -> None:
+    from dera_peft.cli.console import print_json
+
     for row in rows:
-        print(to_line(row), flush=True)
+        print_json(to_line(row))

@@ -42,6 +42,7 @@ def sweep(settings: SweepSettings) -> None:
     `dera sweep --adapter ./dpo --prompts org/dataset --split test --reward org/reward-model --judge judge.py:judge
     --rule kl_budget --kl-budget 5 --lambda 0,0.5,1,2 --model retrained=./dpo-2 --output-dir runs/sweep`
     """
+    settings.check_paths()
     config = part(settings, SweepConfig)
     if settings.check:
         from dera_peft.cli.check import check

@@ -49,7 +49,8 @@ def read_completions(file: str) -> list[Given]:
     try:
         with Path(file).open(encoding="utf-8-sig") as stream:  # a byte order mark is no part of the first row
             for number, line in enumerate(stream, start=1):
-                given.append(_read_row(line, number - 1, f"{file}, line {number}"))
+                if line.strip():
+                    given.append(_read_row(line, len(given), f"{file}, line {number}"))
     except FileNotFoundError:
         raise DeRaError(f"--completions: {file!r}: there is no such file.") from None
     except (OSError, UnicodeDecodeError) as error:

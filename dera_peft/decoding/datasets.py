@@ -56,9 +56,13 @@ def read_dataset(name: str, split: str = "train", config: str | None = None, arg
     except DeRaError:
         raise
     except Exception as error:  # datasets raises errors of many kinds on a file that it can't parse
+        if path.suffix in FORMATS and not path.read_bytes().strip():
+            raise DeRaError(f"{argument}={name!r} is empty.") from error
         if path.suffix == ".jsonl":
             _check_rows(path, f"{argument}={name!r}")
-        raise DeRaError(f"{argument}={name!r}, split={split!r}: {type(error).__name__}: {error}") from error
+        cause = error.__cause__ or error  # of a DatasetGenerationError, which says no more
+        reason = f"{type(cause).__name__}: {' '.join(str(cause).split())}" if str(cause) else type(cause).__name__
+        raise DeRaError(f"{argument}={name!r}, split={split!r} can't be read: {reason}") from error
     if not isinstance(dataset, Dataset):
         raise DeRaError(f"{argument}={name!r} gave a {type(dataset).__name__}, not a datasets.Dataset.")
     if len(dataset) == 0:

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from numbers import Real
+from typing import Any, cast
 
 from dera_peft.errors import DeRaError
 from dera_peft.settings import Check, setting
@@ -11,8 +12,8 @@ MAX_LAMBDA = (2 - 2**-23) * 2.0**127  # the largest float32: logits are mixed in
 
 
 def is_lambda(value: Any) -> bool:
-    """Whether it is a number, and finite in fp32 too."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_LAMBDA
+    """Whether it is a number, numpy's too, and finite in fp32 too."""
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(cast("float", value)) <= MAX_LAMBDA
 
 
 FINITE = Check(lambda values: all(map(is_lambda, values)), "finite numbers")

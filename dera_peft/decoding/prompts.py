@@ -95,7 +95,10 @@ def from_lines(stream: TextIO, source: str) -> list[Prompt]:
 
 def _split_lines(text: str) -> list[str]:
     """Only \\n or \\r\\n ends a line: `str.splitlines` would also cut at U+2028, which JSON allows inside a string."""
-    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    while lines and not lines[-1].strip():  # blank ones at the end are an editor's
+        lines.pop()
+    return lines
 
 
 def from_file(name: str, column: str = COLUMN) -> list[Prompt]:
@@ -125,7 +128,7 @@ def from_file(name: str, column: str = COLUMN) -> list[Prompt]:
         if path.suffix == ".txt":
             rows = {source: {column: line} for source, line in lines.items()}
         else:
-            rows = {source: parse_row(line, source) for source, line in lines.items()}
+            rows = {source: parse_row(line, source) for source, line in lines.items() if line.strip()}
     if not rows:
         raise DeRaError(f"prompts={name!r} has no prompts in it.")
     return _from_rows(rows, column)
@@ -241,7 +244,7 @@ def _read_csv(text: str, name: str) -> dict[str, dict]:
             raise DeRaError(f"{source}: not valid CSV: {error}") from None
         if values is None:
             return rows
-        if not values:  # a blank line
+        if not "".join(values).strip() and len(values) < 2:  # a blank line
             continue
         if names is None:
             names = values

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from dera_peft.formatting import short_repr
+
 
 @dataclass(frozen=True)
 class Request:
@@ -29,6 +31,8 @@ class Completion:
         text: their text, without special tokens and without the end token.
         end_token_id: the end token; None where the limit of tokens ended it.
     """
+
+    __repr__ = short_repr
 
     request: Request
     tokens: list[int]

@@ -6,16 +6,18 @@ Nothing here imports torch: what reads results need not wait for it.
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin
 
 from dera_peft.decoding.chats import Chat
 from dera_peft.decoding.prompts import Prompt
 from dera_peft.decoding.requests import Completion, Request
 from dera_peft.errors import DeRaError
+from dera_peft.files import check_writable, told_if_unwritable
+from dera_peft.formatting import short_repr
+from dera_peft.settings import alternatives, type_hints
 
 JSON_NAMES = {"lam": "lambda"}  # fields that JSON calls otherwise: `lambda` is a keyword of Python
 
@@ -38,6 +40,7 @@ class GeneratedRow:
     """
 
     kind: ClassVar[str] = "results"
+    __repr__ = short_repr
 
     run: str
     prompt_index: int
@@ -79,6 +82,8 @@ class GeneratedRow:
 class RewardedRow(GeneratedRow):
     """A completion with its reward; None where the reward gave it none."""
 
+    __repr__ = short_repr
+
     reward: float | None
 
 
@@ -97,6 +102,7 @@ class ScoredRow:
     """
 
     kind: ClassVar[str] = "scores"
+    __repr__ = short_repr
 
     run: str
     prompt_index: int
@@ -129,9 +135,35 @@ def to_json(row: Any) -> dict[str, Any]:
 
 
 def from_json(row_type: type[Row], values: Mapping[str, Any]) -> Row:
-    """The row of a JSON object. Raises `TypeError` where a field is missing or not known."""
+    """The row of a JSON object. Raises `TypeError` where a field is missing, not known, or of another type."""
     names = {json_name: name for name, json_name in JSON_NAMES.items()}
-    return row_type(**{names.get(name, name): value for name, value in values.items()})
+    row = row_type(**{names.get(name, name): value for name, value in values.items()})
+    for name, hint in type_hints(row_type).items():
+        if get_origin(hint) is not ClassVar and not _has_type(getattr(row, name), hint):
+            raise TypeError(f"{name} is not {hint}")
+    return row
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    """Whether JSON's value has a type; a float may be written as an integer."""
+    kinds = alternatives(hint)
+    if len(kinds) > 1:
+        return any(_has_type(value, kind) for kind in kinds)
+    origin, parts = get_origin(hint) or hint, get_args(hint)
+    if origin is Any:
+        return True
+    if origin is list:
+        if not isinstance(value, list):
+            return False
+        one_of_each = {type(each): each for each in value}  # of numbers and texts it is enough, and quick
+        return all(
+            _has_type(each, parts[0]) for each in (value if {list, dict} & {*one_of_each} else one_of_each.values())
+        )
+    if origin is dict:
+        return isinstance(value, dict) and all(_has_type(each, parts[1]) for each in value.values())
+    if origin in (int, float):
+        return isinstance(value, (int, origin)) and not isinstance(value, bool)
+    return isinstance(value, origin)
 
 
 def to_line(row: Any) -> str:
@@ -211,6 +243,8 @@ class RowLog(Generic[Row]):
         files = sorted(self.file.parent.glob(pattern)) if pattern else [self.file]
         own_torn = b""
         for each in files:
+            if each.exists() and not each.is_file():  # a device, or a pipe, holds no rows
+                continue
             try:
                 rows, torn = read_rows(each, row_type)
             except FileNotFoundError:  # it is not made yet; or another process has only checked that it can write it
@@ -223,37 +257,15 @@ class RowLog(Generic[Row]):
         cut_torn(self.file, own_torn, '{"run": "' if run is None else json.dumps({"run": run})[:-1])
 
     def append(self, rows: Iterable[Row]) -> list[Row]:
-        """Writes rows as whole lines, at once; returns them."""
+        """Writes rows as whole lines, at once; returns them. Raises `DeRaError` where they can't be written."""
         rows = list(rows)
         lines = "".join(to_line(row) + "\n" for row in rows).encode("utf-8")
-        with self.file.open("ab", buffering=0) as stream:  # one call, so that no line of another process comes between
+        # one call, so that no line of another process comes between
+        with told_if_unwritable(self.file), self.file.open("ab", buffering=0) as stream:
             while lines:
                 lines = lines[stream.write(lines) :]
         self.rows += rows
         return rows
-
-
-def check_writable(file: Path, argument: str) -> None:
-    """
-    Makes the folder of `file`. Better known now than after an hour of decoding is whether the file can be written.
-
-    A file that is not there yet is not made: another process may make it meanwhile.
-
-    Raises:
-        DeRaError: it can't; the message names `argument`.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.lstat(file)
-        except FileNotFoundError:
-            with tempfile.TemporaryFile(dir=file.parent):
-                pass
-        else:
-            with file.open("ab"):
-                pass
-    except OSError as error:
-        raise DeRaError(f"{argument}: {str(file)!r} can't be written: {error.strerror}.") from error
 
 
 def read_rows(file: Path, row_type: type[Row]) -> tuple[list[Row], bytes]:
@@ -267,6 +279,8 @@ def read_rows(file: Path, row_type: type[Row]) -> tuple[list[Row], bytes]:
     whole, _, torn = file.read_bytes().rpartition(b"\n")
     rows = []
     for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
+        if not line.strip():  # as an editor leaves one at the end
+            continue
         try:
             values = json.loads(line)
             rows.append(from_json(row_type, values))

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
+from typing import Any
 
 import torch
 
@@ -340,6 +342,10 @@ def check_default_lam(lam: float | Mapping[str, float], aligned: Sequence[str] =
             raise DeRaError(f"the default λ is {{}}; name the aligned branches: {list(aligned)}.")
         values = {name: check_default_lam(value) for name, value in lam.items()}
         return values if len(aligned) > 1 else values.get(aligned[0], 0.0)
-    if isinstance(lam, bool) or not isinstance(lam, (int, float)) or not abs(lam) <= torch.finfo(torch.float32).max:
+    number: Any = lam
+    if getattr(lam, "ndim", None) == 0:  # one of numpy or torch
+        number = number.item()
+    limit: Any = torch.finfo(torch.float32).max
+    if isinstance(number, bool) or not isinstance(number, Real) or not abs(number) <= limit:
         raise DeRaError(f"the default λ must be one number, finite in float32; got {lam!r}.")
-    return float(lam)
+    return float(number)

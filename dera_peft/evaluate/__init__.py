@@ -11,6 +11,10 @@ if TYPE_CHECKING:
 __all__ = ["Scored", "SweepConfig", "SweepResult", "score", "sweep"]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str):
     # the settings of a sweep are read without torch and matplotlib, which take seconds to import
     match name:

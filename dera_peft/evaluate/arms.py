@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -11,11 +11,13 @@ from dera_peft.checkpoint.fingerprint import (
     settings_fingerprint,
     weights_fingerprint,
 )
+from dera_peft.checkpoint.loading import check
 from dera_peft.checkpoint.record import Record
 from dera_peft.checkpoint.source import ModelSource
-from dera_peft.engine.names import LOGITS, REFERENCE
+from dera_peft.engine.names import LOGITS, REFERENCE, WEIGHTS
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate.config import SweepConfig
+from dera_peft.evaluate.loaded import LoadedModel
 from dera_peft.model import DeRaModel
 
 GRID_STEPS = 4  # points of the fine grid between two λ of the sweep
@@ -62,6 +64,8 @@ class Arm:
         return beta_of(self.record)
 
     def load(self, device_map: Any) -> DeRaModel:
+        if isinstance(self.source, LoadedModel):
+            return self.source.model
         return DeRaModel.from_source(replace(self.source, device_map=device_map), mixing=self.mixing)
 
 
@@ -72,14 +76,20 @@ def beta_of(record: Record) -> float | None:
     return float(beta) if is_number and 0 < beta < math.inf else None
 
 
-def make_arms(config: SweepConfig) -> list[Arm]:
+def make_arms(config: SweepConfig, loaded: LoadedModel | None = None) -> list[Arm]:
     """
     The arms that a config names: those of the sweep's adapter, "logits" first, and then the further models.
 
+    Args:
+        loaded: in place of what the config names; it is one arm alone.
+
     Raises:
-        DeRaError: there is no such model, or it stands over another reference, or it is several aligned models.
+        DeRaError: there is no such model, it does not fit its base, or it stands over another reference, or it is
+            several aligned models; or more is asked of a loaded model than it can be.
     """
-    source = config.source
+    if loaded is not None:
+        _check_loaded(config)
+    source = config.source if loaded is None else loaded
     record = source.resolve_one(COMMAND, WAY_OUT)
     arms = [
         Arm(mixing, source, mixing, config.lambdas, True, None, _run(config, source, mixing))
@@ -94,10 +104,24 @@ def make_arms(config: SweepConfig) -> list[Arm]:
                 f"models: {name!r} ({adapter!r}) stands over another reference than the sweep's adapter, so that its "
                 "KL would be from something else: it needs the same base, and the same adapters under it."
             )
+        try:
+            check(found, other.base_arguments, config=source.config)  # now, not when the arms before it are decoded
+        except DeRaError as error:
+            raise DeRaError(f"models: {name!r}: {error}") from error
         beta, its_beta = beta_of(record), beta_of(found)
         place = None if beta is None or its_beta is None else beta / its_beta
         arms.append(Arm(name, other, LOGITS, (1.0,), False, place, _run(config, other, LOGITS)))
     return arms
+
+
+def _check_loaded(config: SweepConfig) -> None:
+    """Raises `DeRaError` where a config names a model, or arms that would need another one, beside a loaded model."""
+    for each in fields(ModelSource):
+        if (value := getattr(config, each.name)) not in (None, (), {}):
+            raise DeRaError(f"{each.name}={value!r}: the model is loaded already; give one of the two.")
+    if config.models or WEIGHTS in config.mixing:
+        argument = "models" if config.models else f"mixing={list(config.mixing)}"
+        raise DeRaError(f"{argument}: a model that is loaded is one arm alone; name base and adapter to have more.")
 
 
 def _run(config: SweepConfig, source: ModelSource, mixing: str) -> str:

@@ -1,6 +1,8 @@
 """The settings of a sweep."""
 
-from collections.abc import Callable, Mapping
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -11,7 +13,8 @@ from dera_peft.decoding.prompt_settings import PromptSettings
 from dera_peft.decoding.sampling import Sampling
 from dera_peft.engine.names import LOGITS, WEIGHTS
 from dera_peft.errors import DeRaError
-from dera_peft.settings import COUNT, Check, part, setting, setting_like
+from dera_peft.files import check_exists, check_file
+from dera_peft.settings import COUNT, Check, part, plain, setting, setting_like
 
 PROMPTS, SAMPLING, MEASURING = "Prompts", "Sampling", "Measuring"
 
@@ -29,7 +32,7 @@ class SweepConfig(Sampling, ModelSource):
 
     prompts: Any = setting(
         help="Held-out prompts: .txt (one a line), .jsonl or .csv (rows), path.py:function, or a dataset (hub id or "
-        "folder). In Python also a list of texts, chats or rows.",
+        "folder). In Python also a list of texts, chats or rows, or a `datasets.Dataset`.",
         metavar="SOURCE",
         panel=PROMPTS,
     )
@@ -106,9 +109,10 @@ class SweepConfig(Sampling, ModelSource):
     )
 
     def __post_init__(self):
-        if not isinstance(self.prompts, (str, list, tuple)) or not self.prompts:
-            raise DeRaError(f"prompts={self.prompts!r} must name a file, a function or a dataset, or be a list.")
-        if not isinstance(self.lambdas, (list, tuple)) or not self.lambdas or not all(map(is_lambda, self.lambdas)):
+        object.__setattr__(self, "prompts", _plain_prompts(self.prompts))
+        object.__setattr__(self, "lambdas", plain(self.lambdas))
+        is_list = isinstance(self.lambdas, (list, tuple, range))
+        if not is_list or not self.lambdas or not all(is_lambda(plain(lam)) for lam in self.lambdas):
             raise DeRaError(f"lambdas={self.lambdas!r} must be a list of finite numbers, as [0, 0.5, 1].")
         if not isinstance(self.models, Mapping) or not all(self.models.values()):
             raise DeRaError(f"models={self.models!r} must map names to adapters, as {{retrained: runs/dpo-2}}.")
@@ -123,12 +127,25 @@ class SweepConfig(Sampling, ModelSource):
             )
         if taken := [name for name in self.models if name in (LOGITS, WEIGHTS)]:
             raise DeRaError(f"models: {taken[0]!r} is the name of another arm; choose another one.")
-        if (self.rule == "kl_budget") != (self.kl_budget is not None):
+        if self.rule == "kl_budget" and self.kl_budget is None:
+            raise DeRaError("rule='kl_budget' needs the budget: set kl_budget, a number of nats.")
+        if self.rule != "kl_budget" and self.kl_budget is not None:
             raise DeRaError(
-                f"rule={self.rule!r}, kl_budget={self.kl_budget!r}: a budget goes with the rule kl_budget alone."
+                f"kl_budget={self.kl_budget:g} has no effect on rule={self.rule!r}: set rule='kl_budget', or leave it "
+                "out."
             )
         if self.rule == "worst_group" and self.group is None:
             raise DeRaError("rule='worst_group' needs the column that tells the groups: set group.")
+
+    def check_paths(self) -> None:
+        super().check_paths()
+        for name, adapter in self.models.items():
+            check_exists(f"models[{name!r}]", adapter)
+        named = {"prompts": (self.prompts,), "rewards": self.rewards, "judge": (self.judge,)}
+        for argument, values in named.items():
+            for value in values:
+                if isinstance(value, str):
+                    check_file(argument, value)
 
     @property
     def sampling(self) -> Sampling:
@@ -144,3 +161,21 @@ class SweepConfig(Sampling, ModelSource):
         if given.get("rule") not in (None, "kl_budget") and "kl_budget" not in given:
             values = {name: value for name, value in values.items() if name != "kl_budget"}
         return super().merge(values, given)
+
+
+def _plain_prompts(prompts: Any) -> str | Sequence:
+    """
+    What names prompts as a text; a list, or a `datasets.Dataset`, which is a list of rows.
+
+    Raises:
+        DeRaError: it is neither, or empty.
+    """
+    prompts = os.fspath(prompts) if isinstance(prompts, os.PathLike) else plain(prompts)
+    # a Dataset is no Sequence by its type; datasets takes a second to import, and a user who has one has done so
+    datasets = sys.modules.get("datasets")
+    is_dataset = datasets is not None and isinstance(prompts, datasets.Dataset)
+    if not (is_dataset or isinstance(prompts, (str, list, tuple))) or not len(prompts):
+        wanted = "must name a file, a function or a dataset, or be a list or a datasets.Dataset"
+        got = repr(prompts) if isinstance(prompts, (str, list, tuple)) or prompts is None else type(prompts).__name__
+        raise DeRaError(f"prompts={got} {wanted}, and not be empty.")
+    return prompts

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from dera_peft.decoding.prompts import Chat
 from dera_peft.decoding.rows import Expected, RowLog
+from dera_peft.formatting import short_repr
 
 Kind = TypeVar("Kind", bound="SweepRow")
 
@@ -53,6 +54,7 @@ class CompletionRow(SweepRow):
     """
 
     kind: ClassVar[str] = "completions"
+    __repr__ = short_repr
 
     prompt: str | Chat
     completion: str
@@ -73,6 +75,7 @@ class ScoreRow(SweepRow):
     """
 
     kind: ClassVar[str] = "scores"
+    __repr__ = short_repr
 
     kl: float
     log_ref: float
@@ -93,6 +96,7 @@ class RewardRow(SweepRow):
     """
 
     kind: ClassVar[str] = "rewards"
+    __repr__ = short_repr
 
     name: str
     value: float | None

@@ -3,11 +3,12 @@
 import json
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from dera_peft.checkpoint.devices import device_map_of, join_processes
 from dera_peft.decoding.prompts import Prompt, column_names, encode, read_prompts
@@ -15,10 +16,11 @@ from dera_peft.engine.names import LOGITS
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate.analysis.curve import Curve, estimate_curve, reason_off
 from dera_peft.evaluate.analysis.recommend import recommend
-from dera_peft.evaluate.analysis.summary import AGAINST, check_names, summarise, write_csv
+from dera_peft.evaluate.analysis.summary import AGAINST, summarise
+from dera_peft.evaluate.analysis.table import check_names, write_csv
 from dera_peft.evaluate.arms import Arm, make_arms
 from dera_peft.evaluate.config import SweepConfig
-from dera_peft.evaluate.lock import hold
+from dera_peft.evaluate.loaded import LoadedModel
 from dera_peft.evaluate.report.page import write_report
 from dera_peft.evaluate.report.plots import plot_pareto, plot_sweep
 from dera_peft.evaluate.result import SweepResult
@@ -27,6 +29,8 @@ from dera_peft.evaluate.retrain import retrain_command
 from dera_peft.evaluate.rows import Key, RewardRow
 from dera_peft.evaluate.worker import SweepWorker
 from dera_peft.files import write_atomically
+from dera_peft.lock import hold
+from dera_peft.model import DeRaModel
 from dera_peft.progress import Progress, no_progress
 from dera_peft.rewards.functions import NamedReward, check_columns, load_rewards
 from dera_peft.rewards.judges import NamedJudge, load_judge
@@ -39,7 +43,14 @@ IN_MEMORY = ("log_p", "kl_grid", "token_views")  # of a row, what samples.jsonl 
 logger = logging.getLogger(__name__)
 
 
-def sweep(config: SweepConfig | None = None, *, progress: Progress = no_progress, **keys) -> SweepResult | None:
+def sweep(
+    config: SweepConfig | None = None,
+    *,
+    model: DeRaModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: Progress = no_progress,
+    **keys,
+) -> SweepResult | None:
     """
     Decodes, measures, summarises, recommends; writes samples.jsonl, summary.csv, the plots and report.html.
 
@@ -52,6 +63,9 @@ def sweep(config: SweepConfig | None = None, *, progress: Progress = no_progress
 
     Args:
         config: or its keys, as in `SweepConfig`; keys come before a config.
+        model: one that is loaded, as `DeRaModel.from_peft` makes of what a trainer holds, in place of base and adapter.
+            Its rows are those of its weights as they are now; trained further, it needs another folder.
+        tokenizer: of `model`; that of the folders it was loaded from unless given.
         progress: shows how far the sweep is; `dera_peft.progress.show_progress` does it on stderr.
 
     Returns:
@@ -61,27 +75,30 @@ def sweep(config: SweepConfig | None = None, *, progress: Progress = no_progress
         DeRaError: bad input. Rows on which a reward or the judge fails are marked, and the rest goes on.
     """
     config = SweepConfig(**keys) if config is None else replace(config, **keys)
+    if model is None and tokenizer is not None:
+        raise DeRaError("tokenizer belongs to a model that is loaded: give the model too.")
+    loaded = None if model is None else LoadedModel(model=model, given_tokenizer=tokenizer)
     processes = join_processes()
     device_map = device_map_of(config.device_map, processes)
     if config.output_dir is None:
         raise DeRaError("output_dir is missing: set it in the config or with --output-dir.")
-    arms = make_arms(config)
+    arms = make_arms(config, loaded)
     rewards = load_rewards(config.rewards, arms[0].beta, device_map)
     _check_rewards(rewards)
     judge = None if config.judge is None else load_judge(config.judge, device_map)
     if judge is not None and not set(AGAINST) & set(config.lambdas):
         raise DeRaError(f"judge={judge.name!r} compares with λ=0 and λ=1, and lambdas has neither: add one of them.")
     prompts = _read_prompts(config, rewards, warns=processes.is_main_process)
-    tokenizer, tokens = encode_prompts(config, arms[0], prompts)
+    ready_tokenizer, tokens = encode_prompts(config, arms[0], prompts)
     folder = Path(config.output_dir)
-    with hold(folder) if processes.is_main_process else nullcontext():
+    with hold(folder if processes.is_main_process else None, "output_dir", is_folder=True):
         processes.wait_for_everyone()  # none touches a file before the folder is held
         worker = SweepWorker(
             config,
             arms,
             prompts,
             tokens,
-            tokenizer,
+            ready_tokenizer,
             own_indices=_own_indices(tokens, processes.process_index, processes.num_processes),
             device_map=device_map,
             folder=folder,
@@ -145,10 +162,12 @@ def _read_prompts(config: SweepConfig, rewards: Sequence[NamedReward], warns: bo
         )
     if config.group is not None:
         for prompt in prompts:
-            if prompt.columns.get(config.group) is None:
+            if config.group not in prompt.columns:
                 raise DeRaError(
                     f"{prompt.source}: has no {config.group!r} to tell its group by; it has {sorted(prompt.columns)}."
                 )
+            if prompt.columns[config.group] is None:
+                raise DeRaError(f"{prompt.source}: its {config.group!r}, which tells its group, is null: give it one.")
     if any(reward.function is not None for reward in rewards):
         check_columns(column_names(prompts))
     for reward in rewards:

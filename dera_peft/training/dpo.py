@@ -23,6 +23,7 @@ no more.
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -31,7 +32,16 @@ from dera_peft.checkpoint.source import ModelSource, Quantization
 from dera_peft.errors import DeRaError
 from dera_peft.messages import is_main_process
 from dera_peft.settings import nearest, setting, setting_like
-from dera_peft.training.program import DataSettings, OutputFolder, check_processes, given_settings, log, settings_of
+from dera_peft.training.program import (
+    DataSettings,
+    OutputFolder,
+    check_files,
+    check_processes,
+    given_settings,
+    hold_folder,
+    log,
+    settings_of,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -74,6 +84,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         DeRaError: an argument is not known or can't be, or the training fails in a way that a user can mend.
     """
+    check_files(arguments)
+    with ExitStack() as held:
+        align(arguments, held)
+
+
+def align(arguments: Sequence[str] | None, held: ExitStack) -> None:
+    """Trains, in a folder that `held` keeps other programs out of."""
+
+    from dera_peft.checkpoint.card import write_card
     from dera_peft.training.adapters import (
         check_decodable,
         copy_adapter,
@@ -94,6 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser("dera dpo", __doc__, DPOSettings, DPOConfig, ModelConfig)
     settings, training_args, model_args = parser.read(arguments)
     check_arguments(settings, training_args, model_args)
+    held.enter_context(hold_folder(training_args.output_dir))
     processes = check_processes(settings.num_processes)
     rows, held_out = read_splits(settings)
     sft_model = find_sft_model_to_train(
@@ -174,7 +194,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if sft_model.adapter is not None:
             copy_adapter(sft_model.adapter, folder / "sft")
             remove_copy_of_reference(folder)
-        adapter_record(sft_model, folder, settings.continue_sft_adapter, training).save(folder)
+        record = adapter_record(sft_model, folder, settings.continue_sft_adapter, training)
+        record.save(folder)
+        write_card(record, folder)
     output.complete()
 
 

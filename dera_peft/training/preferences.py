@@ -14,6 +14,7 @@ those of a single one.
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,7 +26,14 @@ from dera_peft.decoding.sampling import Sampling
 from dera_peft.errors import DeRaError
 from dera_peft.settings import AT_LEAST_1, Check, setting, setting_like
 from dera_peft.training.pairs import BEST_WORST, EMPTY, TOO_LONG, make_pairs, outcome_table
-from dera_peft.training.program import OutputFolder, ProgramSettings, check_processes, settings_of
+from dera_peft.training.program import (
+    OutputFolder,
+    ProgramSettings,
+    check_files,
+    check_processes,
+    hold_folder,
+    settings_of,
+)
 
 if TYPE_CHECKING:
     from dera_peft.decoding.prompts import Prompt
@@ -123,9 +131,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         DeRaError: an argument is not known or can't be, or no prompt gives a pair.
     """
+    check_files(arguments)
+    with ExitStack() as held:
+        sample_and_rank(arguments, held)
+
+
+def sample_and_rank(arguments: Sequence[str] | None, held: ExitStack) -> None:
+    """Samples and ranks, in a folder that `held` keeps other programs out of."""
     from dera_peft.training.parser import Parser
 
     settings, sampling = Parser("dera preferences", __doc__, PreferenceSettings, PreferenceSampling).read(arguments)
+    held.enter_context(hold_folder(settings.output_dir))
 
     from rich.console import Console
 
@@ -161,7 +177,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_columns(column_names(prompts))
     folder = Path(settings.output_dir)
     output = OutputFolder(
-        folder, settings_of(settings, sampling, ignore=NOT_OF_A_COMPLETION), inputs, settings.overwrite
+        folder,
+        settings_of(settings, sampling, ignore=NOT_OF_A_COMPLETION),
+        inputs,
+        settings.overwrite,
+        has_model=False,
     )
     with processes.main_process_first():
         if settings.overwrite and processes.is_main_process:

@@ -1,24 +1,31 @@
 """What the training programs share: settings, messages, and how they treat what an earlier run left."""
 
+import itertools
 import json
 import logging
 import os
 import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import MISSING, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from dera_peft.errors import DeRaError
-from dera_peft.files import RUN_FILE, write_atomically
+from dera_peft.files import RUN_FILE, check_exists, check_file, is_same_folder, write_atomically
+from dera_peft.lock import hold
 from dera_peft.messages import is_main_process
-from dera_peft.settings import COUNT, Settings, setting
+from dera_peft.settings import COUNT, Settings, read_yaml, setting
+from dera_peft.user_code import is_object_path
 
 logger = logging.getLogger(__name__)
 
 # What the programs write, beside a tokenizer, which every run writes anew; with --overwrite it goes.
 MODEL_FILES = ("adapter_config.json", "adapter_model.*", "config.json", "generation_config.json", "model*.safetensors*")
 MODEL_FOLDERS = ("merged", "sft")
+SOURCES = ("model_name_or_path", "sft_adapter")  # settings that name what a run begins with
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,42 @@ def _to_write(settings: dict[str, Any], ignore: tuple[str, ...]) -> dict[str, An
     return json.loads(json.dumps(written, default=str))
 
 
+def hold_folder(folder: str | os.PathLike) -> AbstractContextManager[None]:
+    """Keeps other programs out of an output folder; of several processes of this one the first does."""
+    return hold(Path(folder) if is_main_process() else None, "output_dir", is_folder=True)
+
+
+def check_files(arguments: Sequence[str] | None) -> None:
+    """
+    Checks that the files and folders that a program's arguments name are there, before TRL is imported, which takes
+    seconds.
+
+    Args:
+        arguments: of the command line; `sys.argv`'s unless given.
+
+    Raises:
+        DeRaError: one is not.
+    """
+    words = [*(sys.argv[1:] if arguments is None else arguments), ""]
+    named: dict[str, Any] = {}
+    for word, follower in pairwise(words):
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            named[name[2:].replace("-", "_")] = value if equals else follower
+    if "config" in named:
+        of_file = {str(key).replace("-", "_"): value for key, value in read_yaml(named["config"]).items()}
+        named = {**of_file, **named}
+    for name in (*SOURCES, "reward", "dataset_name", "prompts"):
+        value = named.get(name)
+        if value is None or value == "":
+            continue
+        if not isinstance(value, str):
+            raise DeRaError(f"{name}={value!r} must be a text.")
+        check_file(name, value)
+        if name in (*SOURCES, "reward") and not is_object_path(value):
+            check_exists(name, value)
+
+
 class OutputFolder:
     """
     A folder of results, and `run.json` in it: which settings and inputs made them, and whether they are complete.
@@ -127,9 +170,11 @@ class OutputFolder:
         settings, inputs: of this run, as JSON-like values; inputs are fingerprints.
         overwrite: forget what is there.
         given: what the user gave of the settings, for who repeats the run; it is not compared.
+        has_model: whether what is made is a model, which must not be written over another one.
 
     Raises:
-        DeRaError: it holds the results of other settings or inputs.
+        DeRaError: it holds the results of other settings or inputs, a model that no such program made, or the one that
+            this run begins with.
     """
 
     def __init__(
@@ -139,6 +184,7 @@ class OutputFolder:
         inputs: dict,
         overwrite: bool = False,
         given: dict | None = None,
+        has_model: bool = True,
     ):
         self.folder = Path(folder)
         self.file = self.folder / RUN_FILE
@@ -148,11 +194,18 @@ class OutputFolder:
         from accelerate import PartialState
 
         with PartialState().main_process_first():
+            if has_model or overwrite:
+                self._check_sources(overwrite)
             if overwrite and is_main_process():
                 self._forget()
             if self.file.is_file():
                 self._compare()
-            else:
+            elif found := next(self._model_files(), None) if has_model and not overwrite else None:
+                raise DeRaError(
+                    f"output_dir={str(self.folder)!r} holds {found.name!r}, which no run of this program made: name "
+                    "another folder, or pass --overwrite true."
+                )
+            if not self.is_complete:
                 self._write(complete=False)
 
     @staticmethod
@@ -169,18 +222,10 @@ class OutputFolder:
         """
         Takes away what would let an unfinished folder pass for a finished one, or be continued; and, where a program
         made this folder, the model files of which the next one may write others.
-
-        Raises:
-            DeRaError: this run's own model is among them.
         """
-        for name in ("model_name_or_path", "sft_adapter"):
-            value = self.record["settings"].get(name)
-            if value and Path(value).exists() and Path(value).resolve().is_relative_to(self.folder.resolve()):
-                raise DeRaError(f"{name}={value!r} is in the folder to overwrite: choose another output_dir.")
         if self.file.is_file():
-            for pattern in MODEL_FILES:
-                for file in self.folder.glob(pattern):
-                    file.unlink()
+            for file in list(self._model_files()):
+                file.unlink()
             for name in MODEL_FOLDERS:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
         self.file.unlink(missing_ok=True)
@@ -188,10 +233,48 @@ class OutputFolder:
         for checkpoint in self.folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
 
+    def _check_sources(self, overwrite: bool) -> None:
+        """Raises `DeRaError` where the files of what this run begins with would be written over, or taken away."""
+        for name in SOURCES:
+            value = self.record["settings"].get(name)
+            if value and Path(value).exists():
+                is_within = Path(value).resolve().is_relative_to(self.folder.resolve())
+                if is_same_folder(self.folder, value) or (overwrite and is_within):
+                    raise DeRaError(f"{name}={value!r} is in the folder to write: choose another output_dir.")
+
+    def _model_files(self) -> Iterator[Path]:
+        return itertools.chain.from_iterable(map(self.folder.glob, MODEL_FILES))
+
+    def _results(self) -> list[Path]:
+        """The files that make up what a program left: weights, configs and the record."""
+        folders = (file for name in MODEL_FOLDERS for file in (self.folder / name).rglob("*"))
+        found = (*self._model_files(), *self.folder.glob("dera.json"), *folders)
+        return [file for file in found if file.is_file()]
+
+    def _is_begun(self) -> bool:
+        """Whether there is anything that a later run would continue or reuse."""
+        rows = [file for file in self.folder.glob("completions*.jsonl") if file.stat().st_size]
+        return bool(rows or self._results() or any(self.folder.glob("checkpoint-*")))
+
+    def _damaged(self, files: dict[str, int]) -> str | None:
+        """The first of the results that is no longer there as it was written, with its sizes in bytes."""
+        for name, size in files.items():
+            file = self.folder / name
+            found = file.stat().st_size if file.is_file() else 0
+            # a config may be edited, and weights not
+            if not found or (found != size and file.suffix == ".safetensors"):
+                return f"{name} has {found} of {size} bytes" if found else f"{name} is missing or empty"
+        return None
+
     def _compare(self) -> None:
         try:
             found = json.loads(self.file.read_text(encoding="utf-8"))
             self.is_complete = found["complete"]
+            if not self.is_complete and not self._is_begun():
+                return  # a try that came to nothing
+            if self.is_complete and (damage := self._damaged(found.get("files", {}))):
+                log(f"{self.folder}: {damage}: making it again", logging.WARNING)
+                self.is_complete = False
             for kind in ("settings", "inputs"):
                 for name in sorted({*self.record[kind], *found[kind]}):
                     now, before = self.record[kind].get(name, "the default"), found[kind].get(name, "the default")
@@ -200,7 +283,7 @@ class OutputFolder:
                             f"{str(self.folder)!r} was made with {name}={before!r}, and now it is {now!r}: pass "
                             "--overwrite true to make it again, or another --output_dir."
                         )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, DeRaError):
                 raise
             raise DeRaError(
@@ -210,12 +293,12 @@ class OutputFolder:
     def _write(self, complete: bool) -> None:
         if not is_main_process():
             return
-        text = json.dumps({"complete": complete, **self.record, **self.given}, indent=2, ensure_ascii=False) + "\n"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.file, text)
-        except OSError as error:
-            raise DeRaError(f"output_dir={str(self.folder)!r} can't be written: {error.strerror}.") from error
+        self.folder.mkdir(parents=True, exist_ok=True)
+        values = {"complete": complete, **self.record, **self.given}
+        if complete:
+            values["files"] = {str(file.relative_to(self.folder)): file.stat().st_size for file in self._results()}
+        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(self.file, text)
 
     def log_reused(self) -> None:
         log(f"{self.folder} is complete: reusing it (--overwrite true makes it again)")

@@ -16,6 +16,7 @@ unfinished one.
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,15 @@ from dera_peft.checkpoint.source import ModelSource, Quantization
 from dera_peft.errors import DeRaError
 from dera_peft.messages import is_main_process
 from dera_peft.settings import setting, setting_like
-from dera_peft.training.program import DataSettings, OutputFolder, check_processes, log, settings_of
+from dera_peft.training.program import (
+    DataSettings,
+    OutputFolder,
+    check_files,
+    check_processes,
+    hold_folder,
+    log,
+    settings_of,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -55,6 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         DeRaError: an argument is not known or can't be, or the training fails in a way that a user can mend.
     """
+    check_files(arguments)
+    with ExitStack() as held:
+        fine_tune(arguments, held)
+
+
+def fine_tune(arguments: Sequence[str] | None, held: ExitStack) -> None:
+    """Trains, in a folder that `held` keeps other programs out of."""
+
+    from dera_peft.checkpoint.card import write_card
     from dera_peft.training.adapters import check_tokens_train, merge_and_save, train_in_float32
     from dera_peft.training.data import dataset_fingerprint, read_splits
     from dera_peft.training.parser import Parser
@@ -67,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser("dera sft", __doc__, SFTSettings, SFTConfig, ModelConfig)
     settings, training_args, model_args = parser.read(arguments)
     check_arguments(settings, model_args)
+    held.enter_context(hold_folder(training_args.output_dir))
     processes = check_processes(settings.num_processes)
     rows, held_out = read_splits(settings)
     base = find_sft_model_to_train(model_args, settings.quantization, training_args.model_init_kwargs)
@@ -141,7 +160,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             **training_record(trainer, settings, output.record["inputs"]["dataset"], count, metrics),
         }
         folder = Path(training_args.output_dir)
-        adapter_record(base, folder, False, training).save(folder)
+        record = adapter_record(base, folder, False, training)
+        record.save(folder)
+        write_card(record, folder)
         if settings.merge_adapter:
             del trainer, model, trained  # the unquantized base may need their memory
             merge_and_save(replace(base, adapter=str(folder)), tokenizer, folder / "merged")

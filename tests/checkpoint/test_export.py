@@ -1,10 +1,13 @@
 """An exported adapter is a plain PEFT adapter; its distance from DeRa is measured, not promised."""
 
+import shutil
+
 import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from safetensors import SafetensorError
 from tiny_bases import adapt
 from tiny_models import make_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -185,3 +188,80 @@ def test_an_empty_prompt_is_refused(tiny_model, tmp_path):
     with pytest.raises(DeRaError, match="prompts: one is empty"):
         tiny_model.export(0.6, tmp_path / "out", [[]])
     assert not (tmp_path / "out").exists()
+
+
+def files_of(*folders) -> dict:
+    return {file: file.read_bytes() for folder in folders for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def copies(tiny_base, tiny_adapter, tmp_path):
+    """A base, and an adapter with a record that names it, which a test may spoil."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(tiny_base, base)
+    DeRaModel.from_pretrained(base, tiny_adapter).save_pretrained(adapter)
+    return base, adapter
+
+
+def test_a_folder_that_the_model_is_loaded_from_is_never_written(copies, tmp_path, monkeypatch):
+    base, adapter = copies
+    before = files_of(base, adapter)
+    model = DeRaModel.from_pretrained(adapter=adapter)
+    (tmp_path / "link").symlink_to(adapter)
+    (tmp_path / "base-link").symlink_to(base, target_is_directory=True)
+    monkeypatch.chdir(adapter)
+    for output in (adapter, tmp_path / "link", ".", "../adapter", "../base", tmp_path / "base-link"):
+        for overwrite in (False, True):
+            with pytest.raises(DeRaError, match="is read from there"):
+                model.export(0.5, output, overwrite=overwrite)
+    assert files_of(base, adapter) == before
+    model.export(0.5, adapter / "new")  # a folder below it is another one
+    assert {file: content for file, content in files_of(base, adapter).items() if file in before} == before
+
+
+def test_an_export_takes_the_place_of_another_adapter_only_where_it_is_told(copies, tiny_model, tmp_path):
+    _, other = copies
+    (other / "notes.txt").write_text("mine")
+    before = files_of(other)
+    with pytest.raises(DeRaError, match=r"output='.*adapter' is not empty: .*--overwrite"):
+        tiny_model.export(0.5, other)
+    assert files_of(other) == before
+    tiny_model.export(0.5, other, overwrite=True)
+    assert not (other / "dera.json").exists(), "it told of the adapter that was there"
+    assert (other / "notes.txt").read_text() == "mine"
+    tiny_model.export(0.5, tmp_path / "new")
+    weights = "adapter_model.safetensors"
+    assert (other / weights).read_bytes() == (tmp_path / "new" / weights).read_bytes()
+    with pytest.raises(DeRaError, match="is a file"):
+        tiny_model.export(0.5, other / "notes.txt", overwrite=True)
+
+
+def test_a_full_disk_is_one_message_and_leaves_what_was_there(copies, tiny_model, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    _, other = copies
+    before = files_of(other)
+    monkeypatch.setattr("dera_peft.checkpoint.export.save_file", full)
+    monkeypatch.setattr("peft.peft_model.safe_save_file", full)
+    for folder in (tmp_path / "new", other):
+        with pytest.raises(DeRaError, match=r"can't be written: .*No space left on device.* left\)\.$"):
+            tiny_model.export(0.5, folder, overwrite=True)
+    assert files_of(other) == before
+    assert files_of(tmp_path / "new") == {}
+    with pytest.raises(DeRaError, match="No space left on device"):
+        tiny_model.save_pretrained(tmp_path / "saved")
+
+
+def test_saving_a_model_writes_over_no_other_part_of_it(copies, tiny_adapter, tmp_path):
+    base, adapter = copies
+    two = DeRaModel.from_pretrained(base, adapters={"default": adapter, "other": tiny_adapter})
+    two.save_pretrained(tmp_path / "two")
+    again = DeRaModel.from_pretrained(tmp_path / "two")
+    before = files_of(base, tmp_path / "two")
+    for folder in (base, tmp_path / "two" / "other"):
+        with pytest.raises(DeRaError, match="name another folder"):
+            again.save_pretrained(folder)
+    assert files_of(base, tmp_path / "two") == before
+    again.save_pretrained(tmp_path / "two")  # each adapter over itself
+    assert DeRaModel.from_pretrained(tmp_path / "two").aligned == ["default", "other"]

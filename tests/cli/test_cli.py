@@ -364,7 +364,7 @@ def test_completions_are_scored_behind_the_prompt_as_it_was_rendered(dera, model
             '{"prompt": "a", "completion": "b", "finish_reason": "stop"}',
             "finish_reason='stop' is neither 'eos' nor 'length'",
         ),
-        ('{"prompt": "a", "completion": "\\ud800"}', "the completion is not valid UTF-8"),
+        ('{"prompt": "a", "completion": "\\ud800"}', "not valid UTF-8: an escape names half"),
         (json.dumps({"prompt": "a", "completion": "xy " * 300}), "which is more than the model's context of 256"),
         ("[1]", "line 1: a row must be a JSON object; got list"),
         ("{", "line 1: not valid JSON"),

@@ -9,6 +9,7 @@ from tiny_models import make_tokenizer
 from transformers import LlamaConfig
 
 from dera_peft import DeRaError
+from dera_peft.decoding.completions import read_completions
 from dera_peft.decoding.prompts import encode, from_dataset, from_file, from_lines, from_texts, read_prompts
 
 CHAT = [{"role": "user", "content": "Hello"}]
@@ -18,6 +19,31 @@ def write(tmp_path, name: str, *lines) -> str:
     file = tmp_path / name
     file.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
     return str(file)
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\n", "\r\n", "\r\n\r\n", "\n  \t\n\n", "\r\n \r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_blank_lines_at_the_end_are_no_prompts(tmp_path, mark, end):
+    newline = "\r\n" if "\r" in end else "\n"
+    files = {"p.txt": ["a", "b"], "p.jsonl": ['{"prompt": "a"}', '{"prompt": "b"}'], "p.csv": ["prompt", "a", "b"]}
+    for name, lines in files.items():
+        (tmp_path / name).write_bytes((mark + newline.join(lines) + end).encode())
+        assert [prompt.content for prompt in from_file(str(tmp_path / name))] == ["a", "b"]
+    assert [p.content for p in from_lines(io.StringIO(mark + "a\nb" + end), "standard input")] == ["a", "b"]
+    completions = [f'{{"prompt": "a", "completion": "{text}"}}' for text in "cd"]
+    (tmp_path / "c.jsonl").write_bytes((mark + newline.join(completions) + end).encode())
+    assert [(each.prompt.index, each.completion) for each in read_completions(str(tmp_path / "c.jsonl"))] == [
+        (0, "c"), (1, "d"),
+    ]  # fmt: skip
+
+
+def test_a_blank_line_between_prompts_is_told_with_its_number(tmp_path):
+    with pytest.raises(DeRaError, match=r"p\.txt, line 2: the prompt is empty"):
+        from_file(write(tmp_path, "p.txt", "a", "", "b"))
+    with pytest.raises(DeRaError, match="has no prompts in it"):
+        from_file(write(tmp_path, "p.txt", "", " "))
+    with pytest.raises(DeRaError, match=r"p\.jsonl, line 1: not valid UTF-8: an escape names half of a character"):
+        from_file(write(tmp_path, "p.jsonl", '{"prompt": "a", "topic": "\\ud83d"}'))
 
 
 def test_texts_lines_and_files(tmp_path):
@@ -70,7 +96,7 @@ def test_prompts_of_a_dataset(tmp_path):
     assert first.source == f"{tmp_path}/saved, row 1"
     with pytest.raises(DeRaError, match=r"has no column 'prompt'; it has \['chat', 'topic'\]: set prompt_column"):
         read_prompts(f"{tmp_path}/saved")
-    with pytest.raises(DeRaError, match=r"prompts='.*none', split='train': FileNotFoundError"):
+    with pytest.raises(DeRaError, match=r"prompts='.*none', split='train' can't be read: FileNotFoundError"):
         read_prompts(f"{tmp_path}/none")
 
 
@@ -103,8 +129,7 @@ def test_rows_of_a_dataset_without_a_prompt_are_an_error_or_left_out(tmp_path):
         ("p.jsonl", ['{"prompt": "a", "lambda": NaN}'], "p.jsonl, line 1: lambda must be a finite number"),
         ("p.jsonl", [{"prompt": "a", "lambda": -1e39}], "p.jsonl, line 1: lambda must be a finite number"),
         ("p.jsonl", [{"prompt": "a", "lambda": []}], "p.jsonl, line 1: lambda is an empty list"),
-        ("p.jsonl", [{"prompt": "a"}, ""], "p.jsonl, line 2: not valid JSON"),
-        ("p.jsonl", ['{"prompt": "\\ud800"}'], "p.jsonl, line 1: the prompt is not valid UTF-8"),
+        ("p.jsonl", ['{"prompt": "\\ud800"}'], "p.jsonl, line 1: not valid UTF-8: an escape names half"),
         ("p.csv", ["prompt,answer", "a,b", "c"], "p.csv, line 3: has 1 values, and the file's first line names 2"),
         ("p.csv", ["prompt", 'a"b', '"c'], "p.csv, line 3: not valid CSV"),
         ("p.csv", ["prompt,lambda", "a,much"], "p.csv, line 2: lambda must be a number; got 'much'"),

@@ -1,7 +1,6 @@
 """Logs of rows: continued, never mixed."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,7 +19,6 @@ from dera_peft.decoding.rows import (
     RewardedRow,
     RowLog,
     ScoredRow,
-    check_writable,
     cut_torn,
     expect_prompts,
     from_json,
@@ -189,27 +187,18 @@ def test_fingerprints_tell_settings_and_weights_apart(tmp_path):
         weights_fingerprint(tmp_path)
 
 
-def test_whether_a_file_can_be_written_is_seen_without_touching_it(tmp_path, monkeypatch):
-    file = tmp_path / "new" / "rows.jsonl"
-    check_writable(file, "--output")
-    assert list(file.parent.iterdir()) == [], "the folder is made, and nothing in it"
-    file.write_text("a row\n")
-    check_writable(file, "--output")
-    assert file.read_text() == "a row\n"
-    # another process makes the file, after it was seen not to be there
-    file.unlink()
-    lstat = os.lstat
+@pytest.mark.parametrize(
+    "values",
+    [{"lam": "0.5"}, {"sample": 0.5}, {"num_tokens": True}, {"columns": [1]}, {"prompt": None}, {"completion": 3}],
+)
+def test_a_row_with_a_value_of_another_type_is_no_row(tmp_path, values):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(to_json(ROW)) + "\n\n")
+    assert read_rows(tmp_path / "rows.jsonl", GeneratedRow) == ([ROW], b""), "a blank line at the end is none either"
+    (tmp_path / "rows.jsonl").write_text(json.dumps(to_json(replace(ROW, **values))) + "\n")
+    with pytest.raises(DeRaError, match="line 1, is not a row of results"):
+        read_rows(tmp_path / "rows.jsonl", GeneratedRow)
 
-    def made_meanwhile(path, **kwargs):
-        try:
-            return lstat(path, **kwargs)
-        finally:
-            if path == file:
-                file.write_text("another's row\n")
 
-    monkeypatch.setattr("os.lstat", made_meanwhile)
-    check_writable(file, "--output")
-    assert file.read_text() == "another's row\n"
-    for wrong in (tmp_path, tmp_path / ("x" * 300), file / "below"):
-        with pytest.raises(DeRaError, match=r"--output: '.*' can't be written: "):
-            check_writable(wrong, "--output")
+def test_a_full_disk_is_one_message():
+    with pytest.raises(DeRaError, match="'/dev/full' can't be written: No space left on device"):
+        open_log("/dev/full").append([ROW])

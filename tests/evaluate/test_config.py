@@ -33,8 +33,8 @@ REQUIRED = {"prompts": "p.txt", "rewards": ["r.py:reward"], "output_dir": "out"}
         ({"models": ["a"]}, r"models=\['a'\] must map names to adapters"),
         ({"models": {"weights": "a"}}, "models: 'weights' is the name of another arm"),
         ({"rule": "best"}, "rule='best' is not known; choose one of reward, lower_bound"),
-        ({"rule": "kl_budget"}, "a budget goes with the rule kl_budget alone"),
-        ({"kl_budget": 3}, "a budget goes with the rule kl_budget alone"),
+        ({"rule": "kl_budget"}, "rule='kl_budget' needs the budget: set kl_budget"),
+        ({"kl_budget": 3}, "kl_budget=3 has no effect on rule='reward'"),
         ({"rule": "kl_budget", "kl_budget": -1}, "kl_budget=-1 must be a number of nats, 0 or more"),
         ({"rule": "worst_group"}, "needs the column that tells the groups: set group"),
         ({"reward": "x"}, "'reward' is not a key of a sweep; do you mean 'rewards'?"),
@@ -59,5 +59,5 @@ def test_another_rule_takes_the_place_of_the_files_rule_with_its_budget(tmp_path
     config = SweepConfig.read(str(file), rule="reward")
     assert (config.rule, config.kl_budget) == ("reward", None)
     assert SweepConfig.read(str(file), rule="kl_budget").kl_budget == 3
-    with pytest.raises(DeRaError, match="a budget goes with the rule kl_budget alone"):
+    with pytest.raises(DeRaError, match="kl_budget"):
         SweepConfig.read(str(file), rule="reward", kl_budget=2)

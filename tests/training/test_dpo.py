@@ -1,10 +1,13 @@
 """DPO's reference is the SFT model, in each of the forms that it comes in; and what is recorded of it."""
 
 import math
+import re
+import shlex
 import shutil
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from small_runs import load_plainly, log_probs, train
@@ -12,6 +15,7 @@ from small_runs import load_plainly, log_probs, train
 from dera_peft import DeRaError, DeRaModel
 from dera_peft.checkpoint.fingerprint import base_fingerprint
 from dera_peft.checkpoint.record import Record
+from dera_peft.cli import app
 from dera_peft.decoding.datasets import read_dataset
 from dera_peft.engine.quantized import keep_trainable
 from dera_peft.training.data import dataset_fingerprint
@@ -109,7 +113,7 @@ def test_the_reference_is_the_sft_model(form, nf4, tiny_base, sft_adapter, merge
     assert record.training["quantization"] == ("nf4" if nf4 else None)
 
 
-def test_what_is_recorded(tiny_base, preferences, tmp_path):
+def test_what_is_recorded(tiny_base, preferences, tmp_path, capsys):
     folder = train("dpo", tmp_path / "dpo", model_name_or_path=tiny_base, dataset_name=preferences, beta=0.3)
     record = Record.load(folder)
     training = record.training
@@ -126,6 +130,36 @@ def test_what_is_recorded(tiny_base, preferences, tmp_path):
         training["metrics"]
     )
     assert set(training["versions"]) == {"dera-peft", "peft", "torch", "transformers", "trl"}
+    check_card(folder, tiny_base, capsys)
+    # a part of what was made gets lost
+    weights = folder / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-8])
+    train("dpo", folder, model_name_or_path=tiny_base, dataset_name=preferences, beta=0.3)
+    assert "adapter_model.safetensors has" in capsys.readouterr().err
+    assert weights.read_bytes() == whole
+    train("dpo", folder, model_name_or_path=tiny_base, dataset_name=preferences, beta=0.3)
+    assert "is complete: reusing it" in capsys.readouterr().err
+
+
+def check_card(folder, base, capsys) -> None:
+    """It names base and β, and what it says can be run as it is."""
+    card = (folder / "README.md").read_text()
+    head, _, text = card.removeprefix("---\n").partition("\n---\n")
+    assert yaml.safe_load(head)["tags"] == ["lora", "dera", "dpo"]
+    assert f"| base | `{base}` |" in text
+    assert "| β | 0.3 |" in text
+    assert "λ=0.5 for 0.6" in text, "β/λ"
+    (command,) = re.findall(r"```bash\n(.*)\n```", text)
+    (program,) = re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)
+    capsys.readouterr()
+    exec(program, {})
+    assert len(capsys.readouterr().out) > len("Once upon a time")
+    with pytest.raises(SystemExit) as end:
+        app.main(shlex.split(command)[1:])
+    assert not end.value.code
+    shown = capsys.readouterr().out
+    assert all(f"λ={lam}" in shown for lam in ("0", "0.5", "1"))
 
 
 @pytest.mark.parametrize(
@@ -156,7 +190,7 @@ def test_a_loss_that_changes_the_meaning_of_beta_warns(settings, message, tiny_b
         ({"label_smoothing": 0.1}, "label_smoothing=0.1 has no effect.*loss_type: robust"),
         ({"continue_sft_adapter": True}, "needs the adapter: set sft_adapter"),
         ({"sft_adapter": "BASE"}, "is not an adapter: it has no adapter_config.json"),
-        ({"sft_adapter": "./nowhere"}, "sft_adapter='./nowhere' can't be loaded: there is no such folder"),
+        ({"sft_adapter": "./nowhere"}, "sft_adapter='./nowhere': there is no such folder"),
         ({"sft_adapter": "SFT", "continue_sft_adapter": True, "lora_r": 32}, "lora_r=32, but .* has 4: leave it out"),
         ({"model_name_or_path": "SFT", "sft_adapter": "SFT"}, "is an adapter, and sft_adapter=.* another"),
         ({"model_name_or_path": "configs/tiny/world.py:model"}, "has no weights that dera.json could name"),

@@ -35,6 +35,67 @@ def test_a_folder_is_reused_by_the_same_run_alone(tmp_path):
         OutputFolder(folder, {"seed": 2}, {"model": "abc"})
 
 
+def test_a_try_that_came_to_nothing_is_in_nobodys_way(tmp_path):
+    OutputFolder(tmp_path, {"seed": 1, "dataset_name": "mistyped"}, {})
+    second = OutputFolder(tmp_path, {"seed": 2}, {})
+    assert not second.is_complete
+    assert json.loads((tmp_path / "run.json").read_text())["settings"] == {"seed": 2}
+    (tmp_path / "completions.jsonl").write_text("")  # nor is a file without rows
+    OutputFolder(tmp_path, {"seed": 3}, {})
+    for begun in ("completions.jsonl", "checkpoint-2/trainer_state.json", "adapter_model.safetensors"):
+        (tmp_path / begun).parent.mkdir(exist_ok=True)
+        (tmp_path / begun).write_text("{}")
+        with pytest.raises(DeRaError, match="made with seed=3, and now it is 4"):
+            OutputFolder(tmp_path, {"seed": 4}, {})
+        (tmp_path / begun).unlink()
+        if begun.startswith("checkpoint"):
+            (tmp_path / begun).parent.rmdir()
+
+
+def test_a_complete_folder_is_made_again_where_results_are_missing_or_cut(tmp_path, caplog):
+    def complete() -> OutputFolder:
+        output = OutputFolder(tmp_path, {}, {})
+        for name in ("adapter_model.safetensors", "adapter_config.json", "merged/model-2.safetensors", "README.md"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text("0123456789")
+        output.complete()
+        return output
+
+    complete()
+    (tmp_path / "README.md").unlink()  # which is no result
+    (tmp_path / "adapter_config.json").write_text("{} edited")
+    assert OutputFolder(tmp_path, {}, {}).is_complete
+    damages = {
+        "adapter_model.safetensors": ("012", "has 3 of 10 bytes"),
+        "adapter_config.json": ("", "is missing or empty"),
+        "merged/model-2.safetensors": (None, "is missing or empty"),
+    }
+    for name, (content, message) in damages.items():
+        if content is None:
+            (tmp_path / name).unlink()
+        else:
+            (tmp_path / name).write_text(content)
+        with pytest.raises(DeRaError, match="made with seed"):  # it is still the folder of these settings
+            OutputFolder(tmp_path, {"seed": 1}, {})
+        assert not OutputFolder(tmp_path, {}, {}).is_complete
+        assert f"{name} {message}: making it again" in caplog.text
+        assert complete().is_complete
+
+
+def test_a_model_of_others_is_not_written_over(tmp_path):
+    base, link = tmp_path / "base", tmp_path / "link"
+    base.mkdir()
+    link.symlink_to(base)
+    (base / "config.json").write_text("{}")
+    with pytest.raises(DeRaError, match=r"holds 'config\.json', which no run of this program made.*--overwrite true"):
+        OutputFolder(base, {}, {})
+    for overwrite in (False, True):
+        for name in ("model_name_or_path", "sft_adapter"):
+            with pytest.raises(DeRaError, match=f"{name}=.* is in the folder to write"):
+                OutputFolder(link, {name: str(base)}, {}, overwrite)
+    assert [file.name for file in base.iterdir()] == ["config.json"]
+
+
 def test_what_was_given_is_written_and_not_compared(tmp_path):
     kwargs = {"revision": "main", "token": "hf_secret"}
     given = {"model_init_kwargs": json.dumps(kwargs), "max_length": None, "seed": 42, "hub_token": "hf_secret"}
@@ -60,7 +121,7 @@ def test_overwriting_takes_away_what_the_programs_wrote_and_nothing_else(tmp_pat
         (tmp_path / name).write_text("x")
     for name in ("model_name_or_path", "sft_adapter"):
         for source in (tmp_path, tmp_path / "sft"):
-            with pytest.raises(DeRaError, match=rf"{name}=.* is in the folder to overwrite"):
+            with pytest.raises(DeRaError, match=rf"{name}=.* is in the folder to write"):
                 OutputFolder(tmp_path, {name: str(source)}, {}, overwrite=True)
     OutputFolder(tmp_path, {}, {}, overwrite=True)
     assert (tmp_path / "model.safetensors").exists(), "no program had made that folder"

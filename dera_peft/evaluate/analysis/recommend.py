@@ -203,7 +203,8 @@ def recommend(
             and measured[0] < point.lam < measured[-1]
             and point.lam not in measured
         ]
-    candidates = sorted((c for c in candidates if not math.isnan(c.value.mean)), key=lambda c: c.lam)
+    complete = (c for c in candidates if not math.isnan(c.value.mean) and not math.isnan(c.kl.mean))
+    candidates = sorted(complete, key=lambda c: c.lam)
     if not candidates:
         raise DeRaError(f"reward={reward!r} has no value at any λ: there is nothing to recommend by.")
     if rule == "lower_bound" and all(math.isnan(c.value.low) for c in candidates):

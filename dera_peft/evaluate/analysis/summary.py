@@ -1,10 +1,6 @@
 """What a sweep's samples say about each λ: means, errors over prompts, and differences paired prompt by prompt."""
 
-import csv
-import io
 import math
-import os
-import re
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,12 +9,8 @@ import numpy
 
 from dera_peft.engine.names import LOGITS
 from dera_peft.errors import DeRaError
-from dera_peft.files import write_atomically
 
 AGAINST = (0.0, 1.0)  # the λ of DeRa that each λ is compared with: the reference, and the adapter as trained
-COLUMNS = ("arm", "lambda", "prompts", "samples", "kl", "kl_per_token", "tokens", "ended")  # of summary.csv
-# what stands behind a name in the further columns of its estimates and comparisons
-OWN = "_(se|low|high|failed|group_.*|(minus|win|tie|loss)_lambda_.*)"
 RESAMPLES = 1000
 INTERVAL = (2.5, 97.5)  # percentiles: 95 %
 
@@ -77,7 +69,9 @@ class Judged:
     Attributes:
         rate: the win rate, a tie counting as half a win; 0.5 is neither.
         win, tie, loss: shares of the pairs, mean over prompts.
-        failed: pairs that the judge gave no verdict on; they are left out.
+        failed: pairs that the judge gave no verdict on; they are left out. Where they are as many as those that it
+            decided, or more, nothing else is known: the rate would be that of equal texts, which are ties without a
+            judge.
     """
 
     rate: Estimate
@@ -288,7 +282,8 @@ def _summary(
             columns["versus", name, lam] = _per_prompt(difference)
             signs["versus", name, lam] = numpy.sign(difference)
     for lam, found in verdicts.items():
-        signs["judged", lam] = cell.table(found)
+        fails = found.count(None) > 0 and found.count(None) >= found.count(1) + found.count(-1)
+        signs["judged", lam] = cell.table([None] * len(found) if fails else found)
         columns["judged", lam] = _per_prompt((signs["judged", lam] + 1) / 2)  # a win 1, a tie 1/2, a loss 0
     for pair, sign in signs.items():
         for outcome in (1, 0, -1):
@@ -327,73 +322,3 @@ def _summary(
 def number(value: float, form: str = ".3f") -> str:
     """For a table or a sentence: what is unknown is "-"."""
     return "-" if math.isnan(value) else format(value, form)
-
-
-def check_names(rewards: Sequence[str]) -> None:
-    """
-    Refuses rewards whose columns in summary.csv another would overwrite.
-
-    Raises:
-        DeRaError: names the reward.
-    """
-    for name in rewards:
-        others = [other for other in rewards if other != name and re.fullmatch(f"{re.escape(other)}{OWN}", name)]
-        if name in COLUMNS or re.fullmatch(f"kl{OWN}", name) or name.startswith("judge_") or others:
-            raise DeRaError(
-                f"rewards: {name!r} is the name of another column of summary.csv; give the function another name."
-            )
-
-
-def write_csv(summaries: Sequence[LambdaSummary], file: str | os.PathLike) -> None:
-    """
-    One row per arm and λ. An estimate has the columns NAME, NAME_se, NAME_low and NAME_high; what is
-    unknown is empty.
-
-    A reward has those of its level under its own name, NAME_failed, NAME_group_GROUP for each group's mean, and for
-    the comparison with λ=0 those of NAME_minus_lambda_0, and NAME_win_lambda_0, NAME_tie_…, NAME_loss_…; with λ=1 the
-    same. A judge has judge_lambda_0 (the win rate), judge_win_lambda_0, ….
-    """
-    table = [_flat(summary) for summary in summaries]
-    names = list(dict.fromkeys(name for row in table for name in row))
-    stream = io.StringIO(newline="")
-    writer = csv.DictWriter(stream, names, restval="")
-    writer.writeheader()
-    writer.writerows(table)
-    write_atomically(file, stream.getvalue())
-
-
-def _flat(summary: LambdaSummary) -> dict[str, str | int | float]:
-    row: dict[str, str | int | float] = {
-        "arm": summary.arm,
-        "lambda": summary.lam,
-        "prompts": summary.prompts,
-        "samples": summary.samples,
-        **_columns("kl", summary.kl),
-        "kl_per_token": summary.kl_per_token,
-        "tokens": summary.tokens,
-        "ended": summary.ended,
-    }
-    for name, reward in summary.rewards.items():
-        row |= _columns(name, reward.level) | {f"{name}_failed": reward.failed}
-        for other, paired in reward.versus.items():
-            row |= _columns(f"{name}_minus_lambda_{other:g}", paired.difference)
-            row |= {f"{name}_{share}_lambda_{other:g}": getattr(paired, share) for share in ("win", "tie", "loss")}
-        for own, level in reward.groups.items():
-            row |= _columns(f"{name}_group_{own}", level)
-    for other, judged in summary.judged.items():
-        row |= _columns(f"judge_lambda_{other:g}", judged.rate)
-        row |= {f"judge_{share}_lambda_{other:g}": getattr(judged, share) for share in ("win", "tie", "loss", "failed")}
-    return {name: _csv(value) if isinstance(value, float) else value for name, value in row.items()}
-
-
-def _csv(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.8g}"
-
-
-def _columns(name: str, estimate: Estimate) -> dict[str, float]:
-    return {
-        name: estimate.mean,
-        f"{name}_se": estimate.se,
-        f"{name}_low": estimate.low,
-        f"{name}_high": estimate.high,
-    }

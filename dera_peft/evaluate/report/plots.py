@@ -151,8 +151,9 @@ def pareto_picture(
         star = recommendation if recommendation and recommendation.reward == reward else None
         labels: list[tuple[int, float, tuple[float, float]]] = []  # arm, λ, place
         for number, (arm, points) in enumerate(arms.items()):
-            y = _reward(points, curve, reward)
-            x = _kl([point for point in points if point.lam in y.measured], curve)
+            drawn = [point for point in points if math.isfinite(point.kl.mean)]
+            y = _reward(drawn, curve, reward)
+            x = _kl([point for point in drawn if point.lam in y.measured], curve)
             color = COLORS[number % len(COLORS)]
             if arm not in models:
                 estimated = np.isfinite(x.estimated) & np.isfinite(y.estimated)
@@ -227,7 +228,7 @@ def _kl(points: Sequence[LambdaSummary], curve: Curve | None) -> Quantity:
 
 
 def _reward(points: Sequence[LambdaSummary], curve: Curve | None, reward: str) -> Quantity:
-    between = curve.points if curve and points[0].arm == LOGITS else []
+    between = curve.points if curve and points and points[0].arm == LOGITS else []
     return Quantity.of(
         {p.lam: p.rewards[reward].level for p in points if reward in p.rewards},
         {p.lam: p.rewards.get(reward) for p in between},

@@ -7,7 +7,8 @@ import numpy
 import pytest
 
 from dera_peft import DeRaError
-from dera_peft.evaluate.analysis.summary import RESAMPLES, Resamples, check_names, number, summarise, write_csv
+from dera_peft.evaluate.analysis.summary import RESAMPLES, Resamples, number, summarise
+from dera_peft.evaluate.analysis.table import check_names, write_csv
 
 
 def row(lam, index, reward, sample=0, arm="logits", kl=0.0, tokens=4, finish="eos", judged=None, **columns) -> dict:
@@ -114,6 +115,19 @@ def test_groups_and_the_worst():
     assert summarise(rows)[0].rewards["r"].worst_group is None
     with pytest.raises(DeRaError, match="group='language': prompt 0 has no such column"):
         summarise(rows, group="language")
+
+
+def test_a_judge_that_fails_shows_no_win_rate():
+    """Equal texts are ties without a call; where it failed on all others they alone would make up the rate."""
+
+    def judged(*verdicts):
+        rows = [row(0.5, index, 0.0, judged={"0": verdict}) for index, verdict in enumerate(verdicts)]
+        return summarise(rows)[0].judged[0.0]
+
+    failing = judged(0, 0, None, None, 1)
+    assert failing.failed == 2
+    assert all(math.isnan(value) for value in (failing.rate.mean, failing.win, failing.tie, failing.loss))
+    assert (judged(0, 0, None, 1, 1).rate.mean, judged(0, 0).rate.mean) == (0.75, 0.5)
 
 
 def test_a_judges_win_rate():

@@ -119,6 +119,20 @@ def test_what_is_unknown_is_left_out():
     assert single.value.tolist() == [2.0]
 
 
+def test_a_kl_that_is_no_number_and_a_reward_that_an_arm_lacks_are_left_out(sweep):
+    """As in the folder of a sweep whose model gave no finite numbers, or by the rows of an earlier version."""
+    nan = Estimate(math.nan, math.nan, math.nan, math.nan)
+    summaries = [replace(s, kl=nan if s.lam in (0.5, 1.0) else s.kl) for s in sweep["summaries"]]
+    summaries = [replace(s, rewards={}) if s.lam == 0.0 else s for s in summaries]
+    for curve_or_none in (sweep["curve"], None):
+        for reward in ("$fun$", "unknown"):
+            labels = texts(pareto_picture(summaries, curve_or_none, None, reward, models=MODELS))
+            assert ("λ=-0.5" in labels) == (reward == "$fun$")
+            assert not {"λ=0", "λ=0.5", "λ=1"} & {*labels}
+            sweep_picture(summaries, curve_or_none, None, reward, models=MODELS)
+    pareto_picture([replace(s, kl=nan) for s in summaries], None, None, "$fun$")
+
+
 def test_ticks_of_a_square_root_scale():
     assert _root_ticks(9.0) == [0.0, 0.1, 0.5, 1.0, 2.0, 5.0]
     assert _root_ticks(0.0) == [0.0]
