@@ -87,8 +87,8 @@ class ModelSource(Settings):
     )
     capture: bool | None = setting(
         None,
-        "Record decoding steps as CUDA graphs and replay them, which is several times as fast for small batches on a "
-        "GPU; off by default.",
+        "Record decoding steps as CUDA graphs and replay them, which is several times as fast for small batches; on a "
+        "GPU it is done wherever it can be, unless switched off.",
         panel=PANEL,
     )
     base_arguments: Mapping[str, Any] = field(

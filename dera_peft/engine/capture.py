@@ -26,7 +26,6 @@ from dera_peft.engine.cuda_graph import CannotRecord, CudaGraphs
 from dera_peft.engine.plan import BatchPlan
 from dera_peft.engine.wiring import Wiring
 
-BY_DEFAULT = False  # whether steps are captured where nobody says
 WARM_UP = 2  # steps computed eagerly first, in which kernels are loaded and chosen, and get their workspaces
 LENGTHS = 64  # a cache's length is a multiple of it, so that calls of nearly the same length can share one
 KEPT, KEPT_BYTES = 8, 2 * 2**30  # idle caches, and the bytes that they may hold, kept for a call like an earlier one
@@ -264,7 +263,7 @@ class Captures:
 
     def wants(self, asked: bool | None, device: torch.device) -> bool:
         """Whether to capture steps, or to say why not, of a model on `device`."""
-        return BY_DEFAULT and device.type == self.recorder.device_type if asked is None else asked
+        return device.type == self.recorder.device_type if asked is None else asked
 
     def check_fresh(self, model: PreTrainedModel, wiring: Wiring) -> None:
         """Forgets what is known of a model whose weights have moved since, or that is put together in another way."""

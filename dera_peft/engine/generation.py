@@ -46,7 +46,7 @@ class MixtureGenerationMixin(GenerationMixin):
 
     Attributes:
         capture: whether decoding steps are captured as CUDA graphs where they can be, unless a call of `generate` says.
-            None leaves it to the package.
+            None: they are, and where they can't be nobody is warned.
 
     transformers declares the `self` of its own mixin as a protocol which no `PreTrainedModel` meets (its dtype and
     device are properties), so a type checker is told to pass over each call of the mixin's methods.
@@ -81,8 +81,8 @@ class MixtureGenerationMixin(GenerationMixin):
         Args:
             capture: whether decoding steps are recorded once as a CUDA graph and replayed for each token, which is
                 several times as fast for small batches; the model's `capture` unless given. Where it can't be done (on
-                a CPU, with beams, offloaded weights, LLM.int8(), recurrent states), a warning says why, once, and the
-                steps are computed as ever.
+                a CPU, with beams, offloaded weights, LLM.int8(), recurrent states) the steps are computed as ever; to
+                whom asked for it with True, a warning says why, once.
 
         Raises:
             DeRaError: λ does not fit; the base has no row for a token; or what is asked for makes forward passes of its

@@ -98,7 +98,7 @@ def test_ends(llama):
     assert ended.tolist() != plain.tolist()
     tokenizer = make_tokenizer()
     one = {name: value[1:2] for name, value in inputs.items()}
-    text = tokenizer.decode(model.generate(**one, lam=0.5, **OPTIONS)[0, 6:])
+    text = tokenizer.decode(model.generate(**one, lam=0.5, capture=False, **OPTIONS)[0, 6:])
     stop = {"stop_strings": text[4:7], "tokenizer": tokenizer}
     assert assert_bit_equal(model, **one, lam=0.5, **stop).shape[1] < 18
     assert recorder.replays > 0
@@ -206,14 +206,14 @@ def test_requests_in_batches(tiny_base, tiny_adapter, device):
 
 def test_the_cache_that_is_returned_goes_on(llama):
     model, _, inputs = llama
-    whole = model.generate(**inputs, lam=LAM, **{**OPTIONS, "max_new_tokens": 20})
+    whole = model.generate(**inputs, lam=LAM, capture=False, **{**OPTIONS, "max_new_tokens": 20})
     half = model.generate(**inputs, lam=LAM, capture=True, return_dict_in_generate=True, **OPTIONS)
     model.generate(**inputs, lam=[0.5] * 4, capture=True, **OPTIONS)  # in the pool's cache
     model.generate(**inputs, lam=LAM, capture=True, **OPTIONS)
     assert type(half.past_key_values) is DynamicCache
     mask = torch.cat([inputs["attention_mask"], inputs["attention_mask"].new_ones(4, 12)], dim=1)
     options = {**OPTIONS, "max_new_tokens": 8, "attention_mask": mask, "past_key_values": half.past_key_values}
-    assert model.generate(half.sequences, lam=LAM, **options).tolist() == whole.tolist()
+    assert model.generate(half.sequences, lam=LAM, capture=False, **options).tolist() == whole.tolist()
 
 
 def test_few_caches_are_kept(device, monkeypatch):
@@ -334,7 +334,7 @@ def test_other_ways_to_decode_stay_eager(llama, case, caplog):
     if case == "prompt lookup":
         inputs = {name: value[1:2] for name, value in inputs.items()}
     options = {**OPTIONS, **inputs, "lam": 0.5, **options}
-    expected = model.generate(**options).tolist()
+    expected = model.generate(**options, capture=False).tolist()
     before = recorder.replays
     for _ in range(2):
         assert model.generate(**options, capture=True).tolist() == expected
@@ -348,7 +348,7 @@ def test_a_cache_of_the_callers_stays_eager(llama, caplog):
     before = recorder.replays
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=64)):
         options = {**OPTIONS, **inputs, "lam": LAM, "past_key_values": cache, "disable_compile": True}
-        expected = model.generate(**inputs, lam=LAM, **OPTIONS)
+        expected = model.generate(**inputs, lam=LAM, capture=False, **OPTIONS)
         assert model.generate(**options, capture=True).tolist() == expected.tolist()
         assert cache.get_seq_length() == 17
     assert recorder.replays == before
@@ -387,7 +387,7 @@ def test_models_that_stay_eager(change, reason, caplog):
     model = make_model()
     recorder, inputs = watch(model, CPU), padded(CPU)
     change(model)
-    expected = model.generate(**inputs, lam=LAM, **OPTIONS).tolist()
+    expected = model.generate(**inputs, lam=LAM, capture=False, **OPTIONS).tolist()
     assert model.generate(**inputs, lam=LAM, capture=True, **OPTIONS).tolist() == expected
     assert reason in caplog.text
     assert recorder.replays == 0
@@ -405,7 +405,7 @@ def test_architectures_that_stay_eager(name, device, caplog):
     task = {"task_type": "SEQ_2_SEQ_LM"} if base in ENCODER_DECODERS else {}
     model = DeRaModel.from_peft(adapt(make_base(base), target_modules=base.targets, **task))
     recorder, inputs = watch(model, device), padded(device)
-    expected = model.generate(**inputs, lam=LAM, **OPTIONS).tolist()
+    expected = model.generate(**inputs, lam=LAM, capture=False, **OPTIONS).tolist()
     assert model.generate(**inputs, lam=LAM, capture=True, **OPTIONS).tolist() == expected
     assert "decoding steps are not captured as CUDA graphs: " in caplog.text
     assert recorder.replays == 0
@@ -416,7 +416,7 @@ def test_offloaded_layers_stay_eager(tiny_base, tiny_adapter, tmp_path, caplog):
     places |= {f"model.layers.{index}": "disk" if index == 2 else "cpu" for index in range(6)}
     model = DeRaModel.from_pretrained(tiny_base, tiny_adapter, device_map=places, offload_folder=tmp_path)
     model._captures = Captures(Counted(EagerRecorder()))
-    expected = model.generate(**padded(CPU), lam=LAM, **OPTIONS).tolist()
+    expected = model.generate(**padded(CPU), lam=LAM, capture=False, **OPTIONS).tolist()
     assert model.generate(**padded(CPU), lam=LAM, capture=True, **OPTIONS).tolist() == expected
     assert "offloaded" in caplog.text
 
@@ -432,11 +432,20 @@ def test_without_a_gpu_nothing_is_captured_and_only_who_asks_hears_of_it(tiny_ba
     ]
 
 
-def test_nothing_is_captured_unless_it_is_asked_for(llama):
+def test_steps_are_captured_where_the_device_allows_it_unless_a_caller_says_no(llama, caplog):
     model, recorder, inputs = llama
     before = recorder.replays
-    model.generate(**inputs, lam=LAM, **OPTIONS)
+    model.generate(**inputs, lam=LAM, capture=False, **OPTIONS)
     assert recorder.replays == before
+    model.generate(**inputs, lam=LAM, **OPTIONS)
+    assert recorder.replays > before
+    recorder.device_type, before = "another", recorder.replays
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        model.generate(**inputs, lam=LAM, **OPTIONS)
+    assert recorder.replays == before
+    assert not caplog.records, "nobody asked"
+    recorder.device_type = model.device.type
 
 
 def break_layer(model: DeRaModel, before_forward) -> None:
