@@ -155,7 +155,12 @@ def _make_quantized(base: PreTrainedModel, quantization: str, device: torch.devi
     for name, linear in _linear_layers(base):
         weight = torch.empty(linear.weight.shape, dtype=base.dtype, device=device)
         packed = bnb.nn.Linear4bit(
-            linear.in_features, linear.out_features, bias=False, compute_dtype=base.dtype, quant_type=quantization
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            compute_dtype=base.dtype,
+            quant_type=quantization,
+            device="meta",  # its own weights would be drawn on the CPU, which takes longer than all the rest
         )
         # torch declares a Parameter's __init__, and bitsandbytes its own __new__
         packed.weight = bnb.nn.Params4bit(
