@@ -28,6 +28,8 @@ def hold(output: Path | None, argument: str, *, is_folder: bool = False) -> Iter
         yield
         return
     output = Path(os.path.realpath(output))  # by its one name
+    if is_folder and output.exists() and not output.is_dir():
+        raise DeRaError(f"{argument}={str(output)!r} is a file: name a folder.")
     if not is_folder:
         check_writable(output, argument)
         if output.exists() and not output.is_file():

@@ -139,7 +139,10 @@ def test_an_adapter_of_a_whole_multimodal_model_on_its_text_model(settings, warn
     assert ("are left out" in caplog.text) == warns
 
 
-def test_experts_by_the_names_of_an_older_version_are_told_from_another_base(tmp_path):
+@torch.no_grad()
+def test_experts_by_the_names_of_an_older_version_load(tmp_path):
+    """As PEFT loads them: `w1`, `w2` and `w3` of each expert are parts of the parameters that transformers has now."""
+    torch.manual_seed(0)
     config = {name: value for name, value in TEXT.items() if name != "head_dim"}
     MixtralForCausalLM(MixtralConfig(**config, num_local_experts=2)).save_pretrained(tmp_path / "base")
     adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=["q_proj"])
@@ -155,9 +158,15 @@ def test_experts_by_the_names_of_an_older_version_are_told_from_another_base(tmp
         return tensors
 
     targets = ["q_proj", "w1", "w2", "w3"]
-    message = error(tmp_path / "base", rewrite(adapter, tmp_path / "old", add_experts, target_modules=targets))
-    assert "experts" in message
-    assert "another base" not in message
+    old = rewrite(adapter, tmp_path / "old", add_experts, target_modules=targets)
+    peft_model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), old).eval()
+    z_aligned = peft_model(IDS).logits
+    with peft_model.disable_adapter():
+        z_ref = peft_model(IDS).logits
+    without = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), adapter).eval()
+    assert (z_aligned - without(IDS).logits).abs().max() > 0.1, "the experts' factors must matter"
+    found = DeRaModel.from_pretrained(tmp_path / "base", old)(IDS, lam=0.5).logits
+    torch.testing.assert_close(found, (z_ref + z_aligned) / 2, atol=2e-4, rtol=1e-5)
 
 
 def test_factors_that_the_config_does_not_target_are_an_error(tiny_base, tmp_path):

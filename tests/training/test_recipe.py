@@ -112,7 +112,7 @@ def test_run_again_it_is_reused_and_other_settings_are_an_error(recipe, capsys):
     ("program", "arguments", "message"),
     [
         ("sft", ["--dataset_name", "nowhere.jsonl"], "there is no such file"),
-        ("sft", ["--model_name_or_path", "./nowhere"], "model_name_or_path='./nowhere' can't be loaded"),
+        ("sft", ["--model_name_or_path", "./nowhere"], "model_name_or_path='./nowhere': there is no such folder"),
         ("sft", ["--learning_rat", "1"], "learning_rat"),
         ("dpo", ["--dataset_name", "nowhere.jsonl"], "there is no such file"),
         ("dpo", ["--use_peft", "false"], "DeRa needs the aligned model as a LoRA adapter"),
@@ -121,8 +121,12 @@ def test_run_again_it_is_reused_and_other_settings_are_an_error(recipe, capsys):
         ("preferences", ["--samples", "1"], "samples=1 must be at least 2"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, program, arguments, message):
+def test_bad_input_is_one_line_and_exit_code_2(recipe, tmp_path, capsys, program, arguments, message):
     config = ["--config", f"configs/tiny/{program}.yaml", "--output_dir", str(tmp_path / "out")]
+    if program != "sft":  # whose model the others take
+        config += ["--model_name_or_path", str(recipe / "sft")]
+    if program == "dpo":
+        config += ["--dataset_name", str(recipe / "preferences" / "preferences.jsonl")]
     with pytest.raises(SystemExit) as caught:
         main([program, *config, *arguments])
     assert caught.value.code == 2

@@ -475,5 +475,5 @@ def test_an_unknown_loss_and_a_folder_that_is_a_file(tiny_base, preferences, tmp
     with pytest.raises(DeRaError, match=r"loss_type='sigmoyd' is not one of TRL's; do you mean 'sigmoid'\?"):
         train("dpo", tmp_path / "dpo", **settings, loss_type="sigmoyd")
     (tmp_path / "file").write_text("")
-    with pytest.raises(DeRaError, match=r"output_dir='.*file' can't be written: File exists"):
+    with pytest.raises(DeRaError, match=r"output_dir='.*file' is a file: name a folder"):
         train("dpo", tmp_path / "file", **settings)
