@@ -52,7 +52,7 @@ def test_an_output_that_can_not_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for wrong, is_folder in ((tmp_path, False), (tmp_path / "file", True), (tmp_path / "file" / "below", False)):
         with (
-            pytest.raises(DeRaError, match="can't be written|is a file: name a folder"),
+            pytest.raises(DeRaError, match=r"can't be written|is a file: name a folder"),
             hold(wrong, "--output", is_folder=is_folder),
         ):
             pass
