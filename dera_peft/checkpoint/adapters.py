@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 
 from dera_peft.checkpoint.adapter_check import CheckedAdapter
 from dera_peft.checkpoint.adapter_file import PREFIX, AdapterFile, is_bias, module_of
-from dera_peft.checkpoint.vocabulary import own_module, own_tokens_alone
+from dera_peft.checkpoint.vocabulary import own_tokens_alone
 from dera_peft.engine.adapter_kinds import check_one_has_biases
 from dera_peft.engine.biases import drop_biases, keep_biases
 from dera_peft.engine.quantized import keep_packed
+from dera_peft.engine.wrapped import own_module
 from dera_peft.errors import DeRaError
 
 

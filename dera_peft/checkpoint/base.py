@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from dera_peft.checkpoint.adapter_file import is_adapter
 from dera_peft.checkpoint.quantization import choose_quantization, compute_in
-from dera_peft.checkpoint.vocabulary import num_tokens
+from dera_peft.engine.padding import num_rows
 from dera_peft.errors import DeRaError, first_line
 from dera_peft.files import check_exists
 
@@ -127,7 +127,7 @@ def make_skeleton(
 def has_added_tokens(model: PreTrainedModel, base: str) -> bool:
     """Whether a model's embeddings have other rows than those of the base that it was loaded from, if that is there."""
     try:
-        return load_config(base).get_text_config().vocab_size != num_tokens(model)
+        return load_config(base).get_text_config().vocab_size != num_rows(model)
     except DeRaError:
         return False
 

@@ -27,7 +27,7 @@ def end_tokens(
     """
     ids: list[int] = []
     if tokenizer is not None:
-        ids += [_id_of(name, tokenizer) for name in _recorded(record)]
+        ids += [_id_of(name, tokenizer) for name in recorded_end_tokens(record)]
         if tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
     return list(dict.fromkeys([*ids, *configured_end_tokens(generation_config)]))
@@ -46,7 +46,7 @@ def end_with(model: PreTrainedModel, ids: Iterable[int]) -> None:
         model.generation_config.eos_token_id = [*before, *new]
 
 
-def _recorded(record: Record) -> list[str]:
+def recorded_end_tokens(record: Record) -> list[str]:
     """What `dera.json` of the model, and of each of its adapters that has one, says of its training."""
     own = [Record.load(folder) for folder in record.adapters.values() if Record.is_in(folder)]
     return list(dict.fromkeys(name for each in (record, *own) for name in each.training.get("end_tokens", ())))

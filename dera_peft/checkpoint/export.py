@@ -23,6 +23,7 @@ from dera_peft.checkpoint.merging import check_same, probe
 from dera_peft.checkpoint.record import Record
 from dera_peft.checkpoint.vocabulary import own_tokens_alone
 from dera_peft.engine.biases import biases_at
+from dera_peft.engine.generation import plain_generation
 from dera_peft.engine.lora import check_scales
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.names import REFERENCE
@@ -241,7 +242,7 @@ def _compare(model: MixtureModel, weights: torch.Tensor, prompts: Sequence[Seque
     lam = dict(zip(model.aligned, weights[0].tolist(), strict=True))
     for prompt in prompts:
         ids = torch.tensor([list(prompt)], device=model.device)
-        sequence = model.generate(ids, lam=lam, max_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1)
+        sequence = model.generate(ids, lam=lam, **plain_generation(max_new_tokens=NEW_TOKENS))
         keep = {"logits_to_keep": sequence.shape[1] - ids.shape[1] + 1, "use_cache": False}
         log_p = model(sequence, lam=lam, **keep).logits[0, :-1].float().log_softmax(-1)  # [new, V]
         scaled = WeightPlan(model.branches, weights, model.device)

@@ -15,15 +15,16 @@ from dera_peft.checkpoint.adapter_file import AdapterFile
 from dera_peft.checkpoint.adapters import attach_adapter
 from dera_peft.checkpoint.base import has_added_tokens, load_base, load_config, make_skeleton
 from dera_peft.checkpoint.card import write_card
-from dera_peft.checkpoint.end_tokens import end_tokens, end_with
+from dera_peft.checkpoint.end_tokens import end_tokens, end_with, recorded_end_tokens
 from dera_peft.checkpoint.fingerprint import base_fingerprint, cached_revision
 from dera_peft.checkpoint.quantization import quantized_to
 from dera_peft.checkpoint.record import Record
 from dera_peft.checkpoint.resolve import own_adapter
 from dera_peft.checkpoint.tokenizers import copy_tokenizer, find_tokenizer, tokenizer_places
-from dera_peft.checkpoint.vocabulary import find_tokens, num_tokens, own_tokens_alone, resize
+from dera_peft.checkpoint.vocabulary import find_tokens, own_tokens_alone, resize
 from dera_peft.engine.biases import biases_at
 from dera_peft.engine.mixture import MixtureModel
+from dera_peft.engine.padding import num_rows
 from dera_peft.engine.plan import check_default_lam
 from dera_peft.engine.quantized import keep_packed
 from dera_peft.errors import DeRaError
@@ -105,7 +106,7 @@ def check(
         config = load_config(record.base, base_arguments, base_argument)
     skeleton = make_skeleton(config, base_arguments.get("trust_remote_code"), base_argument)
     files = {name: AdapterFile.read(folder, adapter_argument) for name, folder in record.adapters.items()}
-    own_tokens = num_tokens(skeleton)
+    own_tokens = num_rows(skeleton)
     tokens = find_tokens(files.values(), skeleton)
     if tokens is not None:
         resize(skeleton, tokens)
@@ -176,12 +177,13 @@ def load_adapter(
     file, skeleton = AdapterFile.read(adapter), make_skeleton(model.config)
     if tokens := find_tokens([file], skeleton):
         raise DeRaError(
-            f"{file.named} was trained with {tokens} tokens, and this model has {num_tokens(skeleton)}: load both "
+            f"{file.named} was trained with {tokens} tokens, and this model has {num_rows(skeleton)}: load both "
             "together (DeRaModel.from_pretrained with adapters=)."
         )
-    attach_adapter(model.peft_model, check_adapter(file, base, skeleton, name), name)
-    if base:  # whose tokenizer may be the adapter's too
+    checked = check_adapter(file, base, skeleton, name)
+    if base:  # whose tokenizer may be the adapter's too; before it is attached, since a tokenizer may be broken
         end_as_trained(model, Record(base, {name: adapter}, {}), {})
+    attach_adapter(model.peft_model, checked, name)
     return adapter, stacked
 
 
@@ -214,7 +216,9 @@ def save(model: MixtureModel, record: Record | None, folder: str | os.PathLike) 
             peft_model.save_pretrained(str(folder), selected_adapters=adapters, save_embedding_layers=has_added)
     branches = {branch.name: list(branch.adapters) for branch in model.branches}
     copy_tokenizer(record, paths[model.branches[-1].adapters[-1]])
-    record = replace(record, adapters=paths, branches=branches, lam=lam, mixing=model.mixing)
+    # of the records beside the adapters, which are not copied
+    training = {**record.training, **({"end_tokens": ends} if (ends := recorded_end_tokens(record)) else {})}
+    record = replace(record, adapters=paths, branches=branches, lam=lam, mixing=model.mixing, training=training)
     record.save(folder)
     write_card(record, folder)
 

@@ -8,7 +8,9 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from dera_peft.checkpoint.vocabulary import embeddings, num_tokens, own_module
+from dera_peft.checkpoint.vocabulary import embeddings
+from dera_peft.engine.padding import num_rows
+from dera_peft.engine.wrapped import own_module
 from dera_peft.errors import DeRaError
 from dera_peft.messages import warn_once
 
@@ -35,7 +37,7 @@ def merge(peft_model: PeftModel) -> PreTrainedModel:
 
 def probe(model: PreTrainedModel) -> torch.Tensor:
     """`[1, S]` token ids to compare two models on: spread over the vocabulary, with its last ones, which may be new."""
-    tokens = num_tokens(model)
+    tokens = num_rows(model)
     spread = torch.arange(PROBE - 2) * max(1, tokens // (PROBE - 1)) + 1
     return torch.cat([spread, torch.tensor([tokens - 2, tokens - 1])])[None].clamp(0, tokens - 1).to(model.device)
 

@@ -88,7 +88,7 @@ class Record:
             quantization: of the base that is here, by its name.
             is_stored: whether its checkpoint is quantized so.
         """
-        if not self.training:
+        if not self.training.keys() - {"end_tokens"}:  # how it was trained is not known
             return
         trained = self.training.get("quantization")
         if trained != quantization:

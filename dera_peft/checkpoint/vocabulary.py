@@ -4,15 +4,14 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
-import torch
-from peft.tuners.lora import LoraLayer
-from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from dera_peft.checkpoint.adapter_file import FACTORS, PREFIX, AdapterFile, module_of
+from dera_peft.engine.padding import num_rows
 from dera_peft.errors import DeRaError, first_line
 
 logger = logging.getLogger(__name__)
@@ -29,7 +28,7 @@ def find_tokens(files: Iterable[AdapterFile], skeleton: PreTrainedModel) -> int 
         DeRaError: two were trained with different numbers.
     """
     modules = dict(skeleton.named_modules())
-    own = num_tokens(skeleton)
+    own = num_rows(skeleton)
     found: dict[int, AdapterFile] = {}
     for file in files:
         for name, shape in file.in_names_of(skeleton).shapes.items():
@@ -50,11 +49,6 @@ def find_tokens(files: Iterable[AdapterFile], skeleton: PreTrainedModel) -> int 
     return next((tokens for tokens in found if tokens != own), None)
 
 
-def num_tokens(model: PreTrainedModel) -> int:
-    """The rows of a model's embeddings."""
-    return len(cast("torch.Tensor", own_module(model.get_input_embeddings()).weight))
-
-
 def resize(model: PreTrainedModel, tokens: int) -> None:
     """
     Gives the embeddings of a base `tokens` rows; new ones are the mean of the others.
@@ -64,7 +58,7 @@ def resize(model: PreTrainedModel, tokens: int) -> None:
     Raises:
         DeRaError: they can't be resized, as where they are offloaded or quantized.
     """
-    before = num_tokens(model)
+    before = num_rows(model)
     try:
         model.resize_token_embeddings(tokens, mean_resizing=False)
     except (ValueError, RuntimeError, NotImplementedError) as error:
@@ -98,19 +92,6 @@ def own_tokens_alone(model: nn.Module) -> Iterator[None]:
 
 def _of_own_adapters(wrapper: TrainableTokensWrapper, method: Callable, adapter: str, *args: Any) -> dict:
     return method(adapter, *args) if adapter in wrapper.token_adapter.token_indices else {}
-
-
-def own_module(module: nn.Module) -> nn.Module:
-    """The base's module in what PEFT puts in its place."""
-    while True:
-        if isinstance(module, LoraLayer):
-            module = module.get_base_layer()
-        elif isinstance(module, ModulesToSaveWrapper):
-            module = cast("nn.Module", module.original_module)
-        elif isinstance(module, TrainableTokensWrapper):
-            module = cast("nn.Module", module.token_adapter.get_base_layer())
-        else:
-            return module
 
 
 def embeddings(model: PreTrainedModel) -> tuple[nn.Module, ...]:

@@ -193,7 +193,8 @@ class CapturedStep:
         try:
             if recording.warm < WARM_UP:
                 recording.warm += 1
-                return recorder.warm_up(partial(self.model, **inputs), device)
+                # under the plan that is recorded, which keeps what a first pass makes of it on the host
+                return recorder.warm_up(partial(self.model, **{**inputs, "lam": self.cache.plan}), device)
             self._record(recording, varying)
         finally:
             self.routing.side_stream = None

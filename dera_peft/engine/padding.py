@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
+from dera_peft.engine.wrapped import own_module
 from dera_peft.errors import DeRaError
 
 NAMED = 5  # tokens, in a message
@@ -32,7 +32,8 @@ def pad(sequences: Sequence[Sequence[int]], value: int, left: bool) -> tuple[tor
 
 def num_rows(model: PreTrainedModel) -> int:
     """How many tokens the model's input embedding has a row for."""
-    return cast("nn.Embedding", model.get_input_embeddings()).weight.shape[0]
+    # of the base's own module: PEFT's wrapper of trained tokens would make the whole weight anew to tell its shape
+    return len(cast("torch.Tensor", own_module(model.get_input_embeddings()).weight))
 
 
 def check_have_rows(model: PreTrainedModel, tokens: Iterable[int], name: Callable[[int], str] | None = None) -> None:

@@ -73,6 +73,7 @@ def fine_tune(arguments: Sequence[str] | None, held: ExitStack) -> None:
     """Trains, in a folder that `held` keeps other programs out of."""
 
     from dera_peft.checkpoint.card import write_card
+    from dera_peft.checkpoint.end_tokens import end_with
     from dera_peft.training.adapters import check_tokens_train, merge_and_save, train_in_float32
     from dera_peft.training.data import dataset_fingerprint, read_splits
     from dera_peft.training.parser import Parser
@@ -80,6 +81,7 @@ def fine_tune(arguments: Sequence[str] | None, held: ExitStack) -> None:
     from dera_peft.training.rows import NUMBER, check_data, check_tokenizer, read_rows
     from dera_peft.training.sft_model import find_sft_model_to_train
     from dera_peft.training.sft_rows import LENGTH, SFTReader, columns_to_read
+    from dera_peft.training.tokens import trained_end_tokens
     from dera_peft.training.trainer import ModelConfig, SFTConfig, SFTTrainer, build, lora_config, run, save
 
     parser = Parser("dera sft", __doc__, SFTSettings, SFTConfig, ModelConfig)
@@ -151,6 +153,10 @@ def fine_tune(arguments: Sequence[str] | None, held: ExitStack) -> None:
     if model_args.use_peft and quantization is not None and not trainer.is_sharded:
         train_in_float32(cast("PeftModel", trained))
     metrics = run(trainer)
+    if not model_args.use_peft:  # of an adapter, dera.json names them
+        own = cast("PreTrainedTokenizerBase", trainer.processing_class)
+        ends = [own.convert_tokens_to_ids(name) for name in trained_end_tokens(trainer)]
+        end_with(cast("PreTrainedModel", trained), cast("list[int]", ends))
     save(trainer)
     if is_main_process() and model_args.use_peft:
         training = {

@@ -148,3 +148,32 @@ def test_none_is_needed_where_there_is_no_tokenizer(tiny_base, tiny_adapter, tmp
     base = shutil.copytree(tiny_base, tmp_path / "base", ignore=shutil.ignore_patterns("tokenizer*"))
     assert DeRaModel.from_pretrained(base, tiny_adapter).generation_config.eos_token_id == 2
     assert make_adapter(base, tmp_path / "adapter").is_dir()
+
+
+def test_a_saved_model_keeps_the_end_tokens_of_its_adapters_records(tiny_base, tmp_path):
+    """The records stand beside the adapters, and are not copied with them."""
+    folders = {name: tmp_path / name for name in ("one", "two")}
+    for (name, folder), end in zip(folders.items(), ("<pad>", "<s>"), strict=True):
+        make_adapter(tiny_base, folder)
+        branches = {"reference": [], "aligned": [name]}
+        Record(str(tiny_base), {name: str(folder)}, branches, training={"end_tokens": [end]}).save(folder)
+    model = DeRaModel.from_pretrained(tiny_base, adapters=folders)
+    ends = set(model.base.generation_config.eos_token_id)
+    assert {0, 1} < ends
+    model.lam = {"one": 0.5, "two": 0.5}
+    model.save_pretrained(tmp_path / "saved")
+    again = DeRaModel.from_pretrained(tmp_path / "saved")
+    assert set(again.base.generation_config.eos_token_id) == ends
+
+
+def test_a_model_that_is_fine_tuned_as_a_whole_ends_as_its_template_does(tiny_base, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<s>{% endfor %}"
+    chatty = tmp_path / "chatty"
+    shutil.copytree(tiny_base, chatty)
+    tokenizer.save_pretrained(chatty)
+    chat = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": CORPUS[0]}]
+    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": chat}] * 8)
+    train("sft", tmp_path / "sft", model_name_or_path=chatty, dataset_name=rows, max_steps=1)
+    saved = GenerationConfig.from_pretrained(tmp_path / "sft").eos_token_id
+    assert set(saved) == {tokenizer.bos_token_id, tokenizer.eos_token_id}
