@@ -168,7 +168,7 @@ class ModelSource(Settings):
         """The base's config."""
         from dera_peft.checkpoint.base import load_config
 
-        return load_config(self.resolve().base, self._base_arguments())
+        return load_config(self.resolve().base, self.load_arguments())
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """
@@ -180,7 +180,7 @@ class ModelSource(Settings):
         """
         from dera_peft.checkpoint.tokenizers import load_tokenizer, tokenizer_places
 
-        tokenizer = load_tokenizer(*tokenizer_places(self.resolve()), base_arguments=self._base_arguments())
+        tokenizer = load_tokenizer(*tokenizer_places(self.resolve()), base_arguments=self.load_arguments())
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -195,7 +195,7 @@ class ModelSource(Settings):
         from dera_peft.checkpoint.end_tokens import end_tokens
         from dera_peft.checkpoint.tokenizers import find_tokenizer, load_generation_config, tokenizer_places
 
-        record, arguments = self.resolve(), self._base_arguments()
+        record, arguments = self.resolve(), self.load_arguments()
         generation_config = load_generation_config(record.base, self.config, arguments)
         tokenizer = find_tokenizer(*tokenizer_places(record), base_arguments=arguments)
         return end_tokens(generation_config, tokenizer, record)
@@ -209,14 +209,14 @@ class ModelSource(Settings):
         """
         from dera_peft.checkpoint.loading import load
 
-        arguments = self._base_arguments()
+        arguments = self.load_arguments()
         return load(self.resolve(), self.config, self.quantization, self.dtype, self.device_map, **arguments)
 
     def quantized_to(self) -> tuple[str | None, bool]:
         """What the base is quantized to, by its name, and whether its checkpoint is so already."""
         from dera_peft.checkpoint.quantization import quantized_to
 
-        return quantized_to(self.config, self.quantization, self._base_arguments())
+        return quantized_to(self.config, self.quantization, self.load_arguments())
 
     def fingerprint(self) -> dict[str, Any]:
         """
@@ -251,14 +251,15 @@ class ModelSource(Settings):
 
     def _commit(self) -> str | None:
         """The commit of a hub base that is loaded, or the revision if it isn't known; None for a folder."""
-        base, arguments = self.resolve().base, self._base_arguments()
+        base, arguments = self.resolve().base, self.load_arguments()
         if os.path.isdir(base):
             return None
         _ = self.config  # the hub's client then has the commit in its cache that it loads the model of
         revision = arguments.get("revision")
         return cached_revision(base, revision, arguments.get("cache_dir")) or revision
 
-    def _base_arguments(self) -> dict[str, Any]:
+    def load_arguments(self) -> dict[str, Any]:
+        """What the base and its tokenizer are loaded with: where on the hub they are, and `base_arguments`."""
         named = {"revision": self._revision, "trust_remote_code": self.trust_remote_code, **self.base_arguments}
         base = self.resolve().base
         if self.subfolder is not None and not os.path.isdir(base):

@@ -45,7 +45,7 @@ def info(settings: InfoSettings) -> None:
 
     source = part(settings, ModelSource).placed()
     model = DeRaModel.from_source(source)
-    tokenizer = find_tokenizer(*tokenizer_places(source.resolve()), base_arguments=source._base_arguments())
+    tokenizer = find_tokenizer(*tokenizer_places(source.resolve()), base_arguments=source.load_arguments())
     facts = describe_model(model, tokenizer)
     if settings.json:
         print_json(json.dumps(facts, indent=2, ensure_ascii=False))

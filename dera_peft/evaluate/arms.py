@@ -105,7 +105,7 @@ def make_arms(config: SweepConfig, loaded: LoadedModel | None = None) -> list[Ar
                 "KL would be from something else: it needs the same base, and the same adapters under it."
             )
         try:
-            check(found, other._base_arguments(), config=source.config)  # now, not when the arms before it are decoded
+            check(found, other.load_arguments(), config=source.config)  # now, not when the arms before it are decoded
         except DeRaError as error:
             raise DeRaError(f"models: {name!r}: {error}") from error
         beta, its_beta = beta_of(record), beta_of(found)

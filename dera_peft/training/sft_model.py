@@ -75,7 +75,7 @@ class SFTModel(ModelSource):
         Raises:
             DeRaError: one of them can't be read, or does not fit the other.
         """
-        return check(self._record, self._base_arguments(), base_argument=BASE, adapter_argument=ADAPTER)
+        return check(self._record, self.load_arguments(), base_argument=BASE, adapter_argument=ADAPTER)
 
     def load_to_sample(self) -> PreTrainedModel:
         """The SFT model in evaluation mode, its adapter attached."""
@@ -83,7 +83,7 @@ class SFTModel(ModelSource):
         model = self._load_base(checked)
         if self.adapter is not None:
             model = cast("PreTrainedModel", self._attach(model, checked).get_base_model().eval())
-        end_as_trained(model, self._record, self._base_arguments())
+        end_as_trained(model, self._record, self.load_arguments())
         return model
 
     def load_to_train(self, trainable: bool = False) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
@@ -107,18 +107,18 @@ class SFTModel(ModelSource):
     def load_unquantized(self) -> PeftModel:
         """The base without quantization, with the adapter, on the CPU, where there is more room."""
         checked = self.check()
-        arguments = {key: value for key, value in self._base_arguments().items() if key != "quantization_config"}
+        arguments = {key: value for key, value in self.load_arguments().items() if key != "quantization_config"}
         base = load_base(self.base, checked.config, None, self.dtype, "cpu", argument=BASE, **arguments)
-        end_as_trained(base, self._record, self._base_arguments())
+        end_as_trained(base, self._record, self.load_arguments())
         return self._attach(base, checked)
 
     def own_tokenizer(self) -> PreTrainedTokenizerBase:
         """As it is saved, where `tokenizer` is ready to decode."""
         adapters = [] if self.adapter is None else [self.adapter]
-        return load_tokenizer(*adapters, self.base, base_arguments=self._base_arguments(), padding_side=None)
+        return load_tokenizer(*adapters, self.base, base_arguments=self.load_arguments(), padding_side=None)
 
     def _load_base(self, checked: Checked) -> PreTrainedModel:
-        base_arguments = self._base_arguments()
+        base_arguments = self.load_arguments()
         self._record.check_quantization(*self.quantized_to())
         return load_base(
             self.base, checked.config, self.quantization, self.dtype, self.device_map, skeleton=checked.skeleton,
