@@ -23,8 +23,8 @@ PathLike = str | os.PathLike
 
 class DeRaModel(MixtureModel):
     """
-    A base and LoRA adapters, from their folders or hub ids, that decode at any λ. See `MixtureModel` for what it
-    computes.
+    A base and LoRA adapters, from their folders or hub ids, that decode at any λ; or a base alone, which does so where
+    its branches have prompts of their own. See `MixtureModel` for what it computes.
 
     Attributes:
         record: what it was loaded from, with the adapters that were added and removed since; None for one that was
@@ -55,10 +55,12 @@ class DeRaModel(MixtureModel):
         **base_arguments: Any,
     ) -> Self:
         """
-        Loads a base and its adapters, checked against each other.
+        Loads a base and its adapters, checked against each other; or a base alone, whose branches can differ by their
+        prompts.
 
         Args:
-            base: hub id or folder of the base, or a folder with a `dera.json`, which names base and adapter.
+            base: hub id or folder of the base, or a folder with a `dera.json`, which names base and adapter. With
+                neither that nor an adapter, both branches are the base.
             adapter: hub id or folder of a PEFT LoRA adapter; where its `dera.json` or `adapter_config.json` names the
                 base, that may be left out.
             adapters: instead of `adapter`, several aligned models: name -> hub id or folder.
@@ -109,7 +111,7 @@ class DeRaModel(MixtureModel):
         record = loaded.record
         branches = [Branch(name, tuple(names)) for name, names in record.branches.items()]
         lam, mixing = record.lam if lam is None else lam, record.mixing if mixing is None else mixing
-        model = cls(loaded.peft_model, branches, lam, mixing)
+        model = cls(loaded.model, branches, lam, mixing)
         model.record = model._loaded = record
         model.capture = source.capture
         return model
@@ -132,6 +134,7 @@ class DeRaModel(MixtureModel):
         are refused.
         """
         self._check_wrapped()
+        self._check_has_adapter("save_pretrained writes adapters")
         if not safe_serialization:
             raise DeRaError("safe_serialization=False: adapters are only written as safetensors.")
         if kwargs:
@@ -159,6 +162,7 @@ class DeRaModel(MixtureModel):
             DeRaError: it is of another base, or its `dera.json` tells of another reference.
         """
         self._check_wrapped()
+        self._check_has_adapter("add_adapter adds a further one")
         if not name.isidentifier():
             raise DeRaError(f"name={name!r} can't be a name; use letters, digits and underscores.")
         if name in self.adapters or name in self.peft_model.peft_config:
@@ -192,6 +196,12 @@ class DeRaModel(MixtureModel):
         if self.record is not None:
             self._update_record({name: folder for name, folder in self.record.adapters.items() if name not in gone})
 
+    def _check_has_adapter(self, what: str) -> None:
+        if not self.branches_differ:
+            raise DeRaError(
+                f"{what}, and this model has none: load the base with one (DeRaModel.from_pretrained(base, adapter))."
+            )
+
     def _update_record(self, adapters: dict[str, str]) -> None:
         """After other branches. How it was trained is only known of the adapters that it was loaded with."""
         assert self.record is not None
@@ -217,6 +227,7 @@ class DeRaModel(MixtureModel):
         returns and raises.
         """
         self._check_wrapped()
+        self._check_has_adapter("export writes an adapter")
         fit = export(self, lam, folder, prompts, record=self.record, overwrite=overwrite)
         if self.record is not None:
             copy_tokenizer(self.record, os.fspath(folder))

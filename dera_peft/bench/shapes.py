@@ -197,4 +197,6 @@ def load_for_bench(source: ModelSource) -> PeftModel:
     (name,) = names[model.aligned[0]]
     if cast("LoraConfig", model.peft_model.peft_config[name]).bias != "none":
         raise DeRaError("dera bench can't measure an adapter with trained biases: PEFT can't switch them off.")
-    return model.unwrap().requires_grad_(False)
+    peft_model = model.peft_model
+    model.unwrap()
+    return peft_model.requires_grad_(False)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -51,9 +51,9 @@ class Checked:
     own_tokens: int
     tokens: int
 
-    def attach(self, model: PreTrainedModel, **options: Any) -> PeftModel:
+    def attach(self, model: PreTrainedModel, **options: Any) -> PreTrainedModel | PeftModel:
         """
-        The base with the adapters, and with their tokens.
+        The base with the adapters, if there are any, and with their tokens.
 
         Args:
             options: of `attach_adapter`.
@@ -67,19 +67,18 @@ class Checked:
                 self.own_tokens, self.tokens,
             )  # fmt: skip
             resize(model, self.tokens)
-        known, peft_model = self.own_tokens, model
+        known, adapted = self.own_tokens, model
         for name, adapter in self.adapters.items():
-            peft_model = attach_adapter(peft_model, adapter, name, own_tokens=known, **options)
+            adapted = attach_adapter(adapted, adapter, name, own_tokens=known, **options)
             known = self.tokens if adapter.copies else known  # they have brought the base's rows for added tokens
-        assert isinstance(peft_model, PeftModel)  # there is an adapter
-        return peft_model
+        return adapted
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A base with its adapters, and the record that tells which is which; for `DeRaModel.from_source`."""
+    """A base with its adapters, if any, and the record that tells which is which; for `DeRaModel.from_source`."""
 
-    peft_model: PeftModel
+    model: PreTrainedModel | PeftModel
     record: Record
 
 
@@ -140,12 +139,12 @@ def load(
         base, checked.config, quantization, dtype, device_map, skeleton=checked.skeleton, **base_arguments
     )
     record.check_base(revision)  # again: a hub model's weights may be here only now
-    peft_model = checked.attach(model)
-    end_as_trained(cast("PreTrainedModel", peft_model.get_base_model()), record, base_arguments)
+    adapted = checked.attach(model)
+    end_as_trained(model, record, base_arguments)
     record = replace(
         record, base_fingerprint=base_fingerprint(base, revision), base_revision=cached_revision(base, revision)
     )
-    return Loaded(peft_model, record)
+    return Loaded(adapted, record)
 
 
 def end_as_trained(model: PreTrainedModel, record: Record, base_arguments: Mapping[str, Any]) -> None:

@@ -56,6 +56,11 @@ class Record:
         """The same adapters over another copy of the base; `check_base` tells whether it is one."""
         return self if base == self.base else replace(self, base=base, base_revision=None)
 
+    @property
+    def branches_differ(self) -> bool:
+        """Whether they have different adapters."""
+        return len(set(map(tuple, self.branches.values()))) > 1
+
     def weights(self) -> dict[str, Any]:
         """Which weights are named, the local ones by their fingerprints, as a JSON-like value."""
         return {

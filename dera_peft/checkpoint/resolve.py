@@ -10,7 +10,7 @@ from dera_peft.checkpoint.adapter_file import CONFIG_FILE, base_of, check_named,
 from dera_peft.checkpoint.fingerprint import weights_fingerprint
 from dera_peft.checkpoint.record import FILE_NAME, Record
 from dera_peft.engine.names import ALIGNED, LOGITS, REFERENCE
-from dera_peft.engine.plan import make_branches
+from dera_peft.engine.plan import WITHOUT_ADAPTERS, make_branches
 from dera_peft.errors import DeRaError
 from dera_peft.files import check_exists
 
@@ -86,11 +86,7 @@ def _resolve_one(base: str | None, adapter: str | None, stacked: bool | None) ->
             record = _load_record(f"base={base!r}", base)
             _check_places(f"base={base!r}", record, stacked)
             return record
-        if not os.path.isdir(base):
-            raise DeRaError(
-                f"base={base!r}: there is no such folder. If it is a base on the hub, name the adapter too: adapter=."
-            )
-        raise DeRaError(f"base={base!r} has no dera.json, so the adapter must be named too: adapter=.")
+        return Record(base, {}, {branch.name: list(branch.adapters) for branch in WITHOUT_ADAPTERS})
     check_exists("adapter", adapter)
     if Record.is_in(adapter):
         record = _load_record(f"adapter={adapter!r}", adapter, base)

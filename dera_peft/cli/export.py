@@ -58,6 +58,7 @@ def _export(settings: ExportSettings, prompts: "list[Prompt]") -> None:
     from dera_peft.model import DeRaModel
 
     source = part(settings, ModelSource).placed()
+    source.check_has_adapter("dera export")
     tokens = []
     if prompts:
         base_config, tokenizer = source.config, source.tokenizer()

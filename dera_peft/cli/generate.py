@@ -88,9 +88,12 @@ def _generate(settings: GenerateSettings, prompts: "Sequence[Prompt]") -> None:
 
     source, sampling = part(settings, ModelSource).placed(), settings.sampling
     record = source.resolve_one(
-        "dera generate", "use DeRaModel.generate with lam by name, or export a mixture of them (dera export)."
+        "dera generate",
+        "use DeRaModel.generate with lam by name, or export a mixture of them (dera export).",
+        needs_adapter=any((settings.lambdas, *(prompt.lam for prompt in prompts))),
     )
-    default = cast("float", record.lam)  # of one aligned branch it is one number
+    # of one aligned branch it is one number
+    default = cast("float", record.lam) if record.branches_differ else None
     requests = [
         Request(prompt.index, lam, sample)
         for prompt in prompts
@@ -154,9 +157,9 @@ def _show(prompts: "Sequence[Prompt]", requests: Sequence[Request], finished: di
     from dera_peft.cli.console import side_by_side
 
     console = Console()
-    by_prompt: dict[int, dict[float, list[str]]] = defaultdict(lambda: defaultdict(list))
+    by_prompt: dict[int, dict[float | None, list[str]]] = defaultdict(lambda: defaultdict(list))
     for request in requests:
-        by_prompt[request.index][cast("float", request.lam)].append(finished[request].completion)
+        by_prompt[request.index][request.lam].append(finished[request].completion)
     for index, texts in by_prompt.items():
         side_by_side(console, prompts[index].text, texts)
 

@@ -51,7 +51,7 @@ def info(settings: InfoSettings) -> None:
         print_json(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     branches = "\n".join(f"{name}: {' + '.join(['base', *adapters])}" for name, adapters in facts["branches"].items())
-    rows = ", ".join(f"λ={lam}: {count}" for lam, count in facts["rows_per_sequence"].items())
+    rows = ", ".join(f"λ={lam}: {count}" for lam, count in facts["rows_per_sequence"].items()) or "1"
     fork = facts["fork_layer"]
     where = "at the input" if fork == 0 else f"at layer {fork} (layers 0 to {fork - 1} run once)"
     cache = facts["cache_bytes_per_token"]
@@ -99,7 +99,8 @@ def describe_model(model: "DeRaModel", tokenizer: "PreTrainedTokenizerBase | Non
     one = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     decoder = {"decoder_input_ids": one} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
-        cache = model(one, lam=dict.fromkeys(model.aligned, 0.0), use_cache=True, **decoder).past_key_values
+        lam = dict.fromkeys(model.aligned, 0.0) if model.branches_differ else None
+        cache = model(one, lam=lam, use_cache=True, **decoder).past_key_values
     layers = cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers
     # a recurrent state does not grow with the context
     per_layer = [
@@ -122,9 +123,9 @@ def describe_model(model: "DeRaModel", tokenizer: "PreTrainedTokenizerBase | Non
         "layers": depth,
         "join": "before the head" if model.joins_before_head else "after the head",
         # with several aligned adapters: each at this λ
-        "rows_per_sequence": {
-            f"{lam:g}": model.plan(dict.fromkeys(model.aligned, lam), 1).num_rows for lam in EXAMPLES
-        },
+        "rows_per_sequence": {f"{lam:g}": model.plan(dict.fromkeys(model.aligned, lam), 1).num_rows for lam in EXAMPLES}
+        if model.branches_differ
+        else {},
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         # transformers counts a packed 4-bit weight as the numbers that it stands for

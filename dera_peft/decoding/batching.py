@@ -63,7 +63,7 @@ def decode(
 
     Args:
         prompts: token ids by prompt index, from `prompts.encode`.
-        model: a `MixtureModel`, or any causal language model for requests without λ.
+        model: a `MixtureModel`, or any causal language model. Requests have a λ where a model's branches differ.
         requests: indices into `prompts`.
         batch_size: at most so many completions are decoded at once; `Room.sequences` unless given.
         streamer: of transformers, for a single request.
@@ -74,9 +74,10 @@ def decode(
         DeRaError: a request has no λ and the model needs one, or the other way round; the model has no row for a token;
             or too little memory for a single request.
     """
+    needs_lam = isinstance(model, MixtureModel) and model.branches_differ
     for request in requests:
-        if (request.lam is None) == isinstance(model, MixtureModel):
-            raise DeRaError(f"{request}: a request has a λ where the model is a DeRaModel, and None where it is not.")
+        if (request.lam is None) == needs_lam:
+            raise DeRaError(f"{request}: a request has a λ where the model has an adapter, and None where it has none.")
     used = {request.index for request in requests}
     check_have_rows(
         model,
@@ -103,7 +104,7 @@ def decode(
         with Attempt(error) as attempt:
             if queue.kept and prefill is None:
                 kept, lam = queue.kept_prompts()
-                plan = None if lam is None else model.plan(lam, len(kept))
+                plan = model.plan(lam, len(kept)) if isinstance(model, MixtureModel) else None
                 prefill = Prefill(model, kept, plan, filler)
             places = [queue.kept[queue.prefix(request)] for request in batch] if queue.kept else None
             completions = _decode_batch(model, tokenizer, prompts, batch, sampling, filler, streamer, prefill, places)
@@ -205,7 +206,7 @@ class _Queue:
         for request in self.group:
             lambdas[self.prefix(request)].append(request.lam)
         prompts = [self.prompts[index] for index, *_ in self.kept]
-        if self.group[0].lam is None:
+        if self.group[0].lam is None:  # nor has any other one
             return prompts, None
         # at λ=0 and λ=1 one branch is enough, if it is the only one that is asked for
         return prompts, [values[0] if len(set(values)) == 1 else BOTH_BRANCHES for values in lambdas.values()]
@@ -225,6 +226,10 @@ class _Queue:
         self.batch_tokens = min(self.batch_tokens, held) // 2
         self.group, self.waiting = [], [*self.group, *self.waiting]
         return self.batch_tokens
+
+
+def _lambdas(batch: Sequence[Request]) -> list[float | None] | None:
+    return None if batch[0].lam is None else [request.lam for request in batch]
 
 
 def _decode_batch(
@@ -248,8 +253,8 @@ def _decode_batch(
         length, padding = 1, [0] * len(batch)
     ends = configured_end_tokens(model.generation_config)
     inputs: dict[str, Any] = {}
-    if batch[0].lam is not None:
-        inputs["lam"] = model.plan([request.lam for request in batch], len(batch))
+    if isinstance(model, MixtureModel):
+        inputs["lam"] = model.plan(_lambdas(batch), len(batch))
     if prefill is not None:
         assert places is not None  # they come with it
         inputs["past_key_values"] = prefill.select(places, length, inputs.get("lam"), sampling.max_new_tokens)

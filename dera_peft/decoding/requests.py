@@ -12,7 +12,7 @@ class Request:
 
     Attributes:
         index: of its prompt, from 0.
-        lam: λ; None for a model without one.
+        lam: λ; None for a model whose branches do not differ, or that has none.
         sample: its number among the completions of its prompt and λ, from 0.
     """
 

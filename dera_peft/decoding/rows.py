@@ -31,7 +31,7 @@ class GeneratedRow:
         run: fingerprint of the settings that it was made with, the first field of every row.
         prompt_index: the place of its prompt in the list of prompts, from 0.
         prompt, columns: of its prompt: the text or chat, and the further columns of its row.
-        lam: λ; None for a model without one.
+        lam: λ; None where there are no branches that differ.
         sample: its number among the completions of its prompt and λ, from 0.
         num_tokens: with the end token if there is one.
         finish_reason: "eos" if the model ended it, "length" if the limit of tokens did.

@@ -55,7 +55,8 @@ def has_text_part(base: PreTrainedModel) -> bool:
 
 def find_fork_layer(base: PreTrainedModel, branches: Sequence[Branch], adapted: Sequence[Adapted]) -> int | None:
     """The first decoder layer with an adapter that not all branches share; None where rows must fork at the input."""
-    found = None if base.config.is_encoder_decoder else find_layers(base)
+    own = own_adapters(branches)
+    found = None if base.config.is_encoder_decoder or not own else find_layers(base)
     # a flex attention mask is no tensor and can't be forked between layers
     if (
         found is None
@@ -64,7 +65,6 @@ def find_fork_layer(base: PreTrainedModel, branches: Sequence[Branch], adapted: 
     ):
         return None
     prefix, layers = found[0] + ".", found[1]
-    own = own_adapters(branches)
     head = base.get_output_embeddings()
     first = len(layers)
     for module in adapted:

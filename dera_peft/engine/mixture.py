@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Self, cast
 
 import torch
@@ -10,17 +9,17 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import CompileConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 
 from dera_peft.engine.adapter_kinds import check_adapter_kind, check_keeps_biases
 from dera_peft.engine.biases import hand_over_biases
 from dera_peft.engine.caches import claim_cache
 from dera_peft.engine.capture import CapturedStep, Captures
-from dera_peft.engine.fork import check_media, has_text_part
+from dera_peft.engine.fork import check_media, has_text_part, own_adapters
 from dera_peft.engine.generation import MixtureGenerationMixin
 from dera_peft.engine.lora import Adapted
 from dera_peft.engine.names import ALIGNED, LOGITS, REFERENCE, WEIGHTS
+from dera_peft.engine.output import MixtureOutput
 from dera_peft.engine.padding import fill_padding, num_rows
 from dera_peft.engine.plan import BatchPlan, Branch, WeightPlan, check_default_lam, make_branches, read_lam
 from dera_peft.engine.quantized import keep_trainable
@@ -32,24 +31,10 @@ from dera_peft.errors import DeRaError
 TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
 
 
-@dataclass
-class MixtureOutput(CausalLMOutputWithPast):
-    """
-    `CausalLMOutputWithPast` of the mixture, with the branches' own logits where they were asked for.
-
-    Attributes:
-        logits: `[B, S, V]`, z_λ = (1-λ)·z_ref + λ·z_aligned.
-        branch_logits: branch name -> `[B, S, V]`, with `output_branches=True`.
-        encoder_last_hidden_state: `[R, S, D]`, a row for each branch of each sequence (encoder-decoder models only).
-    """
-
-    branch_logits: dict[str, torch.Tensor] | None = None
-    encoder_last_hidden_state: torch.Tensor | None = None
-
-
 class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
     """
     A base and LoRA adapters that decode as any mixture of "adapter off" and "adapter on" (DeRa, arXiv 2402.02992).
+    Without an adapter its branches can only differ by their prompts; given one prompt, it decodes as the base does.
 
     To a caller it is an ordinary causal language model with one more argument, `lam` (λ): `forward` takes B sequences
     and returns logits for B sequences. Inside,
@@ -86,14 +71,16 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
 
     def __init__(
         self,
-        peft_model: PeftModel,
+        model: PeftModel | PreTrainedModel,
         branches: Sequence[Branch],
         lam: float | Mapping[str, float] = 1.0,
         mixing: str = LOGITS,
     ):
         if mixing not in (LOGITS, WEIGHTS):
             raise DeRaError(f"mixing={mixing!r} is not known; choose {LOGITS!r} (DeRa) or {WEIGHTS!r}.")
-        base = cast("PreTrainedModel", peft_model.get_base_model())
+        if mixing == WEIGHTS and not isinstance(model, PeftModel):
+            raise DeRaError(f"mixing={mixing!r} scales the weights of adapters, and this model has none.")
+        base = cast("PreTrainedModel", model.get_base_model()) if isinstance(model, PeftModel) else model
         super().__init__(base.config)
         self.base = base
         self.generation_config = base.generation_config
@@ -102,7 +89,7 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
             if name in vars(base):
                 setattr(self, name, vars(base)[name])
         self.turn = threading.RLock()  # of the thread that computes, see `in_turn`
-        self._peft_model = (peft_model,)  # in a tuple: the base's parameters are registered once
+        self._wrapped = (model,)  # in a tuple: the base's parameters are registered once
         self._has_text_part = has_text_part(base)
         self._base_slices_logits = base._supports_logits_to_keep()  # slow to answer, beside a step of a small model
         self.training = base.training
@@ -193,7 +180,20 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
         return output if return_dict else output.to_tuple()
 
     def plan(self, lam: Any, batch_size: int, every_branch: bool = False) -> BatchPlan:
-        """The rows for `batch_size` sequences at `lam`; can be given to `forward` as its `lam` any number of times."""
+        """
+        The rows for `batch_size` sequences at `lam`; can be given to `forward` as its `lam` any number of times.
+
+        Raises:
+            DeRaError: λ does not fit; or there is one where no branch differs from another.
+        """
+        if not self.branches_differ:
+            if lam is not None or every_branch:
+                given = "output_branches=True" if lam is None else f"lam={lam!r}"
+                raise DeRaError(
+                    f"{given}: this model has no adapter, so that its branches can only differ by their prompts: give "
+                    "the reference's prompt too, or load the model with an adapter."
+                )
+            lam = dict.fromkeys(self.aligned, 1.0)
         lam = read_lam(self.lam if lam is None else lam, batch_size, self.aligned)
         kind = WeightPlan if self.mixing == WEIGHTS else BatchPlan
         return kind(self.branches, lam, self.device, every_branch)
@@ -276,20 +276,20 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
         return cls(peft_model, make_branches(reference, aligned, stacked), lam, mixing)
 
     @in_turn
-    def unwrap(self) -> PeftModel:
+    def unwrap(self) -> PeftModel | PreTrainedModel:
         """
-        The PeftModel, as it was before. This instance can't be used any more.
+        The PeftModel (or the model without adapters), as it was before. This instance can't be used any more.
 
         With an adapter that was trained with `bias="lora_only"` or `"all"` it is as PEFT's own loading leaves it: the
         adapter's biases have replaced the base's.
         """
         self._check_wrapped()
-        (peft_model,) = self._peft_model
+        (wrapped,) = self._wrapped
         self._captures.clear()
         self._wiring.remove()
         hand_over_biases(self.base)
         self.base = None  # pyrefly: ignore[bad-assignment] # what _check_wrapped looks for
-        return peft_model
+        return wrapped
 
     def __deepcopy__(self, memo: dict) -> None:
         raise DeRaError(
@@ -319,7 +319,17 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
 
     @property
     def peft_model(self) -> PeftModel:
-        return self._peft_model[0]
+        (wrapped,) = self._wrapped
+        if not isinstance(wrapped, PeftModel):
+            raise DeRaError(
+                "this model has no adapter: load the base with one, DeRaModel.from_pretrained(base, adapter)."
+            )
+        return wrapped
+
+    @property
+    def branches_differ(self) -> bool:
+        """Whether the branches have different adapters. If not, they can only differ by their prompts."""
+        return bool(own_adapters(self.branches))
 
     @property
     def aligned(self) -> list[str]:

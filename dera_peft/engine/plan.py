@@ -22,6 +22,10 @@ class Branch:
     adapters: tuple[str, ...] = ()
 
 
+# of a model without adapters, whose branches differ by their prompts
+WITHOUT_ADAPTERS = (Branch(REFERENCE), Branch(ALIGNED))
+
+
 def make_branches(reference: Sequence[str], aligned: Mapping[str, str], stacked: bool = True) -> list[Branch]:
     """
     The branches of a reference and its aligned models.

@@ -126,7 +126,7 @@ class SFTModel(ModelSource):
         )  # fmt: skip
 
     def _attach(self, model: PreTrainedModel, checked: Checked, trainable: bool = False) -> PeftModel:
-        return checked.attach(model, dtype=torch.float32, trainable=trainable)
+        return cast("PeftModel", checked.attach(model, dtype=torch.float32, trainable=trainable))  # there is an adapter
 
 
 def find_sft_model(name: str, adapter: str | None = None, revision: str | None = None, **loading: Any) -> SFTModel:

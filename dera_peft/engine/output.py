@@ -1,0 +1,21 @@
+"""What a forward pass of the mixture returns."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+@dataclass
+class MixtureOutput(CausalLMOutputWithPast):
+    """
+    `CausalLMOutputWithPast` of the mixture, with the branches' own logits where they were asked for.
+
+    Attributes:
+        logits: `[B, S, V]`, z_λ = (1-λ)·z_ref + λ·z_aligned.
+        branch_logits: branch name -> `[B, S, V]`, with `output_branches=True`.
+        encoder_last_hidden_state: `[R, S, D]`, a row for each branch of each sequence (encoder-decoder models only).
+    """
+
+    branch_logits: dict[str, torch.Tensor] | None = None
+    encoder_last_hidden_state: torch.Tensor | None = None
