@@ -11,14 +11,15 @@ from transformers.generation.streamers import BaseStreamer
 
 from dera_peft.checkpoint.end_tokens import configured_end_tokens
 from dera_peft.decoding.memory import Attempt, go_on_with_half
-from dera_peft.decoding.noise import logits_processor, row_key
 from dera_peft.decoding.requests import Completion, Request
 from dera_peft.decoding.room import Room
 from dera_peft.decoding.sampling import Sampling
+from dera_peft.decoding.warpers import logits_processor
 from dera_peft.engine.generation import PLAIN_GENERATION, plain_generation
 from dera_peft.engine.lengths import find_rope_switch, forget_lengths
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.names import WEIGHTS
+from dera_peft.engine.noise import row_key
 from dera_peft.engine.padding import check_have_rows, pad, padding_id
 from dera_peft.engine.prefill import Prefill, can_be_shared
 from dera_peft.errors import DeRaError

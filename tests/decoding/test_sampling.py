@@ -5,18 +5,18 @@ import torch
 from scipy import stats
 
 from dera_peft import DeRaError
-from dera_peft.decoding.noise import (
+from dera_peft.decoding.sampling import Sampling
+from dera_peft.decoding.warpers import logits_processor
+from dera_peft.engine.noise import (
     GAMMA,
     MASK,
     GumbelMax,
     _signed,
     _splitmix64,
     gumbel_noise,
-    logits_processor,
     row_key,
     splitmix64,
 )
-from dera_peft.decoding.sampling import Sampling
 
 # the published first outputs of splitmix64 from seed 0 (Vigna's reference implementation)
 SEED_0 = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC]

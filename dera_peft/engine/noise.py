@@ -1,52 +1,13 @@
-"""Random numbers that belong to a prompt and a sample, not to a run, a batch or λ; and sampling by them."""
+"""Random numbers that belong to a prompt and a sample, not to a run, a batch or λ."""
 
 from collections.abc import Sequence
 from typing import cast
 
 import torch
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
-
-from dera_peft.decoding.sampling import Sampling
+from transformers import LogitsProcessor
 
 GAMMA = 0x9E3779B97F4A7C15  # splitmix64's increment: 2^64 over the golden ratio, odd
 MASK = (1 << 64) - 1
-
-
-def logits_processor(
-    sampling: Sampling, keys: Sequence[int], prompt_length: int, padding: Sequence[int]
-) -> LogitsProcessorList:
-    """
-    For `generate(do_sample=False)`: transformers' warpers, then the noise that makes its argmax a sample.
-
-    Args:
-        keys: from `row_key`, one a row.
-        prompt_length: of the batch, padding included.
-        padding: how many tokens of padding stand left of each row.
-    """
-    warpers = LogitsProcessorList()
-    if sampling.repetition_penalty != 1:
-        # generate's own would count the padding as text, so that a row's penalty depended on its batch
-        warpers.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty, torch.tensor(padding)))
-    if sampling.temperature == 0:
-        return warpers
-    if sampling.temperature != 1:
-        warpers.append(TemperatureLogitsWarper(sampling.temperature))
-    if sampling.top_k > 0:
-        warpers.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        warpers.append(TopPLogitsWarper(sampling.top_p))
-    if sampling.min_p > 0:
-        warpers.append(MinPLogitsWarper(sampling.min_p))
-    warpers.append(GumbelMax(keys, prompt_length))
-    return warpers
 
 
 def splitmix64(state: int) -> int:
