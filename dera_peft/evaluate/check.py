@@ -9,7 +9,6 @@ from dera_peft.decoding.batching import decode
 from dera_peft.decoding.prompts import read_prompts
 from dera_peft.decoding.requests import Completion, Request
 from dera_peft.decoding.scoring import score_each
-from dera_peft.engine.names import LOGITS
 from dera_peft.evaluate.arms import make_arms
 from dera_peft.evaluate.config import SweepConfig
 from dera_peft.evaluate.run import encode_prompts
@@ -110,7 +109,7 @@ def check(config: SweepConfig, progress: Progress = no_progress) -> Check | None
     if not processes.is_main_process:
         return None
     limit = min(PROMPTS, config.max_prompts or PROMPTS)
-    config = replace(config, models={}, mixing=(LOGITS,), max_new_tokens=min(TOKENS, config.max_new_tokens))
+    config = replace(config, arms=(), max_new_tokens=min(TOKENS, config.max_new_tokens))
     (arm,) = make_arms(config)
     prompts = read_prompts(config.prompts, config.prompt_column, config.split, config.subset, limit)
     tokenizer, tokens = encode_prompts(config, arm, prompts)

@@ -18,12 +18,17 @@ Kind = TypeVar("Kind", bound="SweepRow")
 
 
 class Key(NamedTuple):
-    """Which completion a row is of. `lam` is the λ that it was decoded at."""
+    """Which completion a row is of. `lam` is the λ that it was decoded at; None in an arm that knows no λ."""
 
     arm: str
     index: int
-    lam: float
+    lam: float | None
     sample: int
+
+
+def strength(key: Key) -> float:
+    """The λ that a model is given for a key: 1, the adapter as trained, where its arm knows none."""
+    return 1.0 if key.lam is None else key.lam
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class SweepRow:
     run: str
     arm: str
     prompt_index: int
-    lam: float
+    lam: float | None
     sample: int
 
     @property
