@@ -170,10 +170,12 @@ def _type_word(kind: Any) -> str:
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin in (tuple, list):
-        item = type_text(arguments[0])
-        return f"list of {item}" if item.startswith("`") else f"list of {item}s"
+        items = [type_text(kind) for kind in alternatives(arguments[0])]
+        return "list of " + " or ".join(
+            item if item.startswith("`") or item.endswith("by name") else f"{item}s" for item in items
+        )
     if origin is not None and issubclass(origin, Mapping):
-        return f"{type_text(arguments[1])} by name"
+        return "values by name" if arguments[1] is Any else f"{type_text(arguments[1])} by name"
     if kind is Callable or origin is Callable:
         return "function"
     if is_dataclass(kind):

@@ -8,11 +8,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dera_peft.decoding.lambdas import Lambda, NamedLambda
+
 MIN_COLUMN = 38  # characters; λ stand side by side where each gets at least so many
 
 
-def format_lam(lam: float) -> str:
-    return f"λ={lam:g}"
+def format_lam(lam: Lambda) -> str:
+    return f"{lam:g}" if isinstance(lam, NamedLambda) else f"λ={lam:g}"
 
 
 def printable(text: str) -> Text:
@@ -29,7 +31,7 @@ def print_json(text: str) -> None:
     print(text, flush=True)
 
 
-def side_by_side(console: Console, title: str, texts: dict[float, list[str]]) -> None:
+def side_by_side(console: Console, title: str, texts: dict[Lambda, list[str]]) -> None:
     """One prompt's completions by λ: in columns where they are wide enough, else one below the other."""
     console.print(printable(title), style="bold")
     samples = max(map(len, texts.values()))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from dera_peft.checkpoint.devices import device_map_of, join_processes
 from dera_peft.decoding.batching import decode
+from dera_peft.decoding.lambdas import Lambda
 from dera_peft.decoding.prompts import read_prompts
 from dera_peft.decoding.requests import Completion, Request
 from dera_peft.decoding.scoring import score_each
@@ -116,7 +117,7 @@ def check(config: SweepConfig, progress: Progress = no_progress) -> Check | None
     model = arm.load(device_map_of(config.device_map, processes))
     lambdas = sorted({*config.lambdas, *LAMBDAS})
     requests = [Request(prompt.index, lam) for lam in lambdas for prompt in prompts]
-    completions_at: dict[float | None, list[Completion]] = defaultdict(list)
+    completions_at: dict[Lambda | None, list[Completion]] = defaultdict(list)
     with progress("checking", 2 * len(requests), 0) as advance:
         for batch in decode(model, tokenizer, tokens, requests, config.sampling, config.batch_size):
             for each in batch:
