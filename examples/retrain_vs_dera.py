@@ -147,7 +147,7 @@ def decode(args: argparse.Namespace, first: Path, retrained: dict[float, Path]) 
         str(args.recipe / "sweep.yaml"),
         adapter=str(first),
         lambdas=[0.0, *args.lambdas],
-        models={arm_name(args.beta, lam): str(folder) for lam, folder in retrained.items()},
+        arms=[{"adapter": str(folder), "name": arm_name(args.beta, lam)} for lam, folder in retrained.items()],
         samples=args.samples,
         output_dir=str(args.output_dir / "decoded"),
         device_map=read_device_map(None),

@@ -33,6 +33,7 @@ TRL = {  # whose keys a training command takes too
     "ModelConfig": "https://huggingface.co/docs/trl/script_utils#trl.ModelConfig",
 }
 NONE = "–"
+REPEATED = " With commas, or the option repeated."  # of an option alone
 
 INTRODUCTION = """# Commands and settings
 
@@ -41,7 +42,7 @@ Made by `python tests/settings_page.py > docs/reference/settings.md` from the co
 
 A setting is declared once, so its option, its key in a YAML file and its Python argument have one type, default and
 check. Key and argument have one name, and so has the option; one that can be repeated (`--lambda`, `--reward`,
-`--model`) has the singular too. A value on the command line comes before one in the file of `--config`, and that before
+`--arm`) has the singular too. A value on the command line comes before one in the file of `--config`, and that before
 the default. Options may be written with hyphens or underscores (`--max-new-tokens`, `--max_new_tokens`), and so may
 keys. An option or key that does not exist is an error that names the nearest one.
 
@@ -122,6 +123,21 @@ def print_command(settings: type[Settings]) -> None:
         if own:
             print(f"**{panel}**\n")
             print_settings(own, settings)
+            for each in own:
+                print_items(each, type_hints(settings)[each.name])
+
+
+def print_items(of: Field, hint: Any) -> None:
+    """The keys of a list's items, where those are settings of their own."""
+    item = next(iter(get_args(hint)), None)
+    if isinstance(item, type) and issubclass(item, Settings):
+        hints = type_hints(item)
+        print(f"An item of `{of.name}` has the keys\n")
+        rows = [
+            [f"`{each.name}`", type_text(hints[each.name]), setting_of(each).help.removesuffix(REPEATED)]
+            for each in fields(item)
+        ]
+        print_table(["key", "type", ""], rows)
 
 
 def print_settings(shown: Sequence[Field], settings: type) -> None:
@@ -154,12 +170,16 @@ def _type_word(kind: Any) -> str:
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin in (tuple, list):
-        item = type_text(arguments[0])
-        return f"list of {item}" if item.startswith("`") else f"list of {item}s"
+        items = [type_text(kind) for kind in alternatives(arguments[0])]
+        return "list of " + " or ".join(
+            item if item.startswith("`") or item.endswith("by name") else f"{item}s" for item in items
+        )
     if origin is not None and issubclass(origin, Mapping):
-        return f"{type_text(arguments[1])} by name"
+        return "values by name" if arguments[1] is Any else f"{type_text(arguments[1])} by name"
     if kind is Callable or origin is Callable:
         return "function"
+    if is_dataclass(kind):
+        return "mapping"
     words = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path", Any: "text"}
     return words.get(kind, getattr(kind, "__name__", str(kind)))
 

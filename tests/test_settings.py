@@ -235,6 +235,7 @@ COMMANDS = {
 }  # fmt: skip
 TEXTS = {
     "device_map": "cpu",
+    "arms": "mixing=weights",
     "mixing": "weights",
     "lambdas": "0.5",
     "lam": "0.5",

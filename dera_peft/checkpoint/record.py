@@ -52,6 +52,11 @@ class Record:
     def is_in(folder: str | os.PathLike) -> bool:
         return os.path.lexists(Path(folder) / FILE_NAME)  # what is there and can't be read is no record that is missing
 
+    @property
+    def aligned(self) -> list[str]:
+        """The names of the aligned branches, which λ by name are given for."""
+        return [name for name in self.branches if name != REFERENCE]
+
     def with_base(self, base: str) -> "Record":
         """The same adapters over another copy of the base; `check_base` tells whether it is one."""
         return self if base == self.base else replace(self, base=base, base_revision=None)

@@ -141,21 +141,19 @@ class ModelSource(Settings):
         if not self.resolve().branches_differ:
             raise DeRaError(f"{command} needs an adapter, and {self.name!r} is a base alone: name one with adapter=.")
 
-    def resolve_one(self, command: str, way_out: str, needs_adapter: bool = True) -> "Record":
+    def resolve_one(self, command: str, way_out: str) -> "Record":
         """
         The record of a model with one aligned adapter.
 
         Args:
             command: who takes only one, for the message.
             way_out: what to do with several.
-            needs_adapter: whether it is an error that there is none.
 
         Raises:
             DeRaError: it has several, or none; or see `resolve`.
         """
         record = self.resolve()
-        if needs_adapter:
-            self.check_has_adapter(command)
+        self.check_has_adapter(command)
         if len(record.branches) > 2:
             found = "adapters has" if self.adapters else f"adapter={self.name!r} is a record of"
             raise DeRaError(f"{command} takes one aligned model, and {found} {list(record.branches)[1:]}: {way_out}")

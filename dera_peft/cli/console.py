@@ -8,11 +8,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dera_peft.decoding.lambdas import Lambda, NamedLambda
+
 MIN_COLUMN = 38  # characters; λ stand side by side where each gets at least so many
 
 
-def format_lam(lam: float | None) -> str:
-    return "base" if lam is None else f"λ={lam:g}"
+def format_lam(lam: Lambda | None) -> str:
+    if lam is None:
+        return "base"
+    return f"{lam:g}" if isinstance(lam, NamedLambda) else f"λ={lam:g}"
 
 
 def printable(text: str) -> Text:
@@ -29,7 +33,7 @@ def print_json(text: str) -> None:
     print(text, flush=True)
 
 
-def side_by_side(console: Console, title: str, texts: dict[float | None, list[str]]) -> None:
+def side_by_side(console: Console, title: str, texts: dict[Lambda | None, list[str]]) -> None:
     """One prompt's completions by λ: in columns where they are wide enough, else one below the other."""
     console.print(printable(title), style="bold")
     samples = max(map(len, texts.values()))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dera_peft.checkpoint.source import ModelSource
-from dera_peft.decoding.lambdas import is_lambda, read_lambda_by_name
+from dera_peft.decoding.lambdas import NamedLambda, is_lambda, read_lambda
 from dera_peft.decoding.prompt_settings import PromptSettings
 from dera_peft.files import check_new_folder
 from dera_peft.lock import hold
@@ -25,7 +25,7 @@ class ExportSettings(PromptSettings, ModelSource):
         help="The strength to export at; of several adapters name=λ,name=λ.",
         metavar="λ",
         option="--lambda",
-        parse=read_lambda_by_name,
+        parse=read_lambda,
         check=Check(lambda lam: all(map(is_lambda, lam.values() if isinstance(lam, Mapping) else [lam])), "finite"),
     )
     output: str = setting(help="Folder of the new adapter, a new or an empty one.", metavar="DIR")
@@ -53,7 +53,7 @@ def _export(settings: ExportSettings, prompts: "list[Prompt]") -> None:
     from rich.console import Console
 
     from dera_peft.checkpoint.export import NEW_TOKENS, describe_fit
-    from dera_peft.cli.console import print_json
+    from dera_peft.cli.console import format_lam, print_json
     from dera_peft.decoding.prompts import encode
     from dera_peft.model import DeRaModel
 
@@ -67,10 +67,9 @@ def _export(settings: ExportSettings, prompts: "list[Prompt]") -> None:
     if settings.json:
         print_json(json.dumps({"folder": settings.output, "lambda": settings.lam, **fit}, ensure_ascii=False))
         return
-    lam = settings.lam if isinstance(settings.lam, Mapping) else {"": settings.lam}
-    strength = ",".join(f"{name}={value:g}".removeprefix("=") for name, value in lam.items())
+    lam = NamedLambda(settings.lam) if isinstance(settings.lam, Mapping) else settings.lam
     console = Console()
     console.print(
-        f"written to {settings.output}: a plain LoRA adapter at λ={strength}", highlight=False, soft_wrap=True
+        f"written to {settings.output}: a plain LoRA adapter at {format_lam(lam)}", highlight=False, soft_wrap=True
     )
     console.print(describe_fit(fit), highlight=False)

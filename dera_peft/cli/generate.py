@@ -4,14 +4,14 @@ import logging
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dera_peft.checkpoint.source import ModelSource
 from dera_peft.decoding.batch_size import batch_size_setting
-from dera_peft.decoding.lambdas import lambdas_setting
+from dera_peft.decoding.lambdas import Lambda, for_adapters, lambdas_setting
 from dera_peft.decoding.prompt_settings import PromptSettings
 from dera_peft.decoding.requests import Request
 from dera_peft.decoding.rows import GeneratedRow, RowLog, expect_prompts, to_line
@@ -34,8 +34,10 @@ class GenerateSettings(PromptSettings, Sampling, ModelSource):
 
     instead: ClassVar[tuple[tuple[str, ...], ...]] = (("greedy", "temperature"),)
 
-    lambdas: tuple[float, ...] = lambdas_setting(
-        (), "Strengths; the one that dera.json names, else 1, unless given.", "Prompts"
+    lambdas: tuple[float | Mapping[str, Any], ...] = lambdas_setting(
+        (),
+        "Strengths; the one that dera.json names, else 1, unless given. Of several adapters a point is name=λ,name=λ.",
+        "Prompts",
     )
     greedy: bool = setting(False, "The same as --temperature 0.", panel="Sampling")
     samples: int = setting(1, "Completions per prompt and λ.", check=COUNT, metavar="N", panel="Sampling")
@@ -72,6 +74,9 @@ def generate(settings: GenerateSettings) -> None:
     `dera generate --base org/base --adapter ./dpo --quantization nf4 --chat --lambda 0.6 --prompt "Hi!" --stream`
 
     `dera generate --adapter ./dpo --lambda=-0.5,0,1 --prompts prompts.jsonl --samples 4 --output out.jsonl`
+
+    `dera generate --adapters helpful=./a --adapters harmless=./b --lambda helpful=0.7,harmless=0.3
+    --lambda helpful=1 --prompt "Hi!"`
     """
     settings.check_paths()
     prompts = settings.read_prompts_or_lines()
@@ -87,17 +92,17 @@ def _generate(settings: GenerateSettings, prompts: "Sequence[Prompt]") -> None:
     from dera_peft.progress import show_progress
 
     source, sampling = part(settings, ModelSource).placed(), settings.sampling
-    record = source.resolve_one(
-        "dera generate",
-        "use DeRaModel.generate with lam by name, or export a mixture of them (dera export).",
-        needs_adapter=any((settings.lambdas, *(prompt.lam for prompt in prompts))),
-    )
-    # of one aligned branch it is one number
-    default = cast("float", record.lam) if record.branches_differ else None
+    if settings.lambdas or any(prompt.lam for prompt in prompts):
+        source.check_has_adapter("dera generate")
+    record = source.resolve()
+    aligned = record.aligned
+    lambdas: tuple[Lambda | None, ...] = (None,)
+    if record.branches_differ:
+        lambdas = for_adapters(settings.lambdas, aligned) or for_adapters([record.lam], aligned, "dera.json")
     requests = [
         Request(prompt.index, lam, sample)
         for prompt in prompts
-        for lam in (prompt.lam or settings.lambdas or [default])
+        for lam in (for_adapters(prompt.lam, aligned, prompt.source) if prompt.lam else lambdas)
         for sample in range(settings.samples)
     ]
     output = settings.output
@@ -157,7 +162,7 @@ def _show(prompts: "Sequence[Prompt]", requests: Sequence[Request], finished: di
     from dera_peft.cli.console import side_by_side
 
     console = Console()
-    by_prompt: dict[int, dict[float | None, list[str]]] = defaultdict(lambda: defaultdict(list))
+    by_prompt: dict[int, dict[Lambda | None, list[str]]] = defaultdict(lambda: defaultdict(list))
     for request in requests:
         by_prompt[request.index][request.lam].append(finished[request].completion)
     for index, texts in by_prompt.items():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from dera_peft.checkpoint.source import ModelSource
 from dera_peft.decoding.completions import Given, read_completions
-from dera_peft.decoding.lambdas import lambdas_setting
+from dera_peft.decoding.lambdas import Lambda, for_adapters, lambdas_setting
 from dera_peft.decoding.prompt_settings import PromptSettings
 from dera_peft.decoding.rows import Expected, RowLog, ScoredRow, to_line
 from dera_peft.lock import hold
@@ -25,7 +25,7 @@ DIGITS = 6  # of nats, in rows
 
 logger = logging.getLogger(__name__)
 
-Key = tuple[int, float]  # of a row: which completion, at which λ
+Key = tuple[int, Lambda]  # of a row: which completion, at which λ
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +38,10 @@ class ScoreSettings(ModelSource):
         metavar="FILE",
         panel="Prompts",
     )
-    lambdas: tuple[float, ...] = lambdas_setting(
-        (), "Strengths; the one that dera.json names, else 1, unless given.", "Prompts"
+    lambdas: tuple[float | Mapping[str, Any], ...] = lambdas_setting(
+        (),
+        "Strengths; the one that dera.json names, else 1, unless given. Of several adapters a point is name=λ,name=λ.",
+        "Prompts",
     )
     chat: bool = setting_like(PromptSettings, "chat")
     end: bool | None = setting(
@@ -75,6 +77,9 @@ def score(settings: ScoreSettings) -> None:
     `dera score --adapter ./dpo --completions out.jsonl --lambda 0,0.25,0.5,0.75,1`
 
     `dera score --adapter ./dpo --completions chats.jsonl --chat --end --lambda 0,1 --output scores.jsonl`
+
+    `dera score --adapters helpful=./a --adapters harmless=./b --completions out.jsonl
+    --lambda helpful=0.7,harmless=0.3`
     """
     settings.check_paths()
     given = read_completions(settings.completions)
@@ -94,8 +99,9 @@ def _score(settings: ScoreSettings, given: Sequence[Given]) -> None:
     from dera_peft.progress import show_progress
 
     source = part(settings, ModelSource).placed()
-    record = source.resolve_one("dera score", "use dera_peft.evaluate.score with lam by name.")
-    lambdas = settings.lambdas or (cast("float", record.lam),)  # of one aligned branch it is one number
+    record = source.resolve()
+    aligned = record.aligned
+    lambdas = for_adapters(settings.lambdas, aligned) or for_adapters([record.lam], aligned, "dera.json")
     run = settings_fingerprint(
         {
             **source.fingerprint(),
@@ -111,7 +117,7 @@ def _score(settings: ScoreSettings, given: Sequence[Given]) -> None:
         log = RowLog(output, ScoredRow, run, expected=lambda row: _expected(row, given), argument="--output")
     finished: dict[Key, ScoredRow] = {(row.prompt_index, row.lam): row for row in log.rows} if log else {}
     wanted = [(index, lam) for index in range(len(given)) for lam in lambdas]
-    missing: dict[tuple[float, ...], list[int]] = defaultdict(list)  # all but a torn one lack all λ, or the new ones
+    missing: dict[tuple[Lambda, ...], list[int]] = defaultdict(list)  # all but a torn one lack all λ, or the new ones
     for index in range(len(given)):
         if lacks := tuple(lam for lam in lambdas if (index, lam) not in finished):
             missing[lacks].append(index)
@@ -155,7 +161,7 @@ def _expected(row: ScoredRow, given: Sequence[Given]) -> Expected | None:
 
 
 def _rows(
-    run: str, given: Given, scored: "Scored", lambdas: Sequence[float], ids: list[int] | None, tokenizer: Any
+    run: str, given: Given, scored: "Scored", lambdas: Sequence[Lambda], ids: list[int] | None, tokenizer: Any
 ) -> list[ScoredRow]:
     """A row for each λ; with the values of each token if its `ids` are given."""
     rows = []
@@ -193,7 +199,7 @@ def _number(value: Any) -> float | None:
     return round(value, DIGITS) if math.isfinite(value) else None
 
 
-def table(lambdas: Sequence[float], rows: Mapping[Key, ScoredRow]) -> "Table":
+def table(lambdas: Sequence[Lambda], rows: Mapping[Key, ScoredRow]) -> "Table":
     """For each λ the means over the completions, and over all of their tokens."""
     from rich.table import Table
 

@@ -40,7 +40,8 @@ def sweep(settings: SweepSettings) -> None:
     `dera sweep --adapter ./dpo --prompts test.jsonl --reward reward.py:reward --reward length --output-dir runs/sweep`
 
     `dera sweep --adapter ./dpo --prompts org/dataset --split test --reward org/reward-model --judge judge.py:judge
-    --rule kl_budget --kl-budget 5 --lambda 0,0.5,1,2 --model retrained=./dpo-2 --output-dir runs/sweep`
+    --rule kl_budget --kl-budget 5 --lambda 0,0.5,1,2 --arm combine=plausible:0.1
+    --arm adapter=./dpo-2,name=retrained --output-dir runs/sweep`
     """
     settings.check_paths()
     config = part(settings, SweepConfig)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from dera_peft.checkpoint.end_tokens import configured_end_tokens
+from dera_peft.decoding.lambdas import Lambda, covering
 from dera_peft.decoding.memory import Attempt, go_on_with_half
 from dera_peft.decoding.requests import Completion, Request
 from dera_peft.decoding.room import Room
@@ -27,7 +28,6 @@ from dera_peft.messages import warn_once
 
 GROUP_BATCHES = 8  # of a group: one of them may be short
 OWN_OPTIONS = {"do_sample", "temperature", "top_k", "top_p", "min_p"}  # of a command; most bases' configs hold others
-BOTH_BRANCHES = 0.5  # a λ that needs both
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ class _Queue:
             self.group.append(request)
         self.waiting = self.waiting[len(self.group) :]
 
-    def kept_prompts(self) -> tuple[list[Sequence[int]], list[float] | None]:
+    def kept_prompts(self) -> tuple[list[Sequence[int]], list[Lambda] | None]:
         """What is computed once: token ids, and for each a λ that needs the branches that any of its requests needs."""
         lambdas: dict[tuple, list] = {prefix: [] for prefix in self.kept}
         for request in self.group:
@@ -209,8 +209,7 @@ class _Queue:
         prompts = [self.prompts[index] for index, *_ in self.kept]
         if self.group[0].lam is None:  # nor has any other one
             return prompts, None
-        # at λ=0 and λ=1 one branch is enough, if it is the only one that is asked for
-        return prompts, [values[0] if len(set(values)) == 1 else BOTH_BRANCHES for values in lambdas.values()]
+        return prompts, [covering(values) for values in lambdas.values()]
 
     def batch(self) -> list[Request]:
         """The next requests; those of a group that is kept have less room."""
@@ -229,7 +228,7 @@ class _Queue:
         return self.batch_tokens
 
 
-def _lambdas(batch: Sequence[Request]) -> list[float | None] | None:
+def _lambdas(batch: Sequence[Request]) -> list[Lambda | None] | None:
     return None if batch[0].lam is None else [request.lam for request in batch]
 
 

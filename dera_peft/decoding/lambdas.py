@@ -1,14 +1,57 @@
-"""λ as numbers of a request, and as texts of a command line."""
+"""λ as a request has it, a number or one by name for each of several adapters; and as settings and texts say it."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import product
 from numbers import Real
 from typing import Any, cast
 
 from dera_peft.errors import DeRaError
-from dera_peft.settings import Check, setting
+from dera_peft.settings import Check, nearest, plain, setting
 
 MAX_LAMBDA = (2 - 2**-23) * 2.0**127  # the largest float32: logits are mixed in fp32
+FORMS = "write 0,0.5,1 for one adapter; for several name=λ,name=λ, and repeat the option for another point"
+
+
+class NamedLambda(Mapping[str, float]):
+    """
+    λ of several adapters, by name: immutable and hashable, so that it can be part of a key.
+
+    It equals every mapping of the same names and values, in any order. `str` is its form on a command line,
+    `helpful=0.7,harmless=0.3`; a format's specification is that of each value. One point is less than another by the
+    values in the order of their names.
+    """
+
+    __slots__ = ("_values",)
+
+    def __init__(self, values: Mapping[str, float]):
+        self._values = {name: float(value) + 0.0 for name, value in values.items()}  # -0.0 is 0.0
+
+    def __getitem__(self, name: str) -> float:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._values.items()))
+
+    def __lt__(self, other: "NamedLambda") -> bool:
+        return tuple(self.values()) < tuple(other.values())
+
+    def __format__(self, specification: str) -> str:
+        return ",".join(f"{name}={value:{specification}}" for name, value in self.items())
+
+    def __str__(self) -> str:
+        return format(self)
+
+    def __repr__(self) -> str:
+        return repr(self._values)
+
+
+Lambda = float | NamedLambda  # of one aligned adapter; of several
 
 
 def is_lambda(value: Any) -> bool:
@@ -16,52 +59,136 @@ def is_lambda(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and abs(cast("float", value)) <= MAX_LAMBDA
 
 
-FINITE = Check(lambda values: all(map(is_lambda, values)), "finite numbers")
+def _is_point_or_grid(value: Any) -> bool:
+    """A number; or names with numbers, or with lists of them."""
+    if not isinstance(value, Mapping):
+        return is_lambda(value)
+    parts = [part if isinstance(part, (list, tuple)) else [part] for part in map(plain, value.values())]
+    return bool(parts) and all(part and all(map(is_lambda, part)) for part in parts)
+
+
+LAMBDAS = Check(
+    lambda values: all(map(_is_point_or_grid, values)),
+    "finite numbers, as [0, 0.5, 1]; of several adapters points, as [{helpful: 0.7, harmless: 0.3}], or a list for "
+    "each, as {helpful: [0, 0.5], harmless: [0, 1]}, for all their combinations",
+)
 
 
 def lambdas_setting(default: tuple[float, ...], help: str, panel: str) -> Any:
-    """The λ of a run, `tuple[float, ...]`: `--lambda 0,0.5 --lambda 1` on the command line."""
+    """
+    The λ of a run, `tuple[float | Mapping[str, Any], ...]`: `--lambda 0,0.5 --lambda 1` on the command line, and
+    `--lambda helpful=0.7,harmless=0.3` for a point of several adapters. `for_adapters` makes them a model's own.
+    """
     help = f"{help} With commas, or the option repeated."
     return setting(
-        default, help, check=FINITE, metavar="λ[,λ…]", panel=panel, option="--lambda", parse=read_lambdas,
+        default, help, check=LAMBDAS, metavar="λ[,λ…]", panel=panel, option="--lambda", parse=read_lambdas,
         normalize=unique,
     )  # fmt: skip
 
 
-def unique(lambdas: Sequence[float]) -> tuple[float, ...]:
-    """Each once, in their order; -0.0 is 0.0."""
-    return tuple(dict.fromkeys(lam + 0.0 for lam in lambdas))
+def unique(lambdas: Iterable[float | Mapping[str, Any]]) -> tuple[Lambda, ...]:
+    """Each once, in their order; of names with lists, all combinations. -0.0 is 0.0."""
+    points: list[Lambda] = []
+    for lam in lambdas:
+        if not isinstance(lam, Mapping):
+            points.append(lam + 0.0)
+            continue
+        axes = [axis if isinstance(axis, (list, tuple)) else [axis] for axis in map(plain, lam.values())]
+        points += [NamedLambda(dict(zip(lam, values, strict=True))) for values in product(*axes)]
+    return tuple(dict.fromkeys(points))
 
 
-def read_lambdas(texts: Sequence[str]) -> list[float]:
-    """`["0,0.5", "1"]` -> [0.0, 0.5, 1.0]."""
-    values: list[float] = []
-    for part in ",".join(texts).split(","):
-        try:
-            value = float(part)
-        except ValueError:
+def for_adapters(
+    lambdas: Iterable[float | Mapping[str, Any]], aligned: Sequence[str], argument: str = "--lambda"
+) -> tuple[Lambda, ...]:
+    """
+    λ as the requests of a model have them: of one aligned adapter numbers; of several all of them by name, in their
+    order, with 0 for one that is not named.
+
+    Args:
+        aligned: the names of the model's aligned branches.
+        argument: where the λ were given, for messages.
+
+    Raises:
+        DeRaError: a name is not one of them, or a number is given and there are several.
+    """
+    points: list[Lambda] = []
+    for lam in unique(lambdas):
+        if isinstance(lam, NamedLambda):
+            if unknown := [name for name in lam if name not in aligned]:
+                raise DeRaError(
+                    f"{argument}: λ is given for {unknown[0]!r}, which is not an aligned adapter of this model; "
+                    f"{nearest(unknown[0], aligned)}"
+                )
+            points.append(
+                NamedLambda({name: lam.get(name, 0.0) for name in aligned}) if len(aligned) > 1 else lam[aligned[0]]
+            )
+        elif len(aligned) > 1:
+            example = ",".join(f"{name}={lam:g}" for name in aligned)
             raise DeRaError(
-                f"--lambda: {part.strip()!r} is not a number; write numbers with commas, as 0,0.5,1."
-            ) from None
-        if not is_lambda(value):
-            raise DeRaError(f"--lambda: {part.strip()!r} is not finite in fp32, in which logits are mixed.")
-        values.append(value)
-    return values
+                f"{argument}: λ={lam:g} is one number, and the model has several aligned adapters, {list(aligned)}: "
+                f"give each its own by name, as {example}."
+            )
+        else:
+            points.append(lam)
+    return tuple(dict.fromkeys(points))
 
 
-def read_lambda_by_name(texts: Sequence[str]) -> float | dict[str, float]:
-    """`["0.6"]` -> 0.6; `["helpful=0.7,harmless=0.2"]` -> a dict by adapter."""
-    text = ",".join(texts)
-    named: dict[str, float] = {}
+def read_lambdas(texts: Sequence[str]) -> list[Lambda]:
+    """`["0,0.5", "1"]` -> [0.0, 0.5, 1.0]; `["helpful=0.7,harmless=0.3"]` -> one point."""
+    lambdas: list[Lambda] = []
+    for text in texts:
+        lambdas += [_read_point(text)] if "=" in text else [_read_number(part, text) for part in text.split(",")]
+    return lambdas
+
+
+def read_lambda(texts: Sequence[str]) -> Lambda:
+    """A single one: `["0.6"]` -> 0.6; `["helpful=0.7,harmless=0.3"]` -> a point."""
+    lambdas = read_lambdas(texts)
+    if len(lambdas) > 1:
+        raise DeRaError(f"--lambda: {' '.join(texts)!r} is {len(lambdas)} λ, and one is wanted.")
+    return lambdas[0]
+
+
+def _read_point(text: str) -> NamedLambda:
+    values: dict[str, float] = {}
     for part in text.split(","):
-        name, equals, value = part.rpartition("=")
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not is_lambda(number) or (not equals and "," in text):
-            raise DeRaError(f"--lambda: {text!r} is not a number, nor name=number for each adapter with commas.")
-        if not equals:
-            return number
-        named[name.strip()] = number
-    return named
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not name:
+            raise DeRaError(f"--lambda: {text!r}: {part.strip()!r} is not of the form name=λ; {FORMS}.")
+        if name in values:
+            raise DeRaError(f"--lambda: {text!r} names {name!r} twice; {FORMS}.")
+        values[name] = _read_number(value, text)
+    return NamedLambda(values)
+
+
+def _read_number(part: str, text: str) -> float:
+    try:
+        value = float(part)
+    except ValueError:
+        of = f"{text!r}: " if part.strip() != text.strip() else ""
+        raise DeRaError(f"--lambda: {of}{part.strip()!r} is not a number; {FORMS}.") from None
+    if not is_lambda(value):
+        raise DeRaError(f"--lambda: {part.strip()!r} is not finite in fp32, in which logits are mixed.")
+    return value
+
+
+# -- points of several adapters ----------------------------------------------------------------------------------------
+
+
+def values_of(lam: Lambda) -> tuple[float, ...]:
+    """One for each adapter."""
+    return tuple(lam.values()) if isinstance(lam, NamedLambda) else (lam,)
+
+
+def covering(lambdas: Sequence[Lambda]) -> Lambda:
+    """A λ that needs every branch that any of these needs, and none beside; of one λ that itself."""
+    if len(set(lambdas)) == 1:
+        return lambdas[0]
+    columns = list(zip(*map(values_of, lambdas), strict=True))
+    used = [any(column) for column in columns]
+    needs_reference = any(sum(values_of(lam)) != 1 for lam in lambdas)
+    share = 1 / (sum(used) + needs_reference)
+    values = [share if is_used else 0.0 for is_used in used]
+    first = lambdas[0]
+    return NamedLambda(dict(zip(first, values, strict=True))) if isinstance(first, NamedLambda) else values[0]

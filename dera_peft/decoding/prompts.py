@@ -18,7 +18,7 @@ from dera_peft.decoding.chats import (
     whole_prompt,
 )
 from dera_peft.decoding.jsonl import parse_row
-from dera_peft.decoding.lambdas import is_lambda
+from dera_peft.decoding.lambdas import LAMBDAS, Lambda, read_lambda, unique
 from dera_peft.decoding.tokens import num_closing_tokens
 from dera_peft.errors import DeRaError
 from dera_peft.user_code import is_object_path, load_object
@@ -41,7 +41,7 @@ class Prompt:
         index: its place in the list, from 0; random numbers and results belong to it.
         content: a text, or chat messages (`[{"role": …, "content": …}, …]`); read by `prompt_of`.
         source: where it stands, for messages to the user: "prompts.txt, line 3".
-        lam: λ of its own, which replace the run's.
+        lam: λ of its own, which replace the run's; of several adapters by name, as the row has it.
         columns: further values of its row, for rewards and results; `system`, `tools` and `chat_template_kwargs` of
             them also for the prompt.
     """
@@ -49,7 +49,7 @@ class Prompt:
     index: int
     content: str | Chat
     source: str
-    lam: tuple[float, ...] | None = None
+    lam: tuple[Lambda, ...] | None = None
     columns: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -254,9 +254,11 @@ def _read_csv(text: str, name: str) -> dict[str, dict]:
         row: dict[str, Any] = dict(zip(names, values, strict=True))
         if "lambda" in row:
             try:
-                row["lambda"] = float(row["lambda"])
-            except ValueError:
-                raise DeRaError(f"{source}: lambda must be a number; got {row['lambda']!r}.") from None
+                row["lambda"] = read_lambda([row["lambda"]])
+            except DeRaError:
+                raise DeRaError(
+                    f"{source}: lambda must be a number, or name=λ,name=λ; got {row['lambda']!r}."
+                ) from None
         rows[source] = row
 
 
@@ -272,14 +274,21 @@ def _from_rows(rows: Mapping[str, Mapping[str, Any]], column: str) -> list[Promp
     return prompts
 
 
-def _read_lambdas(lam: Any, source: str) -> tuple[float, ...]:
+def _read_lambdas(lam: Any, source: str) -> tuple[Lambda, ...]:
     values = lam if isinstance(lam, list) else [lam]
-    for value in values:
-        if not is_lambda(value):
-            raise DeRaError(f"{source}: lambda must be a finite number or a list of such; got {lam!r}.")
+    # a dataset's rows have all names, with None for those that a row did not have
+    values = [
+        {name: part for name, part in value.items() if part is not None} if isinstance(value, Mapping) else value
+        for value in values
+    ]
+    if not LAMBDAS.holds(values):
+        raise DeRaError(
+            f"{source}: lambda must be a finite number, an object with one for each adapter, or a list of such; got "
+            f"{lam!r}."
+        )
     if not values:
         raise DeRaError(f"{source}: lambda is an empty list.")
-    return tuple(dict.fromkeys(float(value) + 0.0 for value in values))  # -0.0 is 0.0
+    return unique(values)
 
 
 def encode(

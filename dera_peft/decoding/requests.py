@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from dera_peft.decoding.lambdas import Lambda
 from dera_peft.formatting import short_repr
 
 
@@ -12,12 +13,12 @@ class Request:
 
     Attributes:
         index: of its prompt, from 0.
-        lam: λ; None for a model whose branches do not differ, or that has none.
+        lam: λ, of several adapters all of them by name; None for a model without λ, or whose branches do not differ.
         sample: its number among the completions of its prompt and λ, from 0.
     """
 
     index: int
-    lam: float | None
+    lam: Lambda | None
     sample: int = 0
 
 

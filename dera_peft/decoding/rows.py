@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin
 
 from dera_peft.decoding.chats import Chat
+from dera_peft.decoding.lambdas import Lambda, NamedLambda, is_lambda
 from dera_peft.decoding.prompts import Prompt
 from dera_peft.decoding.requests import Completion, Request
 from dera_peft.errors import DeRaError
@@ -31,7 +32,7 @@ class GeneratedRow:
         run: fingerprint of the settings that it was made with, the first field of every row.
         prompt_index: the place of its prompt in the list of prompts, from 0.
         prompt, columns: of its prompt: the text or chat, and the further columns of its row.
-        lam: λ; None where there are no branches that differ.
+        lam: λ, of several adapters all of them by name; None where there are no branches that differ.
         sample: its number among the completions of its prompt and λ, from 0.
         num_tokens: with the end token if there is one.
         finish_reason: "eos" if the model ended it, "length" if the limit of tokens did.
@@ -46,7 +47,7 @@ class GeneratedRow:
     prompt_index: int
     prompt: str | Chat
     columns: dict[str, Any]
-    lam: float | None
+    lam: Lambda | None
     sample: int
     completion: str
     num_tokens: int
@@ -108,7 +109,7 @@ class ScoredRow:
     prompt_index: int
     prompt: str | Chat
     completion: str
-    lam: float
+    lam: Lambda
     num_tokens: int
     log_p: float | None
     per_token: float | None
@@ -137,7 +138,12 @@ def to_json(row: Any) -> dict[str, Any]:
 def from_json(row_type: type[Row], values: Mapping[str, Any]) -> Row:
     """The row of a JSON object. Raises `TypeError` where a field is missing, not known, or of another type."""
     names = {json_name: name for name, json_name in JSON_NAMES.items()}
-    row = row_type(**{names.get(name, name): value for name, value in values.items()})
+    values = {names.get(name, name): value for name, value in values.items()}
+    if isinstance(values.get("lam"), dict):
+        if not values["lam"] or not all(map(is_lambda, values["lam"].values())):
+            raise TypeError("lam is not a number for each name")
+        values["lam"] = NamedLambda(values["lam"])
+    row = row_type(**values)
     for name, hint in type_hints(row_type).items():
         if get_origin(hint) is not ClassVar and not _has_type(getattr(row, name), hint):
             raise TypeError(f"{name} is not {hint}")
@@ -167,7 +173,14 @@ def _has_type(value: Any, hint: Any) -> bool:
 
 
 def to_line(row: Any) -> str:
-    return json.dumps(to_json(row), ensure_ascii=False, default=str)  # a dataset's column may hold dates
+    return dumps(to_json(row))
+
+
+def dumps(values: Mapping[str, Any]) -> str:
+    """JSON of a row. A λ by name is an object; of what JSON doesn't have, as a dataset's dates, the text."""
+    return json.dumps(
+        values, ensure_ascii=False, default=lambda value: dict(value) if isinstance(value, NamedLambda) else str(value)
+    )
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def score(
         prompts: token ids, one list per sequence, none empty. Of an encoder-decoder model, the encoder's input.
         completions: token ids, one list per sequence; one may be empty.
         lam: L strengths, all of them for every sequence: a number (L is 1), a list of L, a `[L, K]` tensor for K
-            aligned adapters, or a dict by aligned branch of numbers or lists of L.
+            aligned adapters, a dict by aligned branch of numbers or lists of L, or a list of L dicts.
         temperature: of `log_p`, more than 0.
         top: how many of each branch's most probable tokens to return as `best`.
 

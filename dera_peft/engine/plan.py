@@ -54,7 +54,8 @@ def read_lam(lam, batch_size: int, aligned: Sequence[str]) -> torch.Tensor:
 
     Args:
         lam: a number for all sequences; one per sequence as a list or a 1-D tensor of length B; a `[B, K]` tensor with
-            one per sequence and aligned branch; or a dict from the branch's name to a number or one per sequence.
+            one per sequence and aligned branch; a dict from the branch's name to a number or one per sequence, in which
+            a name that is left out is 0; or a list of dicts, one per sequence.
             A 1-D λ is for a model with one aligned branch.
         batch_size: B, the number of prompts, before beams or return sequences expand it.
         aligned: the K names of the aligned branches.
@@ -65,6 +66,9 @@ def read_lam(lam, batch_size: int, aligned: Sequence[str]) -> torch.Tensor:
     Raises:
         DeRaError: λ is not a number that is finite in float32, or its count fits neither the prompts nor the branches.
     """
+    if isinstance(lam, Sequence) and len(lam) > 0 and all(isinstance(each, Mapping) for each in lam):
+        names = dict.fromkeys(name for each in lam for name in each)
+        lam = {name: [each.get(name, 0.0) for each in lam] for name in names}
     if isinstance(lam, Mapping):
         unknown = [name for name in lam if name not in aligned]
         if unknown:

@@ -14,8 +14,9 @@ from dera_peft.checkpoint.fingerprint import (
 from dera_peft.checkpoint.loading import check
 from dera_peft.checkpoint.record import Record
 from dera_peft.checkpoint.source import ModelSource
-from dera_peft.engine.names import LOGITS, REFERENCE, WEIGHTS
+from dera_peft.engine.names import LOGITS, REFERENCE
 from dera_peft.errors import DeRaError
+from dera_peft.evaluate.arm_settings import ArmSettings
 from dera_peft.evaluate.config import SweepConfig
 from dera_peft.evaluate.loaded import LoadedModel
 from dera_peft.model import DeRaModel
@@ -32,12 +33,12 @@ class Arm:
     One way to decode that a sweep compares.
 
     Attributes:
-        name: "logits", "weights", or the user's own for a further model.
+        name: "logits" (DeRa's plain λ), or that of its settings.
         source: its base and adapter.
         mixing: "logits" or "weights".
-        lambdas: the λ to decode at.
-        is_own: whether it is the sweep's adapter, and not a further model's.
-        place: the λ that a further model stands for, β of the sweep's adapter over its own; None where one of them is
+        lambdas: the λ to decode at; of a rule that knows no λ, None alone.
+        is_own: whether it is of the sweep's adapter, and not of another one.
+        place: the λ that another adapter stands for, β of the sweep's adapter over its own; None where one of them is
             not known.
         run: fingerprint of all that decides a completion: weights and sampling, not how many prompts, λ or samples.
     """
@@ -45,7 +46,7 @@ class Arm:
     name: str
     source: ModelSource
     mixing: str
-    lambdas: tuple[float, ...]
+    lambdas: tuple[float | None, ...]
     is_own: bool
     place: float | None
     run: str
@@ -63,10 +64,26 @@ class Arm:
     def beta(self) -> float | None:
         return beta_of(self.record)
 
+    def shares_model(self, other: "Arm") -> bool:
+        """Whether one model that is loaded can decode for both."""
+        return (self.source, self.mixing) == (other.source, other.mixing)
+
     def load(self, device_map: Any) -> DeRaModel:
         if isinstance(self.source, LoadedModel):
             return self.source.model
         return DeRaModel.from_source(replace(self.source, device_map=device_map), mixing=self.mixing)
+
+
+def by_model(arms: Sequence[Arm]) -> list[list[Arm]]:
+    """The arms in their order, those together that one loaded model can decode for."""
+    groups: list[list[Arm]] = []
+    for arm in arms:
+        group = next((group for group in groups if group[0].shares_model(arm)), None)
+        if group is None:
+            groups.append([arm])
+        else:
+            group.append(arm)
+    return groups
 
 
 def beta_of(record: Record) -> float | None:
@@ -78,10 +95,10 @@ def beta_of(record: Record) -> float | None:
 
 def make_arms(config: SweepConfig, loaded: LoadedModel | None = None) -> list[Arm]:
     """
-    The arms that a config names: those of the sweep's adapter, "logits" first, and then the further models.
+    The arms that a config names: plain λ, "logits", and then the others in their order.
 
     Args:
-        loaded: in place of what the config names; it is one arm alone.
+        loaded: in place of what the config names. No arm needs another model then.
 
     Raises:
         DeRaError: there is no such model, it does not fit its base, or it stands over another reference, or it is
@@ -90,38 +107,52 @@ def make_arms(config: SweepConfig, loaded: LoadedModel | None = None) -> list[Ar
     if loaded is not None:
         _check_loaded(config)
     source = config.source if loaded is None else loaded
-    record = source.resolve_one(COMMAND, WAY_OUT)
-    arms = [
-        Arm(mixing, source, mixing, config.lambdas, True, None, _run(config, source, mixing))
-        for mixing in sorted(config.mixing)  # logits, weights
-    ]
-    for name, adapter in config.models.items():
-        base = None if Record.is_in(adapter) else record.base
-        other = replace(source, base=base, adapter=adapter, adapters=None, subfolder=None)
-        found = other.resolve_one(COMMAND, WAY_OUT)
-        if reference_of(found) != reference_of(record):
-            raise DeRaError(
-                f"models: {name!r} ({adapter!r}) stands over another reference than the sweep's adapter, so that its "
-                "KL would be from something else: it needs the same base, and the same adapters under it."
-            )
-        try:
-            check(found, other.load_arguments(), config=source.config)  # now, not when the arms before it are decoded
-        except DeRaError as error:
-            raise DeRaError(f"models: {name!r}: {error}") from error
-        beta, its_beta = beta_of(record), beta_of(found)
+    source.resolve_one(COMMAND, WAY_OUT)
+    plain = Arm(LOGITS, source, LOGITS, config.lambdas, True, None, _run(config, source, LOGITS))
+    return [plain, *(_make_arm(config, plain, number, asked) for number, asked in enumerate(config.arms))]
+
+
+def _make_arm(config: SweepConfig, plain: Arm, number: int, asked: ArmSettings) -> Arm:
+    source, place = plain.source, None
+    mixing = asked.mixing or LOGITS
+    lambdas = asked.lambdas or config.lambdas
+    if asked.adapter is not None:
+        source = _other_source(plain, asked.adapter, f"arms[{number}]")
+        beta, its_beta = plain.beta, beta_of(source.resolve())
         place = None if beta is None or its_beta is None else beta / its_beta
-        arms.append(Arm(name, other, LOGITS, (1.0,), False, place, _run(config, other, LOGITS)))
-    return arms
+        lambdas = asked.lambdas or (1.0,)
+    return Arm(asked.label, source, mixing, lambdas, asked.adapter is None, place, _run(config, source, mixing))
+
+
+def _other_source(plain: Arm, adapter: str, argument: str) -> ModelSource:
+    """Another adapter over the same reference, checked as far as can be without loading weights."""
+    base = None if Record.is_in(adapter) else plain.record.base
+    source = replace(plain.source, base=base, adapter=adapter, adapters=None, subfolder=None)
+    record = source.resolve_one(COMMAND, WAY_OUT)
+    if reference_of(record) != reference_of(plain.record):
+        raise DeRaError(
+            f"{argument}: {adapter!r} stands over another reference than the sweep's adapter, so that its KL would be "
+            "from something else: it needs the same base, and the same adapters under it."
+        )
+    try:
+        check(record, source.load_arguments(), config=plain.source.config)  # now, not when the arms before are decoded
+    except DeRaError as error:
+        raise DeRaError(f"{argument}: {error}") from error
+    return source
 
 
 def _check_loaded(config: SweepConfig) -> None:
-    """Raises `DeRaError` where a config names a model, or arms that would need another one, beside a loaded model."""
+    """Raises `DeRaError` where a config names a model, or an arm that would need another one, beside a loaded model."""
     for each in fields(ModelSource):
         if (value := getattr(config, each.name)) not in (None, (), {}):
             raise DeRaError(f"{each.name}={value!r}: the model is loaded already; give one of the two.")
-    if config.models or WEIGHTS in config.mixing:
-        argument = "models" if config.models else f"mixing={list(config.mixing)}"
-        raise DeRaError(f"{argument}: a model that is loaded is one arm alone; name base and adapter to have more.")
+    for number, arm in enumerate(config.arms):
+        for name in ("adapter", "mixing"):
+            if (value := getattr(arm, name)) is not None:
+                raise DeRaError(
+                    f"arms[{number}]: {name}={value!r} needs another model than the one that is loaded; name base and "
+                    "adapter in its place."
+                )
 
 
 def _run(config: SweepConfig, source: ModelSource, mixing: str) -> str:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 from dera_peft.checkpoint.devices import device_map_of, join_processes
 from dera_peft.decoding.batching import decode
+from dera_peft.decoding.lambdas import Lambda
 from dera_peft.decoding.prompts import read_prompts
 from dera_peft.decoding.requests import Completion, Request
 from dera_peft.decoding.scoring import score_each
-from dera_peft.engine.names import LOGITS
 from dera_peft.evaluate.arms import make_arms
 from dera_peft.evaluate.config import SweepConfig
 from dera_peft.evaluate.run import encode_prompts
@@ -110,14 +110,14 @@ def check(config: SweepConfig, progress: Progress = no_progress) -> Check | None
     if not processes.is_main_process:
         return None
     limit = min(PROMPTS, config.max_prompts or PROMPTS)
-    config = replace(config, models={}, mixing=(LOGITS,), max_new_tokens=min(TOKENS, config.max_new_tokens))
+    config = replace(config, arms=(), max_new_tokens=min(TOKENS, config.max_new_tokens))
     (arm,) = make_arms(config)
     prompts = read_prompts(config.prompts, config.prompt_column, config.split, config.subset, limit)
     tokenizer, tokens = encode_prompts(config, arm, prompts)
     model = arm.load(device_map_of(config.device_map, processes))
     lambdas = sorted({*config.lambdas, *LAMBDAS})
     requests = [Request(prompt.index, lam) for lam in lambdas for prompt in prompts]
-    completions_at: dict[float | None, list[Completion]] = defaultdict(list)
+    completions_at: dict[Lambda | None, list[Completion]] = defaultdict(list)
     with progress("checking", 2 * len(requests), 0) as advance:
         for batch in decode(model, tokenizer, tokens, requests, config.sampling, config.batch_size):
             for each in batch:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -11,8 +11,8 @@ from dera_peft.decoding.batch_size import batch_size_setting
 from dera_peft.decoding.lambdas import is_lambda, lambdas_setting
 from dera_peft.decoding.prompt_settings import PromptSettings
 from dera_peft.decoding.sampling import Sampling
-from dera_peft.engine.names import LOGITS, WEIGHTS
 from dera_peft.errors import DeRaError
+from dera_peft.evaluate.arm_settings import ArmSettings, parse_arms, read_arms
 from dera_peft.files import check_exists, check_file
 from dera_peft.settings import COUNT, Check, part, plain, setting, setting_like
 
@@ -53,18 +53,15 @@ class SweepConfig(Sampling, ModelSource):
         (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), "Strengths to decode at.", SAMPLING
     )
     samples: int = setting(4, "Completions per prompt and λ.", check=COUNT, metavar="N", panel=SAMPLING)
-    mixing: tuple[Literal["logits", "weights"], ...] = setting(
-        (LOGITS,),
-        "logits (DeRa). Given again as weights, the adapter's weights scaled by λ are an arm beside it.",
-        metavar="KIND",
+    arms: tuple[ArmSettings, ...] = setting(
+        (),
+        "Further ways to decode, each an arm beside plain λ: combine=RULE (a rule at each token), mixing=weights (the "
+        "adapter scaled by λ), adapter=LORA (another one over the same reference), particles=N (the exact mixture); "
+        "with lambdas and name of its own. In a file a list of mappings. Can be repeated.",
+        metavar="KEY=VALUE[,…]",
         panel=SAMPLING,
-    )
-    models: Mapping[str, str] = setting(
-        {},
-        "A further arm: another adapter over the same reference, decoded as trained. Can be repeated.",
-        metavar="NAME=LORA",
-        panel=SAMPLING,
-        option="--model",
+        option="--arm",
+        parse=parse_arms,
     )
     batch_size: int | None = batch_size_setting(SAMPLING)
     rewards: tuple[str | Callable, ...] = setting(
@@ -114,19 +111,10 @@ class SweepConfig(Sampling, ModelSource):
         is_list = isinstance(self.lambdas, (list, tuple, range))
         if not is_list or not self.lambdas or not all(is_lambda(plain(lam)) for lam in self.lambdas):
             raise DeRaError(f"lambdas={self.lambdas!r} must be a list of finite numbers, as [0, 0.5, 1].")
-        if not isinstance(self.models, Mapping) or not all(self.models.values()):
-            raise DeRaError(f"models={self.models!r} must map names to adapters, as {{retrained: runs/dpo-2}}.")
+        object.__setattr__(self, "arms", read_arms(self.arms))
         super().__post_init__()
-        for name in ("rewards", "mixing"):
-            values = getattr(self, name)
-            if twice := next((value for value in values if values.count(value) > 1), None):
-                raise DeRaError(f"{name}: {twice!r} is there twice.")
-        if LOGITS not in self.mixing:
-            raise DeRaError(
-                f"mixing={list(self.mixing)!r} must contain {LOGITS!r}: the other arms are compared with it."
-            )
-        if taken := [name for name in self.models if name in (LOGITS, WEIGHTS)]:
-            raise DeRaError(f"models: {taken[0]!r} is the name of another arm; choose another one.")
+        if twice := next((value for value in self.rewards if self.rewards.count(value) > 1), None):
+            raise DeRaError(f"rewards: {twice!r} is there twice.")
         if self.rule == "kl_budget" and self.kl_budget is None:
             raise DeRaError("rule='kl_budget' needs the budget: set kl_budget, a number of nats.")
         if self.rule != "kl_budget" and self.kl_budget is not None:
@@ -139,8 +127,9 @@ class SweepConfig(Sampling, ModelSource):
 
     def check_paths(self) -> None:
         super().check_paths()
-        for name, adapter in self.models.items():
-            check_exists(f"models[{name!r}]", adapter)
+        for number, arm in enumerate(self.arms):
+            if arm.adapter is not None:
+                check_exists(f"arms[{number}], adapter", arm.adapter)
         named = {"prompts": (self.prompts,), "rewards": self.rewards, "judge": (self.judge,)}
         for argument, values in named.items():
             for value in values:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+from dera_peft.decoding.lambdas import Lambda
 from dera_peft.decoding.prompts import Chat
 from dera_peft.decoding.rows import Expected, RowLog
 from dera_peft.formatting import short_repr
@@ -18,12 +19,17 @@ Kind = TypeVar("Kind", bound="SweepRow")
 
 
 class Key(NamedTuple):
-    """Which completion a row is of. `lam` is the λ that it was decoded at."""
+    """Which completion a row is of. `lam` is the λ that it was decoded at; None in an arm that knows no λ."""
 
     arm: str
     index: int
-    lam: float
+    lam: Lambda | None
     sample: int
+
+
+def strength(key: Key) -> Lambda:
+    """The λ that a model is given for a key: 1, the adapter as trained, where its arm knows none."""
+    return 1.0 if key.lam is None else key.lam
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class SweepRow:
     run: str
     arm: str
     prompt_index: int
-    lam: float
+    lam: Lambda | None
     sample: int
 
     @property

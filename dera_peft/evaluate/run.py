@@ -18,7 +18,7 @@ from dera_peft.evaluate.analysis.curve import Curve, estimate_curve, reason_off
 from dera_peft.evaluate.analysis.recommend import recommend
 from dera_peft.evaluate.analysis.summary import AGAINST, summarise
 from dera_peft.evaluate.analysis.table import check_names, write_csv
-from dera_peft.evaluate.arms import Arm, make_arms
+from dera_peft.evaluate.arms import Arm, by_model, make_arms
 from dera_peft.evaluate.config import SweepConfig
 from dera_peft.evaluate.loaded import LoadedModel
 from dera_peft.evaluate.report.page import write_report
@@ -110,8 +110,8 @@ def sweep(
         reused = sum(key in worker.completions for key in wanted)
         if processes.is_main_process:
             _warn(config, reused, len(wanted))
-        for arm in arms:
-            worker.decode_and_score(arm)
+        for group in by_model(arms):
+            worker.decode_and_score(group)
         for reward in rewards:
             if reward.function is not None:
                 worker.call_reward(reward)

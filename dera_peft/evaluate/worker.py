@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,7 +21,7 @@ from dera_peft.evaluate.arms import Arm, fine_grid
 from dera_peft.evaluate.config import SweepConfig
 from dera_peft.evaluate.report.samples import sample_rows
 from dera_peft.evaluate.report.token_views import token_views
-from dera_peft.evaluate.rows import CompletionRow, Key, RewardRow, ScoreRow, open_log
+from dera_peft.evaluate.rows import CompletionRow, Key, RewardRow, ScoreRow, open_log, strength
 from dera_peft.model import DeRaModel
 from dera_peft.progress import Progress
 from dera_peft.rewards.calls import Failures
@@ -95,19 +95,24 @@ class SweepWorker:
 
     # -- completions and scores ---------------------------------------------------------------------------------------
 
-    def decode_and_score(self, arm: Arm) -> None:
-        """Decodes and scores what is missing of an arm. Its model is loaded only if something is, and freed."""
-        todo = [key for key in self.keys(arm, self.own_indices) if key not in self.completions]
-        if not todo and not self._unscored(arm):
+    def decode_and_score(self, arms: Sequence[Arm]) -> None:
+        """
+        Decodes and scores what is missing of arms that share a model. It is loaded only if something is, and freed.
+        """
+        if not any(self._missing(arm) or self._unscored(arm) for arm in arms):
             return
-        model = arm.load(self.device_map)
-        self._decode(arm, model, todo)
-        self._score(arm, model, self._unscored(arm))
+        model = arms[0].load(self.device_map)
+        for arm in arms:
+            self._decode(arm, model, self._missing(arm))
+            self._score(arm, model, self._unscored(arm))
         del model
         free_memory()
 
+    def _missing(self, arm: Arm) -> list[Key]:
+        return [key for key in self.keys(arm, self.own_indices) if key not in self.completions]
+
     def _decode(self, arm: Arm, model: DeRaModel, todo: Sequence[Key]) -> None:
-        requests = [Request(key.index, key.lam, key.sample) for key in todo]
+        requests = [Request(key.index, strength(key), key.sample) for key in todo]
         total = len(self.keys(arm, self.own_indices))
         with self.progress(f"decoding, {arm.name}", total, total - len(todo)) as advance:
             for completions in decode(
@@ -118,7 +123,7 @@ class SweepWorker:
                         run=arm.run,
                         arm=arm.name,
                         prompt_index=each.request.index,
-                        lam=cast("float", each.request.lam),  # that of a key
+                        lam=None if arm.lambdas == (None,) else each.request.lam,
                         sample=each.request.sample,
                         prompt=self.prompts[each.request.index].content,
                         completion=each.text,
@@ -161,7 +166,7 @@ class SweepWorker:
         if arm.name == LOGITS and self.reads_grid:
             strengths = {key: tuple(sorted({*self.grid, 0.0, 1.0})) for key in todo}
         else:
-            strengths = {key: tuple(sorted({0.0, key.lam, 1.0})) for key in todo}
+            strengths = {key: tuple(sorted({0.0, strength(key), 1.0})) for key in todo}
         jobs: dict[tuple, list[Key]] = {}
         for key, with_views in todo.items():
             jobs.setdefault((strengths[key], with_views), []).append(key)
@@ -184,7 +189,7 @@ class SweepWorker:
             key, total, kl = keys[index], scored.total, scored.kl.sum(-1)
             ends = at_temperature_1[index] if at_temperature_1 else total[[lam.index(0.0), lam.index(1.0)]]
             values: dict[str, Any] = {
-                "kl": round(kl[lam.index(key.lam)].item(), DIGITS),
+                "kl": round(kl[lam.index(strength(key))].item(), DIGITS),
                 "log_ref": round(ends[0].item(), DIGITS),
             }
             if arm.is_own:  # of a further model it would be another reward

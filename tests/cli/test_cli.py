@@ -396,10 +396,6 @@ def test_a_record_of_several_adapters(dera, tiny_base, tiny_adapter, top_adapter
     code, _, err = dera("generate", "--adapter", tmp_path / "both", "--prompt", "Rain", "--lambda", 1)
     assert code == 2
     assert "['helpful', 'harmless']" in err
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "Rain", "completion": "fell"}\n')
-    code, _, err = dera("score", "--adapter", tmp_path / "both", "--completions", tmp_path / "rows.jsonl")
-    assert code == 2
-    assert "dera_peft.evaluate.score with lam by name" in err
     out_dir = tmp_path / "out"
     code, _, _ = dera("export", "--adapter", tmp_path / "both", "--lambda", "helpful=0.7", "--output", out_dir)
     assert code == 0
@@ -424,7 +420,7 @@ BAD_INPUTS = {
     "long prompt": ([*MODEL, "--prompt", "xy " * 300], "tokens, which with 128 new ones is more than"),
     "too large a lambda": (
         [*MODEL, "--prompts", "{folder}/large.jsonl"],
-        "line 1: lambda must be a finite number or a list of such",
+        "line 1: lambda must be a finite number, an object with one for each adapter, or a list of such",
     ),
     "malformed line": ([*MODEL, "--prompts", "{folder}/bad.jsonl"], "line 2: not valid JSON"),
     "two sources": ([*MODEL, "--prompt", "x", "--prompts", "y.txt"], "not both"),

@@ -54,7 +54,7 @@ def test_paths_are_checked_before_torch_is_imported(tmp_path):
         ["sweep", "--adapter", "./no", "--prompts", "p.txt", "--reward", "length"],
         ["sweep", "--adapter", str(tmp_path), "--prompts", "no.csv", "--reward", "length"],
         ["sweep", "--adapter", str(tmp_path), "--prompts", "p.txt", "--reward", "no.py:reward"],
-        ["sweep", "--adapter", str(tmp_path), "--prompts", "p.txt", "--reward", "length", "--model", "other=./no"],
+        ["sweep", "--adapter", str(tmp_path), "--prompts", "p.txt", "--reward", "length", "--arm", "adapter=./no"],
         ["bench", "--adapter", "./no"],
         ["dpo", "--config", "no.yaml"],
         ["dpo", "--config", "c.yaml"],

@@ -132,7 +132,7 @@ def test_rows_of_a_dataset_without_a_prompt_are_an_error_or_left_out(tmp_path):
         ("p.jsonl", ['{"prompt": "\\ud800"}'], "p.jsonl, line 1: not valid UTF-8: an escape names half"),
         ("p.csv", ["prompt,answer", "a,b", "c"], "p.csv, line 3: has 1 values, and the file's first line names 2"),
         ("p.csv", ["prompt", 'a"b', '"c'], "p.csv, line 3: not valid CSV"),
-        ("p.csv", ["prompt,lambda", "a,much"], "p.csv, line 2: lambda must be a number; got 'much'"),
+        ("p.csv", ["prompt,lambda", "a,much"], "p.csv, line 2: lambda must be a number, or name=λ,name=λ; got 'much'"),
         ("p.csv", ["text", "a"], "p.csv, line 2: has no key 'prompt'"),
         ("p.text", ["a"], "give a .txt, .jsonl, .csv file"),
     ],

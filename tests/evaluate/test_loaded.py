@@ -76,8 +76,8 @@ def test_what_a_loaded_model_can_not_be(tiny_model, tiny_base, tiny_adapter, tmp
     for changes, message in (
         ({"base": tiny_base}, "base=.*: the model is loaded already"),
         ({"quantization": "nf4"}, "quantization='nf4': the model is loaded already"),
-        ({"models": {"other": str(tiny_adapter)}}, "models: a model that is loaded is one arm alone"),
-        ({"mixing": ["logits", "weights"]}, "mixing=.*: a model that is loaded is one arm alone"),
+        ({"arms": [{"adapter": str(tiny_adapter)}]}, r"arms\[0\]: adapter=.* needs another model than the one that is"),
+        ({"arms": [{"mixing": "weights"}]}, r"arms\[0\]: mixing='weights' needs another model than the one that is"),
         ({"model": tiny_model.base}, "model must be a DeRaModel .*; got a LlamaForCausalLM"),
         ({"model": DeRaModel.from_pretrained(tiny_base, tiny_adapter, mixing="weights")}, "needs one with mixing="),
         ({"model": None, "tokenizer": object()}, "tokenizer belongs to a model that is loaded"),

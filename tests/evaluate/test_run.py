@@ -112,8 +112,9 @@ def test_everything_at_once(model, file, tmp_path, tiny_base, tiny_adapter):
         Record(str(tiny_base), {"default": str(copy)}, branches, training=training).save(copy)
     config = SweepConfig(
         prompts=ROWS, rewards=[f"{file}:count", "implicit", "perplexity", "length", "exact_match:answer"],
-        output_dir=str(tmp_path / "out"), adapter=str(tmp_path / "beta-0.2"), mixing=["logits", "weights"],
-        models={"at 0.4": str(tmp_path / "beta-0.4")}, lambdas=[0, 0.5, 1], samples=2, max_new_tokens=6,
+        output_dir=str(tmp_path / "out"), adapter=str(tmp_path / "beta-0.2"),
+        arms=[{"mixing": "weights"}, {"adapter": tmp_path / "beta-0.4", "name": "at 0.4"}],
+        lambdas=[0, 0.5, 1], samples=2, max_new_tokens=6,
         judge=f"{file}:judge", group="kind",
     )  # fmt: skip
     result = sweep(config)
@@ -288,7 +289,7 @@ def test_where_the_first_reward_fails_everywhere_the_rest_is_still_shown(model, 
             "prompts, prompt 1: its 'kind', which tells its group, is null",
         ),
         ({"group": "topic"}, r"prompts, prompt 1: has no 'topic' to tell its group by; it has \['answer', 'kind'\]"),
-        ({"models": {"other": "{other}"}}, "stands over another reference than the sweep's adapter"),
+        ({"arms": "{other}"}, "stands over another reference than the sweep's adapter"),
         ({"adapter": "{both}", "base": None}, r"is a record of \['a', 'b'\]: sweep one of their adapters"),
         ({"prompts": "./nowhere.csv"}, "there is no such file"),
         ({"prompts": "nowhere.py:prompts"}, "there is no file 'nowhere.py'"),
@@ -308,11 +309,10 @@ def test_bad_input_is_told_before_a_model_is_loaded(
     values = {"prompts": ROWS, "rewards": ["length"], "output_dir": str(tmp_path / "out"), **model}
     (tmp_path / "judge.py").write_text("def judge(prompts, pairs): pass\n")
     places = {"{judge}": f"{tmp_path}/judge.py:judge"} | {
-        "{other}": str(tmp_path / "other"),
+        "{other}": [{"adapter": str(tmp_path / "other")}],
         "{both}": str(tmp_path / "both"),
     }
     for name, value in changes.items():
-        value = {key: places[each] for key, each in value.items()} if isinstance(value, dict) else value
         values[name] = places.get(value, value) if isinstance(value, str) else value
     with pytest.raises(DeRaError, match=message):
         sweep(**values)
