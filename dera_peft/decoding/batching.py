@@ -20,13 +20,16 @@ from dera_peft.engine.lengths import find_rope_switch, forget_lengths
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.names import WEIGHTS
 from dera_peft.engine.padding import check_have_rows, pad, padding_id
+from dera_peft.engine.plan import BatchPlan
 from dera_peft.engine.prefill import Prefill, can_be_shared
+from dera_peft.engine.rules import LINEAR, Schedule, read_rule
 from dera_peft.errors import DeRaError
 from dera_peft.messages import warn_once
 
 GROUP_BATCHES = 8  # of a group: one of them may be short
 OWN_OPTIONS = {"do_sample", "temperature", "top_k", "top_p", "min_p"}  # of a command; most bases' configs hold others
-BOTH_BRANCHES = 0.5  # a λ that needs both
+Strength = tuple[float | None, str, Schedule]  # a request's λ, rule and schedule
+BOTH_BRANCHES: Strength = (0.5, LINEAR, ())  # one that needs both
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +105,8 @@ def decode(
             )
         with Attempt(error) as attempt:
             if queue.kept and prefill is None:
-                kept, lam = queue.kept_prompts()
-                plan = None if lam is None else model.plan(lam, len(kept))
+                kept, strengths = queue.kept_prompts()
+                plan = None if strengths is None else _plan(model, strengths)
                 prefill = Prefill(model, kept, plan, filler)
             places = [queue.kept[queue.prefix(request)] for request in batch] if queue.kept else None
             completions = _decode_batch(model, tokenizer, prompts, batch, sampling, filler, streamer, prefill, places)
@@ -137,6 +140,15 @@ def _check_generation_config(model: PreTrainedModel) -> None:
         )
 
 
+def _strength(request: Request) -> Strength:
+    return request.lam, request.combine, request.schedule
+
+
+def _plan(model: Any, strengths: Sequence[Strength]) -> BatchPlan:
+    lam, combine, schedules = (list(each) for each in zip(*strengths, strict=True))
+    return model.plan(lam, len(lam), combine=combine, lambda_schedule=schedules)
+
+
 class _Queue:
     """
     The requests that wait, and which of them are decoded at once.
@@ -161,7 +173,15 @@ class _Queue:
         # those whose prompt is shared stand together, before the others
         self.waiting = sorted(
             requests,
-            key=lambda r: (self.counts[self.prefix(r)] < 2, -self.length(r), r.index, r.lam, r.sample),
+            key=lambda r: (
+                self.counts[self.prefix(r)] < 2,
+                -self.length(r),
+                r.index,
+                r.lam,
+                r.combine,
+                r.schedule,
+                r.sample,
+            ),
         )
 
     def __bool__(self) -> bool:
@@ -199,16 +219,16 @@ class _Queue:
             self.group.append(request)
         self.waiting = self.waiting[len(self.group) :]
 
-    def kept_prompts(self) -> tuple[list[Sequence[int]], list[float] | None]:
+    def kept_prompts(self) -> tuple[list[Sequence[int]], list[Strength] | None]:
         """What is computed once: token ids, and for each a λ that needs the branches that any of its requests needs."""
-        lambdas: dict[tuple, list] = {prefix: [] for prefix in self.kept}
+        strengths: dict[tuple, list[Strength]] = {prefix: [] for prefix in self.kept}
         for request in self.group:
-            lambdas[self.prefix(request)].append(request.lam)
+            strengths[self.prefix(request)].append(_strength(request))
         prompts = [self.prompts[index] for index, *_ in self.kept]
         if self.group[0].lam is None:
             return prompts, None
         # at λ=0 and λ=1 one branch is enough, if it is the only one that is asked for
-        return prompts, [values[0] if len(set(values)) == 1 else BOTH_BRANCHES for values in lambdas.values()]
+        return prompts, [values[0] if len(set(values)) == 1 else BOTH_BRANCHES for values in strengths.values()]
 
     def batch(self) -> list[Request]:
         """The next requests; those of a group that is kept have less room."""
@@ -249,7 +269,7 @@ def _decode_batch(
     ends = configured_end_tokens(model.generation_config)
     inputs: dict[str, Any] = {}
     if batch[0].lam is not None:
-        inputs["lam"] = model.plan([request.lam for request in batch], len(batch))
+        inputs["lam"] = _plan(model, list(map(_strength, batch)))
     if prefill is not None:
         assert places is not None  # they come with it
         inputs["past_key_values"] = prefill.select(places, length, inputs.get("lam"), sampling.max_new_tokens)
@@ -269,10 +289,15 @@ def _decode_batch(
         streamer=streamer,
     )
     completions = []
-    for request, tokens in zip(batch, sequences[:, length:].tolist(), strict=True):
+    traced = inputs["lam"].token_lambda if "lam" in inputs else None
+    lambdas = [[]] * len(batch) if traced is None else traced.tolist()
+    for request, tokens, token_lambda in zip(batch, sequences[:, length:].tolist(), lambdas, strict=True):
         own_length = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
         # an end token need not be a special one, which would be left out
         text = cast("str", tokenizer.decode(tokens[:own_length], skip_special_tokens=True))  # of one sequence one text
         end_token_id = tokens[own_length] if own_length < len(tokens) else None
-        completions.append(Completion(request, tokens[: own_length + 1], text, end_token_id))
+        own_tokens = tokens[: own_length + 1]
+        has_rule = (request.combine, request.schedule) != (LINEAR, ()) and read_rule(request.combine).has_lambda
+        own_lambda = token_lambda[: len(own_tokens)] if has_rule else None
+        completions.append(Completion(request, own_tokens, text, end_token_id, own_lambda))
     return completions
