@@ -22,12 +22,16 @@ from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.names import WEIGHTS
 from dera_peft.engine.noise import row_key
 from dera_peft.engine.padding import check_have_rows, pad, padding_id
+from dera_peft.engine.plan import BatchPlan
 from dera_peft.engine.prefill import Prefill, can_be_shared
+from dera_peft.engine.rules import LINEAR, Schedule, read_rule
 from dera_peft.errors import DeRaError
 from dera_peft.messages import warn_once
 
 GROUP_BATCHES = 8  # of a group: one of them may be short
 OWN_OPTIONS = {"do_sample", "temperature", "top_k", "top_p", "min_p"}  # of a command; most bases' configs hold others
+Strength = tuple[Lambda | None, str, Schedule]  # a request's λ, rule and schedule
+BOTH_BRANCHES: Strength = (0.5, LINEAR, ())  # one that needs both
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +108,8 @@ def decode(
             )
         with Attempt(error) as attempt:
             if queue.kept and prefill is None:
-                kept, lam = queue.kept_prompts()
-                plan = model.plan(lam, len(kept)) if isinstance(model, MixtureModel) else None
+                kept, strengths = queue.kept_prompts()
+                plan = _plan(model, strengths) if isinstance(model, MixtureModel) else None
                 prefill = Prefill(model, kept, plan, filler)
             places = [queue.kept[queue.prefix(request)] for request in batch] if queue.kept else None
             completions = _decode_batch(model, tokenizer, prompts, batch, sampling, filler, streamer, prefill, places)
@@ -139,6 +143,25 @@ def _check_generation_config(model: PreTrainedModel) -> None:
         )
 
 
+def _strength(request: Request) -> Strength:
+    return request.lam, request.combine, request.schedule
+
+
+def _plan(model: Any, strengths: Sequence[Strength]) -> BatchPlan:
+    lam, combine, schedules = (list(each) for each in zip(*strengths, strict=True))
+    return model.plan(None if lam[0] is None else lam, len(lam), combine=combine, lambda_schedule=schedules)
+
+
+def _covering(strengths: Sequence[Strength]) -> Strength:
+    """One that needs every branch that any of these needs; of λ alone, no branch beside."""
+    if len(set(strengths)) == 1:
+        return strengths[0]
+    lambdas = [lam for lam, combine, schedule in strengths if combine == LINEAR and not schedule]
+    if len(lambdas) < len(strengths):  # rules and schedules are for one aligned branch
+        return BOTH_BRANCHES
+    return covering(cast("list[Lambda]", lambdas)), LINEAR, ()
+
+
 class _Queue:
     """
     The requests that wait, and which of them are decoded at once.
@@ -163,7 +186,15 @@ class _Queue:
         # those whose prompt is shared stand together, before the others
         self.waiting = sorted(
             requests,
-            key=lambda r: (self.counts[self.prefix(r)] < 2, -self.length(r), r.index, r.lam, r.sample),
+            key=lambda r: (
+                self.counts[self.prefix(r)] < 2,
+                -self.length(r),
+                r.index,
+                r.lam,
+                r.combine,
+                r.schedule,
+                r.sample,
+            ),
         )
 
     def __bool__(self) -> bool:
@@ -201,15 +232,13 @@ class _Queue:
             self.group.append(request)
         self.waiting = self.waiting[len(self.group) :]
 
-    def kept_prompts(self) -> tuple[list[Sequence[int]], list[Lambda] | None]:
+    def kept_prompts(self) -> tuple[list[Sequence[int]], list[Strength]]:
         """What is computed once: token ids, and for each a λ that needs the branches that any of its requests needs."""
-        lambdas: dict[tuple, list] = {prefix: [] for prefix in self.kept}
+        strengths: dict[tuple, list[Strength]] = {prefix: [] for prefix in self.kept}
         for request in self.group:
-            lambdas[self.prefix(request)].append(request.lam)
+            strengths[self.prefix(request)].append(_strength(request))
         prompts = [self.prompts[index] for index, *_ in self.kept]
-        if self.group[0].lam is None:  # nor has any other one
-            return prompts, None
-        return prompts, [covering(values) for values in lambdas.values()]
+        return prompts, [_covering(values) for values in strengths.values()]
 
     def batch(self) -> list[Request]:
         """The next requests; those of a group that is kept have less room."""
@@ -226,10 +255,6 @@ class _Queue:
         self.batch_tokens = min(self.batch_tokens, held) // 2
         self.group, self.waiting = [], [*self.group, *self.waiting]
         return self.batch_tokens
-
-
-def _lambdas(batch: Sequence[Request]) -> list[Lambda | None] | None:
-    return None if batch[0].lam is None else [request.lam for request in batch]
 
 
 def _decode_batch(
@@ -254,7 +279,7 @@ def _decode_batch(
     ends = configured_end_tokens(model.generation_config)
     inputs: dict[str, Any] = {}
     if isinstance(model, MixtureModel):
-        inputs["lam"] = model.plan(_lambdas(batch), len(batch))
+        inputs["lam"] = _plan(model, list(map(_strength, batch)))
     if prefill is not None:
         assert places is not None  # they come with it
         inputs["past_key_values"] = prefill.select(places, length, inputs.get("lam"), sampling.max_new_tokens)
@@ -274,10 +299,15 @@ def _decode_batch(
         streamer=streamer,
     )
     completions = []
-    for request, tokens in zip(batch, sequences[:, length:].tolist(), strict=True):
+    traced = inputs["lam"].token_lambda if "lam" in inputs else None
+    lambdas = [[]] * len(batch) if traced is None else traced.tolist()
+    for request, tokens, token_lambda in zip(batch, sequences[:, length:].tolist(), lambdas, strict=True):
         own_length = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
         # an end token need not be a special one, which would be left out
         text = cast("str", tokenizer.decode(tokens[:own_length], skip_special_tokens=True))  # of one sequence one text
         end_token_id = tokens[own_length] if own_length < len(tokens) else None
-        completions.append(Completion(request, tokens[: own_length + 1], text, end_token_id))
+        own_tokens = tokens[: own_length + 1]
+        has_rule = (request.combine, request.schedule) != (LINEAR, ()) and read_rule(request.combine).has_lambda
+        own_lambda = token_lambda[: len(own_tokens)] if has_rule else None
+        completions.append(Completion(request, own_tokens, text, end_token_id, own_lambda))
     return completions

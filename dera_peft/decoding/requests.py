@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from dera_peft.decoding.lambdas import Lambda
+from dera_peft.engine.rules import LINEAR, Schedule
 from dera_peft.formatting import short_repr
 
 
@@ -14,12 +15,17 @@ class Request:
     Attributes:
         index: of its prompt, from 0.
         lam: λ, of several adapters all of them by name; None for a model without λ, or whose branches do not differ.
-        sample: its number among the completions of its prompt and λ, from 0.
+        sample: its number among the completions of its prompt, λ and rule, from 0.
+        combine: the rule at each token, as `str` of an `engine.rules.Rule` writes it.
+        schedule: of λ over the positions of new tokens, from `engine.rules.read_schedule`, whose first λ then is `lam`;
+            () where λ stays.
     """
 
     index: int
     lam: Lambda | None
     sample: int = 0
+    combine: str = LINEAR
+    schedule: Schedule = ()
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Completion:
         tokens: the new token ids, with the end token if the model gave one.
         text: their text, without special tokens and without the end token.
         end_token_id: the end token; None where the limit of tokens ended it.
+        token_lambda: the λ that the rule or the schedule gave each token; None at plain λ, and of a rule without λ.
     """
 
     __repr__ = short_repr
@@ -39,6 +46,7 @@ class Completion:
     tokens: list[int]
     text: str
     end_token_id: int | None
+    token_lambda: list[float] | None = None
 
     @property
     def finish_reason(self) -> str:

@@ -15,6 +15,7 @@ from dera_peft.decoding.chats import Chat
 from dera_peft.decoding.lambdas import Lambda, NamedLambda, is_lambda
 from dera_peft.decoding.prompts import Prompt
 from dera_peft.decoding.requests import Completion, Request
+from dera_peft.engine.rules import LINEAR, Schedule
 from dera_peft.errors import DeRaError
 from dera_peft.files import check_writable, told_if_unwritable
 from dera_peft.formatting import short_repr
@@ -38,6 +39,9 @@ class GeneratedRow:
         finish_reason: "eos" if the model ended it, "length" if the limit of tokens did.
         token_ids: as they were drawn, the end token included.
         end_token_id: the end token's; None without one.
+        combine: the rule at each token; None for "linear".
+        lambda_schedule: position (as JSON has keys, a text) -> λ from there on; None where λ stays.
+        token_lambda: the λ that these gave each token; None at plain λ, and of a rule without λ.
     """
 
     kind: ClassVar[str] = "results"
@@ -54,6 +58,9 @@ class GeneratedRow:
     finish_reason: str
     token_ids: list[int]
     end_token_id: int | None
+    combine: str | None = field(default=None, kw_only=True)
+    lambda_schedule: dict[str, float] | None = field(default=None, kw_only=True)
+    token_lambda: list[float] | None = field(default=None, kw_only=True)
 
     @classmethod
     def of(cls, run: str, completion: Completion, prompt: Prompt, **values):
@@ -71,12 +78,26 @@ class GeneratedRow:
             finish_reason=completion.finish_reason,
             token_ids=completion.tokens,
             end_token_id=completion.end_token_id,
+            **rule_fields(request.combine, request.schedule),
+            token_lambda=completion.token_lambda,
             **values,
         )
 
     @property
     def request(self) -> Request:
-        return Request(self.prompt_index, self.lam, self.sample)
+        rule = self.combine or LINEAR
+        return Request(self.prompt_index, self.lam, self.sample, rule, read_row_schedule(self.lambda_schedule))
+
+
+def rule_fields(combine: str, schedule: Schedule) -> dict[str, Any]:
+    """What a row says of a rule and a schedule: nothing of "linear" and of λ that stays."""
+    by_position = {str(position): lam for position, lam in schedule}
+    return {"combine": None if combine == LINEAR else combine, "lambda_schedule": by_position or None}
+
+
+def read_row_schedule(by_position: Mapping[str, float] | None) -> Schedule:
+    """Of a row's `lambda_schedule`."""
+    return tuple((int(position), lam) for position, lam in (by_position or {}).items())
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ WARM_UP = 2  # steps computed eagerly first, in which kernels are loaded and cho
 LENGTHS = 64  # a cache's length is a multiple of it, so that calls of nearly the same length can share one
 KEPT, KEPT_BYTES = 8, 2 * 2**30  # idle caches, and the bytes that they may hold, kept for a call like an earlier one
 
+RETURNED = ("logits", "token_lambda", "token_spent")  # of a step's output
+
 PLAIN = (bool, int, float, str)
 
 logger = logging.getLogger(__name__)
@@ -162,6 +164,9 @@ class CapturedStep:
         tokens = inputs.get("input_ids")
         if tokens is None or tokens.shape[1] != 1 or self.captures.unfit:  # tokens of a prompt, given in chunks
             return self.model(**inputs)
+        plan = inputs["lam"]
+        if plan.rules is not None and plan.rules.state is not None:
+            self.cache.plan.take_lam(plan)
         varying = {name: value for name, value in inputs.items() if name not in ("past_key_values", "lam")}
         kind = repr(map_tensors(lambda tensor: (tensor.shape, tensor.dtype), varying))
         key = (tuple(layer.is_full for layer in self.cache.sliding), kind)
@@ -224,7 +229,8 @@ class CapturedStep:
                 vars(module).update(then)
             raise
         recording.replay, recording.buffers = replay, list(tensors_in(static))
-        recording.make_output = partial(type(output), logits=output.logits)
+        tensors = {name: output[name] for name in RETURNED if name in output}
+        recording.make_output = partial(type(output), **tensors)
 
 
 class Captures:

@@ -77,6 +77,19 @@ def find_fork_layer(base: PreTrainedModel, branches: Sequence[Branch], adapted: 
     return min(first, len(layers) - 1)
 
 
+def check_inputs(inputs: dict, plan: BatchPlan, batch_size: int, output_branches: bool) -> None:
+    """Raises `DeRaError` where a forward pass is given what is not of its plan's rows."""
+    if plan.batch_size != batch_size:
+        raise DeRaError(f"lam is planned for {plan.batch_size} sequences, and the batch has {batch_size}.")
+    if output_branches and not plan.every_branch:
+        raise DeRaError("output_branches=True needs a plan made with every_branch=True.")
+    if "encoder_outputs" in inputs and inputs["encoder_outputs"][0].shape[0] != plan.num_rows:
+        raise DeRaError(
+            f"encoder_outputs has {inputs['encoder_outputs'][0].shape[0]} rows, and the branches have "
+            f"{plan.num_rows}: each has its own encoder outputs; pass input_ids instead."
+        )
+
+
 def check_media(base: PreTrainedModel, inputs: dict, batch_size: int) -> None:
     """
     Refuses images and sounds that can't be forked at the input: they are counted by themselves, not by sequences.

@@ -18,6 +18,9 @@ from dera_peft.engine.turns import in_turn
 from dera_peft.engine.wiring import Wiring
 from dera_peft.errors import DeRaError
 
+STRENGTH = ("lam", "combine", "lambda_schedule")
+OWN = (*STRENGTH, "output_branches")
+
 # What a generation config says of the model, its cache and the length, and not of how tokens are drawn or returned.
 OF_THE_MODEL = {
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "max_length", "max_new_tokens",
@@ -66,28 +69,45 @@ class MixtureGenerationMixin(GenerationMixin):
         def dtype(self) -> torch.dtype: ...
         @property
         def fork_layer(self) -> int: ...
-        def plan(self, lam: Any, batch_size: int, every_branch: bool = False) -> BatchPlan: ...
+        def plan(
+            self, lam: Any, batch_size: int, every_branch: bool = ..., combine: Any = ..., lambda_schedule: Any = ...
+        ) -> BatchPlan: ...
         def _check_wrapped(self) -> None: ...
 
     @in_turn
     def generate(
-        self, inputs: torch.Tensor | None = None, *args, lam: Any = None, capture: bool | None = None, **kwargs
+        self,
+        inputs: torch.Tensor | None = None,
+        *args,
+        lam: Any = None,
+        combine: Any = None,
+        lambda_schedule: Any = None,
+        capture: bool | None = None,
+        **kwargs,
     ):
         """
         transformers' `generate` at strength `lam` (see `MixtureModel`). All other arguments are transformers' own.
 
-        λ's count is checked against the prompts before beams and return sequences expand them.
+        λ's count is checked against the prompts before beams and return sequences expand them; so are those of
+        `combine` and `lambda_schedule`.
 
         Args:
+            lam: λ, or a `BatchPlan` from `plan`. Its `token_lambda` then says which λ each new token had, but not of
+                beams, several sequences a prompt and prompt lookup.
+            combine: the rule by which the branches' logits become one at each token (`engine.combine`): "linear"
+                (DeRa), "plausible:0.1", "aad:0.1", "kl:0.05", "kl_total:5" or "jsd"; or a list, one for each prompt.
+            lambda_schedule: in λ's place, λ by the position of a new token, as {0: 2.0, 20: 1.0}; or a list of them,
+                None for a prompt whose λ stays.
             capture: whether decoding steps are recorded once as a CUDA graph and replayed for each token, which is
                 several times as fast for small batches; the model's `capture` unless given. Where it can't be done (on
                 a CPU, with beams, offloaded weights, LLM.int8(), recurrent states) the steps are computed as ever; to
                 whom asked for it with True, a warning says why, once.
 
         Raises:
-            DeRaError: λ does not fit; the base has no row for a token; or what is asked for makes forward passes of its
-                own that know no λ (`guidance_scale`, drafts by another model or by some of the layers, continuous
-                batching).
+            DeRaError: λ, a rule or a schedule does not fit; the base has no row for a token; or what is asked for makes
+                forward passes of its own that know no λ (`guidance_scale`, drafts by another model or by some of the
+                layers, continuous batching), or can't keep what a rule has come to (prompt lookup, beams without a
+                cache).
         """
         self._check_wrapped()
         given = kwargs.get("input_ids") if inputs is None else inputs
@@ -97,7 +117,8 @@ class MixtureGenerationMixin(GenerationMixin):
         elif given is not None:
             kwargs["input_ids"] = input_ids
         with self._captures.call(self.capture if capture is None else capture):
-            output = super().generate(inputs, *args, lam=lam, **kwargs)  # pyrefly: ignore[bad-argument-type]
+            strength = {"lam": lam, "combine": combine, "lambda_schedule": lambda_schedule}
+            output = super().generate(inputs, *args, **strength, **kwargs)  # pyrefly: ignore[bad-argument-type]
             cache = self._captures.current
             if cache is not None and not isinstance(output, torch.Tensor):  # the next call will overwrite the cache
                 output.past_key_values = cache.as_dynamic(self.config.get_text_config(decoder=True))
@@ -107,12 +128,13 @@ class MixtureGenerationMixin(GenerationMixin):
         return output
 
     def _prepare_generation_config(self, generation_config, **kwargs):
-        # λ is taken out first: a generation config that has a `lam` of its own would swallow the argument
-        lam = kwargs.pop("lam", None)
+        # taken out first: a generation config that has a `lam` of its own would swallow the argument
+        strength = {name: kwargs.pop(name, None) for name in STRENGTH}
         generation_config, model_kwargs = super()._prepare_generation_config(  # pyrefly: ignore[bad-argument-type]
             generation_config, **kwargs
         )
-        model_kwargs["lam"] = getattr(generation_config, "lam", None) if lam is None else lam
+        for name, value in strength.items():
+            model_kwargs[name] = getattr(generation_config, name, None) if value is None else value
         pad = generation_config.pad_token_id
         if pad is not None and pad >= num_rows(self.base):
             # sequences that have ended are filled with it, and read on
@@ -137,21 +159,28 @@ class MixtureGenerationMixin(GenerationMixin):
         )
 
     def _plan_of(self, model_kwargs: dict[str, Any], batch_size: int) -> BatchPlan:
-        lam = model_kwargs.get("lam")
-        if isinstance(lam, BatchPlan):
-            return lam
-        return self.plan(lam, batch_size, bool(model_kwargs.get("output_branches")))
+        """Of λ and the rules in `model_kwargs`, in which it then stands for all of them."""
+        lam, combine, schedule = (model_kwargs.pop(name, None) for name in STRENGTH)
+        plan = lam
+        if not isinstance(lam, BatchPlan):
+            plan = self.plan(lam, batch_size, bool(model_kwargs.get("output_branches")), combine, schedule)
+        elif not (combine is None and schedule is None):
+            raise DeRaError("combine, lambda_schedule: the plan that lam is has its rules; give them to plan().")
+        model_kwargs["lam"] = plan
+        return plan
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         assert input_ids is not None  # as generate calls it
         plan = self._plan_of(model_kwargs, input_ids.shape[0])
-        model_kwargs.pop("lam", None)
+        del model_kwargs["lam"]
         if (cache := model_kwargs.get("past_key_values")) is not None:
             claim_cache(cache, plan.expand(expand_size), self.fork_layer)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(  # pyrefly: ignore[bad-argument-type]
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
-        model_kwargs["lam"] = plan.expand(expand_size)
+        model_kwargs["lam"] = plan = plan.expand(expand_size)
+        if plan.combiner is not None:
+            plan.combiner.restart()
         return input_ids, model_kwargs
 
     def _maybe_prepare_encoder_kwargs_for_generation(
@@ -166,19 +195,19 @@ class MixtureGenerationMixin(GenerationMixin):
         plan = self._plan_of(model_kwargs, inputs_tensor.shape[0])
         self._wiring.routing.start(plan, inputs_tensor.shape[1])
         prepare = cast("Callable", self.base._maybe_prepare_encoder_kwargs_for_generation)
-        return {**prepare(*inputs), "lam": plan}
+        return prepare(*inputs)
 
     def _prepare_text_encoder_decoder_kwargs_for_generation(
         self, inputs_tensor, model_kwargs, model_input_name, generation_config
     ):
         """The encoder runs before anything expands: once, on the branches' rows, which then expand as sequences do."""
         plan = self._plan_of(model_kwargs, inputs_tensor.shape[0])
-        own = {name: model_kwargs.pop(name) for name in ("lam", "output_branches") if name in model_kwargs}
+        own = {name: model_kwargs.pop(name) for name in OWN if name in model_kwargs}
         self._wiring.routing.start(plan, inputs_tensor.shape[1])
         forked = super()._prepare_text_encoder_decoder_kwargs_for_generation(  # pyrefly: ignore[bad-argument-type]
             plan.fork(inputs_tensor), self._wiring.fork(model_kwargs), model_input_name, generation_config
         )
-        return {**model_kwargs, **own, "lam": plan, "encoder_outputs": forked["encoder_outputs"]}
+        return {**model_kwargs, **own, "encoder_outputs": forked["encoder_outputs"]}
 
     # Properties, since transformers reads from the signatures which inputs a model takes.
     @property
@@ -189,12 +218,17 @@ class MixtureGenerationMixin(GenerationMixin):
     def _prepare_position_ids_for_generation(self) -> Callable:  # pyrefly: ignore[bad-override]
         return cast("Callable", self.base._prepare_position_ids_for_generation)
 
-    @property
-    def _update_model_kwargs_for_generation(self) -> Callable:  # pyrefly: ignore[bad-override]
-        return cast("Callable", self.base._update_model_kwargs_for_generation)
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs: dict[str, Any], *args, **kwargs):
+        """After each new token."""
+        plan = model_kwargs["lam"]
+        if plan.combiner is not None:
+            of_rule = (outputs.get(name) for name in ("token_lambda", "token_spent"))
+            plan.combiner.advance(*(None if value is None else value[:, -1] for value in of_rule))
+        update = cast("Callable", self.base._update_model_kwargs_for_generation)
+        return update(outputs, model_kwargs, *args, **kwargs)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        self.base._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k not in ("lam", "output_branches")})
+        self.base._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k not in OWN})
 
     def init_continuous_batching(self, *args, **kwargs):
         raise DeRaError(
@@ -205,7 +239,10 @@ class MixtureGenerationMixin(GenerationMixin):
     generate_batch = continuous_batching_context_manager = init_continuous_batching
 
     def _reorder_cache(self, past_key_values: Cache, beam_idx: torch.LongTensor) -> Cache:
-        rows = cast("torch.LongTensor", self._wiring.routing.plan.reorder(beam_idx))
+        plan = self._wiring.routing.plan
+        rows = cast("torch.LongTensor", plan.reorder(beam_idx))
+        if plan.combiner is not None:
+            plan.combiner.reorder(beam_idx)
         if self.fork_layer == 0:  # an encoder-decoder's cache is two
             past_key_values.reorder_cache(rows)
             return past_key_values
@@ -222,6 +259,8 @@ class MixtureGenerationMixin(GenerationMixin):
         max_cache_length: int,
     ) -> bool:
         cache = model_kwargs.get("past_key_values")
+        if (combiner := model_kwargs["lam"].combiner) is not None:
+            combiner.prepare(generation_config, generation_mode)
         captures = self._captures
         if captures.wants(captures.asked, self.device):
             reason = self._why_not_captured() or why_not_call(generation_config, generation_mode, cache)

@@ -15,14 +15,15 @@ from dera_peft.engine.adapter_kinds import check_adapter_kind, check_keeps_biase
 from dera_peft.engine.biases import hand_over_biases
 from dera_peft.engine.caches import claim_cache
 from dera_peft.engine.capture import CapturedStep, Captures
-from dera_peft.engine.fork import check_media, has_text_part, own_adapters
+from dera_peft.engine.fork import check_inputs, check_media, has_text_part, own_adapters
 from dera_peft.engine.generation import MixtureGenerationMixin
 from dera_peft.engine.lora import Adapted
 from dera_peft.engine.names import ALIGNED, LOGITS, REFERENCE, WEIGHTS
 from dera_peft.engine.output import MixtureOutput
 from dera_peft.engine.padding import fill_padding, num_rows
-from dera_peft.engine.plan import BatchPlan, Branch, WeightPlan, check_default_lam, make_branches, read_lam
+from dera_peft.engine.plan import BatchPlan, Branch, WeightPlan, check_default_lam, make_branches
 from dera_peft.engine.quantized import keep_trainable
+from dera_peft.engine.strength import check_one_branch, check_rules, read_strength
 from dera_peft.engine.turns import in_turn
 from dera_peft.engine.wiring import Wiring
 from dera_peft.errors import DeRaError
@@ -110,6 +111,7 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         lam: Any = None,
+        combine: Any = None,
         output_branches: bool = False,
         return_dict: bool = True,
         **kwargs,
@@ -120,11 +122,13 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
         Args:
             input_ids: `[B, S]`.
             lam: λ (see the class), or a `BatchPlan` from `plan`.
+            combine: the rule by which the branches' logits become one (see `plan`), of each place by itself. The logits
+                are in fp32 then.
             output_branches: also return each branch's logits, all of them at any λ.
 
         Raises:
-            DeRaError: λ does not fit the batch, the cache holds other rows, or an output is asked for that only the
-                branches have (hidden states, attentions).
+            DeRaError: λ does not fit the batch, the cache holds other rows, an output is asked for that only the
+                branches have (hidden states, attentions), or the rule is one of whole completions, or can't be trained.
         """
         self._check_wrapped()
         for name in ("output_hidden_states", "output_attentions"):
@@ -143,13 +147,16 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
         }
         inputs = {name: value for name, value in inputs.items() if value is not None}
         tokens = next(inputs[name] for name in TOKENS if name in inputs)
-        plan = lam if isinstance(lam, BatchPlan) else self.plan(lam, tokens.shape[0], every_branch=output_branches)
-        self._check_inputs(inputs, plan, tokens.shape[0], output_branches)
+        plan = lam
+        if not isinstance(lam, BatchPlan):
+            plan = self.plan(lam, tokens.shape[0], every_branch=output_branches, combine=combine)
+        check_rules(plan, lam, combine, labels)
+        check_inputs(inputs, plan, tokens.shape[0], output_branches)
         # a compiled step only follows one that was not, with the same plan
         if past_key_values is not None and not torch.compiler.is_compiling():
             claim_cache(past_key_values, plan, self.fork_layer)
 
-        self._wiring.routing.start(plan, tokens.shape[1], output_branches)
+        self._wiring.routing.start(plan, tokens.shape[1], output_branches or plan.joins_behind_head)
         try:
             if self._wiring.forks_at_input:
                 if self._has_text_part and not (plan.is_identity and not plan.adapter_scale):
@@ -163,57 +170,52 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
 
         if past_key_values is None and outputs.past_key_values is not None:
             outputs.past_key_values.dera_pattern = plan.pattern
-        logits, branch_logits = outputs.logits, None
-        if output_branches:
-            branch_logits = plan.split(logits)
-        if output_branches or not self.joins_before_head:
-            logits = plan.join(logits)
+        logits, branch_logits, of_rule = outputs.logits, None, {}
         if not self._base_slices_logits:
             logits = slice_logits_to_keep(logits, logits_to_keep)
+        if output_branches:
+            branch_logits = plan.split(logits)
+        if plan.joins_behind_head:
+            logits, of_rule = plan.combiner.join(logits)
+        elif output_branches or not self.joins_before_head:
+            logits = plan.join(logits)
         output = MixtureOutput(
             loss=None if labels is None else self._loss(logits, labels, kwargs),
             logits=logits,
             past_key_values=outputs.past_key_values,
             branch_logits=branch_logits,
             encoder_last_hidden_state=outputs.get("encoder_last_hidden_state"),
+            **of_rule,
         )
         return output if return_dict else output.to_tuple()
 
-    def plan(self, lam: Any, batch_size: int, every_branch: bool = False) -> BatchPlan:
+    def plan(
+        self, lam: Any, batch_size: int, every_branch: bool = False, combine: Any = None, lambda_schedule: Any = None
+    ) -> BatchPlan:
         """
         The rows for `batch_size` sequences at `lam`; can be given to `forward` as its `lam` any number of times.
 
+        Args:
+            combine: a rule (`engine.rules`, `engine.combine`) as "kl:0.05", or one for each sequence.
+            lambda_schedule: λ by the position of a new token, as {0: 2.0, 20: 1.0}, or one for each sequence.
+
         Raises:
-            DeRaError: λ does not fit; or there is one where no branch differs from another.
+            DeRaError: one of them does not fit; or there is one where no branch differs from another.
         """
         if not self.branches_differ:
-            if lam is not None or every_branch:
-                given = "output_branches=True" if lam is None else f"lam={lam!r}"
-                raise DeRaError(
-                    f"{given}: this model has no adapter, so that its branches can only differ by their prompts: give "
-                    "the reference's prompt too, or load the model with an adapter."
-                )
+            check_one_branch(lam, combine, lambda_schedule, every_branch)
             lam = dict.fromkeys(self.aligned, 1.0)
-        lam = read_lam(self.lam if lam is None else lam, batch_size, self.aligned)
-        kind = WeightPlan if self.mixing == WEIGHTS else BatchPlan
-        return kind(self.branches, lam, self.device, every_branch)
+        strength = read_strength(lam, combine, lambda_schedule, batch_size, self.aligned, self.mixing, self.lam)
+        lam, rules = strength
+        if self.mixing == WEIGHTS:
+            return WeightPlan(self.branches, lam, self.device, every_branch)
+        return BatchPlan(self.branches, lam, self.device, every_branch, rules)
 
     def _loss(self, logits: torch.Tensor, labels: torch.LongTensor, kwargs: dict) -> torch.Tensor:
         if self.config.is_encoder_decoder:  # labels are the decoder's outputs, not its inputs
             return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
         vocab_size = self.config.get_text_config().vocab_size
         return self.base.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
-
-    def _check_inputs(self, inputs: dict, plan: BatchPlan, batch_size: int, output_branches: bool) -> None:
-        if plan.batch_size != batch_size:
-            raise DeRaError(f"lam is planned for {plan.batch_size} sequences, and the batch has {batch_size}.")
-        if output_branches and not plan.every_branch:
-            raise DeRaError("output_branches=True needs a plan made with every_branch=True.")
-        if "encoder_outputs" in inputs and inputs["encoder_outputs"][0].shape[0] != plan.num_rows:
-            raise DeRaError(
-                f"encoder_outputs has {inputs['encoder_outputs'][0].shape[0]} rows, and the branches have "
-                f"{plan.num_rows}: each has its own encoder outputs; pass input_ids instead."
-            )
 
     def _check_wrapped(self) -> None:
         if self.base is None:

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from dera_peft.engine.combiner import Combiner
 from dera_peft.engine.names import ALIGNED, REFERENCE
+from dera_peft.engine.rules import Rules
 from dera_peft.errors import DeRaError
 
 ROUNDING = 1e-6  # of a sum of λ that were given as float32
@@ -139,6 +141,7 @@ class BatchPlan:
         lam: `[B, K]` float64, from `read_lam`.
         device: where the index and weight tensors live.
         every_branch: compute all branches for all sequences, also at weight zero.
+        rules: of the sequences, where not all are joined by this sum at a λ that stays.
     """
 
     def __init__(
@@ -147,15 +150,19 @@ class BatchPlan:
         lam: torch.Tensor,
         device: torch.device | str = "cpu",
         every_branch: bool = False,
+        rules: Rules | None = None,
     ):
         self.branches = tuple(branches)
         self.lam = lam
         self.device = torch.device(device)
         self.every_branch = every_branch
+        self.rules = rules
         self.batch_size = lam.shape[0]
 
         weights = _branch_weights(lam)
-        computed = torch.ones_like(weights, dtype=torch.bool) if every_branch else weights != 0
+        computed = weights != 0 if rules is None else torch.tensor(rules.needed(weights[:, 1].tolist()))
+        if every_branch:
+            computed = torch.ones_like(computed)
         self.segments: list[Segment] = []
         self.row_of = torch.zeros(len(self.branches), self.batch_size, dtype=torch.long)  # only read where computed
         start = 0
@@ -169,6 +176,11 @@ class BatchPlan:
             start = stop
         self.num_rows = start
         self.row_of = self.row_of.to(self.device)
+        self.combiner = None
+        if rules is not None:
+            rows = torch.where(computed.T.to(self.device), self.row_of, self.row_of.flip(0))
+            follow = [(self.branches.index(each.branch), each.sequences, each.weights) for each in self.segments]
+            self.combiner = Combiner(rules, weights[:, 1], rows, follow)
         self.pattern = tuple(map(tuple, computed.tolist()))  # two plans with one pattern can share a KV cache
 
         source = torch.cat([segment.sequences for segment in self.segments])
@@ -181,11 +193,12 @@ class BatchPlan:
     @property
     def structure(self) -> tuple:
         """What a forward pass does under this plan; two plans of one structure differ in the values of λ alone."""
-        return (type(self), self.branches, self.pattern, self.every_branch)
+        combiner = None if self.combiner is None else self.combiner.structure
+        return (type(self), self.branches, self.pattern, self.every_branch, combiner)
 
     def copy(self) -> "BatchPlan":
-        """The same plan in tensors of its own."""
-        return BatchPlan(self.branches, self.lam, self.device, self.every_branch)
+        """The same plan in tensors of its own, at the start of its completions."""
+        return BatchPlan(self.branches, self.lam, self.device, self.every_branch, self.rules)
 
     def take_lam(self, other: "BatchPlan") -> None:
         """Becomes `other`, of the same structure, in the tensors that it has: they may be part of a recorded step."""
@@ -194,12 +207,29 @@ class BatchPlan:
             segment.weights.copy_(its.weights)
         for name, scale in self.adapter_scale.items():
             scale.copy_(other.adapter_scale[name])
+        if self.combiner is not None:
+            assert other.combiner is not None  # of one structure
+            self.rules = other.rules
+            self.combiner.take(other.combiner)
 
     def expand(self, repeats: int) -> "BatchPlan":
         """The plan for a batch in which each sequence stands `repeats` times in a row, as for beams."""
         if repeats == 1:
             return self
-        return BatchPlan(self.branches, self.lam.repeat_interleave(repeats, dim=0), self.device, self.every_branch)
+        rules = None if self.rules is None else self.rules.repeat(repeats)
+        lam = self.lam.repeat_interleave(repeats, dim=0)
+        return BatchPlan(self.branches, lam, self.device, self.every_branch, rules)
+
+    @property
+    def token_lambda(self) -> torch.Tensor | None:
+        """`[B, T]` fp32, the λ at each new token of the last `generate`, NaN where a rule has none; None at plain λ."""
+        trace = None if self.combiner is None else self.combiner.trace
+        return torch.stack(trace, dim=1) if trace else None
+
+    @property
+    def joins_behind_head(self) -> bool:
+        """Whether a rule needs the logits of both branches."""
+        return self.rules is not None and not self.rules.is_linear
 
     def rows_at(self, is_forked: bool) -> int:
         """The number of rows behind the fork, or before it."""
