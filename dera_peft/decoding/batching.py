@@ -24,14 +24,12 @@ from dera_peft.engine.noise import row_key
 from dera_peft.engine.padding import check_have_rows, pad, padding_id
 from dera_peft.engine.plan import BatchPlan
 from dera_peft.engine.prefill import Prefill, can_be_shared
-from dera_peft.engine.rules import LINEAR, Schedule, read_rule
+from dera_peft.engine.rules import LINEAR, Rules, read_rule
 from dera_peft.errors import DeRaError
 from dera_peft.messages import warn_once
 
 GROUP_BATCHES = 8  # of a group: one of them may be short
 OWN_OPTIONS = {"do_sample", "temperature", "top_k", "top_p", "min_p"}  # of a command; most bases' configs hold others
-Strength = tuple[Lambda | None, str, Schedule]  # a request's λ, rule and schedule
-BOTH_BRANCHES: Strength = (0.5, LINEAR, ())  # one that needs both
 
 logger = logging.getLogger(__name__)
 
@@ -108,8 +106,8 @@ def decode(
             )
         with Attempt(error) as attempt:
             if queue.kept and prefill is None:
-                kept, strengths = queue.kept_prompts()
-                plan = _plan(model, strengths) if isinstance(model, MixtureModel) else None
+                kept, lam = queue.kept_prompts()
+                plan = model.plan(lam, len(kept)) if isinstance(model, MixtureModel) else None
                 prefill = Prefill(model, kept, plan, filler)
             places = [queue.kept[queue.prefix(request)] for request in batch] if queue.kept else None
             completions = _decode_batch(model, tokenizer, prompts, batch, sampling, filler, streamer, prefill, places)
@@ -143,23 +141,25 @@ def _check_generation_config(model: PreTrainedModel) -> None:
         )
 
 
-def _strength(request: Request) -> Strength:
-    return request.lam, request.combine, request.schedule
+def _plan(model: MixtureModel, batch: Sequence[Request]) -> BatchPlan:
+    if batch[0].lam is None:  # nor has any other one
+        return model.plan(None, len(batch))
+    return model.plan(
+        [request.lam for request in batch],
+        len(batch),
+        combine=[request.combine for request in batch],
+        lambda_schedule=[request.schedule for request in batch],
+    )
 
 
-def _plan(model: Any, strengths: Sequence[Strength]) -> BatchPlan:
-    lam, combine, schedules = (list(each) for each in zip(*strengths, strict=True))
-    return model.plan(None if lam[0] is None else lam, len(lam), combine=combine, lambda_schedule=schedules)
-
-
-def _covering(strengths: Sequence[Strength]) -> Strength:
-    """One that needs every branch that any of these needs; of λ alone, no branch beside."""
-    if len(set(strengths)) == 1:
-        return strengths[0]
-    lambdas = [lam for lam, combine, schedule in strengths if combine == LINEAR and not schedule]
-    if len(lambdas) < len(strengths):  # rules and schedules are for one aligned branch
-        return BOTH_BRANCHES
-    return covering(cast("list[Lambda]", lambdas)), LINEAR, ()
+def _plain(request: Request) -> Lambda:
+    """A λ at which "linear" needs the branches that the request needs."""
+    lam = cast("Lambda", request.lam)
+    rules = Rules((read_rule(request.combine),), (request.schedule,))
+    if rules.is_linear and not request.schedule:
+        return lam
+    ((reference, aligned),) = rules.needed([cast("float", lam)])  # a rule is for one adapter
+    return 0.5 if reference and aligned else float(aligned)
 
 
 class _Queue:
@@ -232,13 +232,15 @@ class _Queue:
             self.group.append(request)
         self.waiting = self.waiting[len(self.group) :]
 
-    def kept_prompts(self) -> tuple[list[Sequence[int]], list[Strength]]:
+    def kept_prompts(self) -> tuple[list[Sequence[int]], list[Lambda] | None]:
         """What is computed once: token ids, and for each a λ that needs the branches that any of its requests needs."""
-        strengths: dict[tuple, list[Strength]] = {prefix: [] for prefix in self.kept}
+        lambdas: dict[tuple, list] = {prefix: [] for prefix in self.kept}
         for request in self.group:
-            strengths[self.prefix(request)].append(_strength(request))
+            lambdas[self.prefix(request)].append(None if request.lam is None else _plain(request))
         prompts = [self.prompts[index] for index, *_ in self.kept]
-        return prompts, [_covering(values) for values in strengths.values()]
+        if self.group[0].lam is None:  # nor has any other one
+            return prompts, None
+        return prompts, [covering(values) for values in lambdas.values()]
 
     def batch(self) -> list[Request]:
         """The next requests; those of a group that is kept have less room."""
@@ -279,7 +281,7 @@ def _decode_batch(
     ends = configured_end_tokens(model.generation_config)
     inputs: dict[str, Any] = {}
     if isinstance(model, MixtureModel):
-        inputs["lam"] = _plan(model, list(map(_strength, batch)))
+        inputs["lam"] = _plan(model, batch)
     if prefill is not None:
         assert places is not None  # they come with it
         inputs["past_key_values"] = prefill.select(places, length, inputs.get("lam"), sampling.max_new_tokens)

@@ -5,10 +5,10 @@ from itertools import product
 from numbers import Real
 from typing import Any, cast
 
+from dera_peft.engine.rules import MAX_LAMBDA
 from dera_peft.errors import DeRaError
 from dera_peft.settings import Check, nearest, plain, setting
 
-MAX_LAMBDA = (2 - 2**-23) * 2.0**127  # the largest float32: logits are mixed in fp32
 FORMS = "write 0,0.5,1 for one adapter; for several name=λ,name=λ, and repeat the option for another point"
 
 

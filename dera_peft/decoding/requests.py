@@ -1,6 +1,8 @@
 """What is decoded, and what comes of it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dera_peft.decoding.lambdas import Lambda
 from dera_peft.engine.rules import LINEAR, Schedule
@@ -26,6 +28,23 @@ class Request:
     sample: int = 0
     combine: str = LINEAR
     schedule: Schedule = ()
+
+    @property
+    def rule(self) -> dict[str, Any]:
+        """As a row's fields have it."""
+        return rule_fields(self.combine, self.schedule)
+
+
+def rule_fields(combine: str, schedule: Schedule) -> dict[str, Any]:
+    """`combine` and `lambda_schedule` as rows have them: None for "linear", and where λ stays."""
+    by_position = {str(position): lam for position, lam in schedule}
+    return {"combine": None if combine == LINEAR else combine, "lambda_schedule": by_position or None}
+
+
+def read_rule_of(combine: str | None, lambda_schedule: Mapping[str, float] | None) -> tuple[str, Schedule]:
+    """A request's rule and schedule, of a row's fields."""
+    schedule = tuple((int(position), lam) for position, lam in (lambda_schedule or {}).items())
+    return LINEAR if combine is None else combine, schedule
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin
 from dera_peft.decoding.chats import Chat
 from dera_peft.decoding.lambdas import Lambda, NamedLambda, is_lambda
 from dera_peft.decoding.prompts import Prompt
-from dera_peft.decoding.requests import Completion, Request
-from dera_peft.engine.rules import LINEAR, Schedule
+from dera_peft.decoding.requests import Completion, Request, read_rule_of
 from dera_peft.errors import DeRaError
 from dera_peft.files import check_writable, told_if_unwritable
 from dera_peft.formatting import short_repr
@@ -78,26 +77,14 @@ class GeneratedRow:
             finish_reason=completion.finish_reason,
             token_ids=completion.tokens,
             end_token_id=completion.end_token_id,
-            **rule_fields(request.combine, request.schedule),
+            **request.rule,
             token_lambda=completion.token_lambda,
             **values,
         )
 
     @property
     def request(self) -> Request:
-        rule = self.combine or LINEAR
-        return Request(self.prompt_index, self.lam, self.sample, rule, read_row_schedule(self.lambda_schedule))
-
-
-def rule_fields(combine: str, schedule: Schedule) -> dict[str, Any]:
-    """What a row says of a rule and a schedule: nothing of "linear" and of λ that stays."""
-    by_position = {str(position): lam for position, lam in schedule}
-    return {"combine": None if combine == LINEAR else combine, "lambda_schedule": by_position or None}
-
-
-def read_row_schedule(by_position: Mapping[str, float] | None) -> Schedule:
-    """Of a row's `lambda_schedule`."""
-    return tuple((int(position), lam) for position, lam in (by_position or {}).items())
+        return Request(self.prompt_index, self.lam, self.sample, *read_rule_of(self.combine, self.lambda_schedule))
 
 
 @dataclass(frozen=True)

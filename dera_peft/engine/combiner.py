@@ -98,10 +98,10 @@ class Combiner:
         self.trace = None
         self._follow_schedule()
 
-    def join(self, logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def join(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        The branches' logits `[R, S, V]` to the combined ones `[B, S, V]` (fp32), and what a `MixtureOutput` says of the
-        rule beside them.
+        The branches' logits `[R, S, V]` to the combined ones `[B, S, V]` (fp32), with the `token_lambda` and
+        `token_spent` of a `MixtureOutput`.
         """
         device, places = logits.device, logits.shape[1]
         count = len(self.rules.each)
@@ -123,7 +123,7 @@ class Combiner:
             if group.name == KL_TOTAL:
                 nats = divergence(log_probs(result), log_probs(reference)).clamp(min=0)
                 spent.index_copy_(0, sequences, nats.unflatten(0, (-1, places)))
-        return combined, {"token_lambda": lam, "token_spent": spent}
+        return combined, lam, spent
 
     def advance(self, lam: torch.Tensor | None, spent: torch.Tensor | None) -> None:
         """After a new token of each sequence, with its λ and nats `[B]` from `join`; None where all are linear."""

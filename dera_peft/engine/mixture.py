@@ -147,16 +147,14 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
         }
         inputs = {name: value for name, value in inputs.items() if value is not None}
         tokens = next(inputs[name] for name in TOKENS if name in inputs)
-        plan = lam
-        if not isinstance(lam, BatchPlan):
-            plan = self.plan(lam, tokens.shape[0], every_branch=output_branches, combine=combine)
+        plan = lam if isinstance(lam, BatchPlan) else self.plan(lam, tokens.shape[0], output_branches, combine)
         check_rules(plan, lam, combine, labels)
         check_inputs(inputs, plan, tokens.shape[0], output_branches)
         # a compiled step only follows one that was not, with the same plan
         if past_key_values is not None and not torch.compiler.is_compiling():
             claim_cache(past_key_values, plan, self.fork_layer)
 
-        self._wiring.routing.start(plan, tokens.shape[1], output_branches or plan.joins_behind_head)
+        self._wiring.routing.start(plan, tokens.shape[1], output_branches or plan.behind_head is not None)
         try:
             if self._wiring.forks_at_input:
                 if self._has_text_part and not (plan.is_identity and not plan.adapter_scale):
@@ -170,13 +168,11 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
 
         if past_key_values is None and outputs.past_key_values is not None:
             outputs.past_key_values.dera_pattern = plan.pattern
-        logits, branch_logits, of_rule = outputs.logits, None, {}
-        if not self._base_slices_logits:
-            logits = slice_logits_to_keep(logits, logits_to_keep)
-        if output_branches:
-            branch_logits = plan.split(logits)
-        if plan.joins_behind_head:
-            logits, of_rule = plan.combiner.join(logits)
+        token_lambda = token_spent = None
+        logits = outputs.logits if self._base_slices_logits else slice_logits_to_keep(outputs.logits, logits_to_keep)
+        branch_logits = plan.split(logits) if output_branches else None
+        if plan.behind_head is not None:
+            logits, token_lambda, token_spent = plan.behind_head.join(logits)
         elif output_branches or not self.joins_before_head:
             logits = plan.join(logits)
         output = MixtureOutput(
@@ -185,7 +181,8 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
             past_key_values=outputs.past_key_values,
             branch_logits=branch_logits,
             encoder_last_hidden_state=outputs.get("encoder_last_hidden_state"),
-            **of_rule,
+            token_lambda=token_lambda,
+            token_spent=token_spent,
         )
         return output if return_dict else output.to_tuple()
 

@@ -227,9 +227,9 @@ class BatchPlan:
         return torch.stack(trace, dim=1) if trace else None
 
     @property
-    def joins_behind_head(self) -> bool:
-        """Whether a rule needs the logits of both branches."""
-        return self.rules is not None and not self.rules.is_linear
+    def behind_head(self) -> Combiner | None:
+        """What joins the branches' logits, where a rule needs those of both."""
+        return None if self.rules is None or self.rules.is_linear else self.combiner
 
     def rows_at(self, is_forked: bool) -> int:
         """The number of rows behind the fork, or before it."""
