@@ -113,6 +113,7 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
         lam: Any = None,
         combine: Any = None,
         output_branches: bool = False,
+        output_log_z: bool = False,
         return_dict: bool = True,
         **kwargs,
     ) -> MixtureOutput | tuple:
@@ -125,6 +126,7 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
             combine: the rule by which the branches' logits become one (see `plan`), of each place by itself. The logits
                 are in fp32 then.
             output_branches: also return each branch's logits, all of them at any λ.
+            output_log_z: also return what normalizes the mixture of the branches' probabilities.
 
         Raises:
             DeRaError: λ does not fit the batch, the cache holds other rows, an output is asked for that only the
@@ -156,7 +158,8 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
         if past_key_values is not None and not torch.compiler.is_compiling():
             claim_cache(past_key_values, plan, self.fork_layer)
 
-        self._wiring.routing.start(plan, tokens.shape[1], output_branches or plan.joins_behind_head)
+        keeps_branches = output_branches or output_log_z
+        self._wiring.routing.start(plan, tokens.shape[1], keeps_branches or plan.joins_behind_head)
         try:
             if self._wiring.forks_at_input:
                 if self._has_text_part and not (plan.is_identity and not plan.adapter_scale):
@@ -170,13 +173,15 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
 
         if past_key_values is None and outputs.past_key_values is not None:
             outputs.past_key_values.dera_pattern = plan.pattern
-        logits, branch_logits, of_rule = outputs.logits, None, {}
+        logits, branch_logits, more = outputs.logits, None, {}
         if not self._base_slices_logits:
             logits = slice_logits_to_keep(logits, logits_to_keep)
         if output_branches:
             branch_logits = plan.split(logits)
-        if plan.joins_behind_head:
-            logits, of_rule = plan.combiner.join(logits)
+        if output_log_z:
+            logits, more = plan.join_log_probs(logits)
+        elif plan.joins_behind_head:
+            logits, more = plan.combiner.join(logits)
         elif output_branches or not self.joins_before_head:
             logits = plan.join(logits)
         output = MixtureOutput(
@@ -185,7 +190,7 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
             past_key_values=outputs.past_key_values,
             branch_logits=branch_logits,
             encoder_last_hidden_state=outputs.get("encoder_last_hidden_state"),
-            **of_rule,
+            **more,
         )
         return output if return_dict else output.to_tuple()
 
