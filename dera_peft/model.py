@@ -1,10 +1,12 @@
 """`DeRaModel`: the mixture that is loaded from, saved to and exported to files."""
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
+import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dera_peft.checkpoint.adapters import detach_adapter
@@ -13,12 +15,17 @@ from dera_peft.checkpoint.loading import load_adapter, save
 from dera_peft.checkpoint.record import Record
 from dera_peft.checkpoint.source import ModelSource
 from dera_peft.checkpoint.tokenizers import copy_tokenizer
+from dera_peft.engine.exact import sample_exact
 from dera_peft.engine.mixture import MixtureModel
+from dera_peft.engine.noise import row_key
 from dera_peft.engine.plan import Branch, check_default_lam
+from dera_peft.engine.samples import ExactSample, advice
 from dera_peft.engine.turns import in_turn
 from dera_peft.errors import DeRaError
 
 PathLike = str | os.PathLike
+
+logger = logging.getLogger(__name__)
 
 
 class DeRaModel(MixtureModel):
@@ -121,6 +128,58 @@ class DeRaModel(MixtureModel):
         base = self.config.name_or_path if self.record is None else self.record.base
         adapters = {branch.name: list(branch.adapters) for branch in self.branches if branch.name in self.aligned}
         return f"{type(self).__name__}(base={base!r}, aligned={adapters}, lam={self.lam}, mixing={self.mixing!r})"
+
+    @in_turn
+    def sample_exact(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        particles: int,
+        lam: Any = None,
+        max_new_tokens: int = 128,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> list[ExactSample]:
+        """
+        Samples the mixture of the theory, over whole completions, which `generate` approximates token by token: by
+        sequential Monte Carlo with so many particles, each of which costs what a completion of `generate` costs.
+
+        The nearer to exact the more particles there are. Where their weights were so uneven that the sample may be
+        farther than 0.1 nats from the exact mixture, a warning says how many are wanted.
+
+        Args:
+            input_ids, attention_mask: `[B, S]`, padded on the left, as for `generate`.
+            particles: N, for each prompt. With one it is token-level DeRa, whose log Z_t are added up in `log_z`.
+            lam: λ, as for `generate`.
+            seed: of all random numbers; those of a prompt depend on its place in the batch, and on no other prompt.
+            kwargs: the model's other inputs, and what `generate` takes to say where a completion ends or how keys and
+                values are cached.
+
+        Returns:
+            One for each prompt.
+
+        Raises:
+            DeRaError: an argument would have tokens drawn from something else (`temperature`, `top_p`, `num_beams`, …);
+                or λ does not fit.
+        """
+        self._check_wrapped()
+        first = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+        if first is None:
+            raise DeRaError("input_ids is missing: give the prompts' token ids.")
+        samples = sample_exact(
+            self,
+            input_ids,
+            particles,
+            [row_key(seed, place, 0) for place in range(len(first))],
+            attention_mask=attention_mask,
+            lam=lam,
+            max_new_tokens=max_new_tokens,
+            **kwargs,
+        )
+        if (message := advice(samples)) is not None:
+            logger.warning(message)
+        return samples
 
     # the options that transformers has for weights are none of an adapter's folder
     @in_turn

@@ -15,7 +15,8 @@ from dera_peft.decoding.lambdas import Lambda, for_adapters, lambdas_setting
 from dera_peft.decoding.prompt_settings import PromptSettings
 from dera_peft.decoding.requests import Request
 from dera_peft.decoding.rows import GeneratedRow, RowLog, expect_prompts, to_line
-from dera_peft.decoding.sampling import Sampling
+from dera_peft.decoding.sampling import Sampling, particles_setting
+from dera_peft.engine.samples import advice
 from dera_peft.errors import DeRaError
 from dera_peft.lock import hold
 from dera_peft.settings import COUNT, part, setting
@@ -40,6 +41,7 @@ class GenerateSettings(PromptSettings, Sampling, ModelSource):
         "Prompts",
     )
     greedy: bool = setting(False, "The same as --temperature 0.", panel="Sampling")
+    particles: int | None = particles_setting()
     samples: int = setting(1, "Completions per prompt and λ.", check=COUNT, metavar="N", panel="Sampling")
     batch_size: int | None = batch_size_setting("Sampling")
     output: Path | None = setting(
@@ -54,6 +56,10 @@ class GenerateSettings(PromptSettings, Sampling, ModelSource):
         super().__post_init__()
         if self.greedy and self.temperature not in (0.0, 1.0):
             raise DeRaError(f"greedy=True, temperature={self.temperature:g}: greedy is 0; give one of them.")
+        if self.particles is not None:
+            self.sampling.check_exact()
+            if self.stream:
+                raise DeRaError("--stream shows tokens as they come, and which particle is drawn is known at the end.")
 
     @property
     def sampling(self) -> Sampling:
@@ -110,7 +116,10 @@ def _generate(settings: GenerateSettings, prompts: "Sequence[Prompt]") -> None:
         raise DeRaError(
             "--stream shows one completion: one prompt, one λ, one sample, and neither --output nor --json."
         )
-    run = settings_fingerprint({**source.fingerprint(), "chat": settings.chat, "sampling": asdict(sampling)})
+    particles = {} if settings.particles is None else {"particles": settings.particles}
+    run = settings_fingerprint(
+        {**source.fingerprint(), "chat": settings.chat, "sampling": asdict(sampling), **particles}
+    )
     log = None
     if output is not None:
         log = RowLog(output, GeneratedRow, run, expected=expect_prompts(prompts), argument="--output")
@@ -123,7 +132,7 @@ def _generate(settings: GenerateSettings, prompts: "Sequence[Prompt]") -> None:
     if settings.json:
         _print_rows(finished[request] for request in requests if request in finished)
 
-    new_tokens, seconds = 0, 0.0
+    new_tokens, seconds, samples = 0, 0.0, []
     if todo:
         base_config, tokenizer = source.config, source.tokenizer()
         tokens = encode(prompts, tokenizer, base_config, sampling.max_new_tokens, settings.chat)
@@ -134,7 +143,9 @@ def _generate(settings: GenerateSettings, prompts: "Sequence[Prompt]") -> None:
             _tell_speed(new_tokens, time.perf_counter() - start)
             return
         with show_progress("decoding", len(requests), len(requests) - len(todo)) as advance:
-            for completions in decode(model, tokenizer, tokens, todo, sampling, settings.batch_size):
+            for completions in decode(
+                model, tokenizer, tokens, todo, sampling, settings.batch_size, particles=settings.particles
+            ):
                 rows = [GeneratedRow.of(run, each, prompts[each.request.index]) for each in completions]
                 if log:
                     log.append(rows)
@@ -142,8 +153,11 @@ def _generate(settings: GenerateSettings, prompts: "Sequence[Prompt]") -> None:
                 if settings.json:
                     _print_rows(rows)
                 new_tokens += sum(row.num_tokens for row in rows)
+                samples += [each.exact for each in completions if each.exact is not None]
                 advance(len(completions))
         seconds = time.perf_counter() - start
+        if (message := advice(samples)) is not None:
+            logger.warning(message)
     if not settings.json:
         _show(prompts, requests, finished)
     _tell_speed(new_tokens, seconds)

@@ -16,6 +16,7 @@ from dera_peft.decoding.requests import Completion, Request
 from dera_peft.decoding.room import Room
 from dera_peft.decoding.sampling import Sampling
 from dera_peft.decoding.warpers import logits_processor
+from dera_peft.engine.exact import sample_exact
 from dera_peft.engine.generation import PLAIN_GENERATION, plain_generation
 from dera_peft.engine.lengths import find_rope_switch, forget_lengths
 from dera_peft.engine.mixture import MixtureModel
@@ -25,6 +26,7 @@ from dera_peft.engine.padding import check_have_rows, pad, padding_id
 from dera_peft.engine.plan import BatchPlan
 from dera_peft.engine.prefill import Prefill, can_be_shared
 from dera_peft.engine.rules import LINEAR, Rules, read_rule
+from dera_peft.engine.samples import ExactSample
 from dera_peft.errors import DeRaError
 from dera_peft.messages import warn_once
 
@@ -54,6 +56,7 @@ def decode(
     streamer: BaseStreamer | None = None,
     *,
     batch_tokens: int | None = None,
+    particles: int | None = None,
 ) -> Iterator[list[Completion]]:
     """
     Yields each batch of completions as it is finished. A batch mixes λ freely; each row pays for the branches it needs.
@@ -72,12 +75,16 @@ def decode(
         streamer: of transformers, for a single request.
         batch_tokens: at most so many tokens are held at once (but one request's at least): those of a batch, its new
             ones included, and those of the prompts that are kept for the batches to come; `Room.cached` unless given.
+        particles: draws each completion from the exact mixture, with so many sequences (`engine.exact`), which are
+            counted as completions that are decoded at once.
 
     Raises:
         DeRaError: a request has no λ and the model needs one, or the other way round; the model has no row for a token;
-            or too little memory for a single request.
+            too little memory for a single request; or particles, where tokens are not drawn from the mixture as it is.
     """
     needs_lam = isinstance(model, MixtureModel) and model.branches_differ
+    if particles is not None:
+        _check_exact(model, requests, sampling)
     for request in requests:
         if (request.lam is None) == needs_lam:
             raise DeRaError(f"{request}: a request has a λ where the model has an adapter, and None where it has none.")
@@ -91,7 +98,7 @@ def decode(
     room = Room.of(model)
     batch_size, batch_tokens = batch_size or room.sequences, batch_tokens or room.cached
     filler = padding_id(model, tokenizer.pad_token_id)
-    queue = _Queue(model, prompts, requests, batch_size, batch_tokens, sampling.max_new_tokens)
+    queue = _Queue(model, prompts, requests, batch_size, batch_tokens, sampling.max_new_tokens, particles or 1)
     prefill = None
     while queue:
         if not queue.group:
@@ -102,7 +109,8 @@ def decode(
         if len(batch) == 1 and not queue.kept:
             error = (
                 f"out of memory for a single prompt of {len(prompts[batch[0].index])} tokens and "
-                f"{sampling.max_new_tokens} new ones: lower max_new_tokens, or quantize the base (quantization)."
+                f"{sampling.max_new_tokens} new ones{'' if particles is None else f', {particles} particles'}: lower "
+                f"max_new_tokens{'' if particles is None else ' or particles'}, or quantize the base (quantization)."
             )
         with Attempt(error) as attempt:
             if queue.kept and prefill is None:
@@ -110,7 +118,9 @@ def decode(
                 plan = model.plan(lam, len(kept)) if isinstance(model, MixtureModel) else None
                 prefill = Prefill(model, kept, plan, filler)
             places = [queue.kept[queue.prefix(request)] for request in batch] if queue.kept else None
-            completions = _decode_batch(model, tokenizer, prompts, batch, sampling, filler, streamer, prefill, places)
+            completions = _decode_batch(
+                model, tokenizer, prompts, batch, sampling, filler, streamer, prefill, places, particles
+            )
         if attempt.failed:
             prefill = None
             if isinstance(model, MixtureModel):
@@ -120,6 +130,17 @@ def decode(
             continue
         queue.finish(batch)
         yield completions
+
+
+def _check_exact(model: PreTrainedModel, requests: Sequence[Request], sampling: Sampling) -> None:
+    """Raises `DeRaError` where something else than the mixture of branches, as it is, would be drawn from."""
+    sampling.check_exact()
+    if not isinstance(model, MixtureModel) or not model.branches_differ:
+        raise DeRaError("particles: without an adapter there is no mixture that they could be drawn from.")
+    for request in requests:
+        if (request.combine, request.schedule) != (LINEAR, ()):
+            name = "combine" if request.combine != LINEAR else "lambda_schedule"
+            raise DeRaError(f"{request}: the exact mixture is of λ alone; leave {name} out, or particles.")
 
 
 def _check_generation_config(model: PreTrainedModel) -> None:
@@ -164,7 +185,7 @@ def _plain(request: Request) -> Lambda:
 
 class _Queue:
     """
-    The requests that wait, and which of them are decoded at once.
+    The requests that wait, and which of them are decoded at once, each by as many sequences.
 
     They are taken in groups, each of one kind of lengths. A group's prompts are computed once for all of its requests;
     or it has none to keep.
@@ -175,8 +196,10 @@ class _Queue:
         kept: the group's prefixes, each with its place in the prefill.
     """
 
-    def __init__(self, model, prompts, requests, batch_size: int, batch_tokens: int, new_tokens: int):
-        self.prompts, self.new_tokens = prompts, new_tokens
+    def __init__(
+        self, model, prompts, requests, batch_size: int, batch_tokens: int, new_tokens: int, sequences: int = 1
+    ):
+        self.prompts, self.new_tokens, self.sequences = prompts, new_tokens, sequences
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
         self.mixes_weights = isinstance(model, MixtureModel) and model.mixing == WEIGHTS
         self.counts = Counter(map(self.prefix, requests)) if can_be_shared(model) else Counter()
@@ -202,6 +225,10 @@ class _Queue:
 
     def length(self, request: Request) -> int:
         return len(self.prompts[request.index])
+
+    def held(self, request: Request) -> int:
+        """The tokens that it needs at once."""
+        return self.sequences * (self.length(request) + self.new_tokens)
 
     def prefix(self, request: Request) -> tuple:
         return (request.index, request.lam) if self.mixes_weights else (request.index,)
@@ -245,15 +272,15 @@ class _Queue:
     def batch(self) -> list[Request]:
         """The next requests; those of a group that is kept have less room."""
         room = self.batch_tokens - len(self.kept) * self.kept_length
-        each = self.length(self.group[0]) + self.new_tokens
-        return self.group[: max(1, min(self.batch_size, room // each))]
+        each = self.held(self.group[0])
+        return self.group[: max(1, min(self.batch_size // self.sequences, room // each))]
 
     def finish(self, batch: list[Request]) -> None:
         self.group = self.group[len(batch) :]
 
     def halve(self, batch: list[Request]) -> int:
         """After too little memory for a batch: the group is opened anew, with half of the tokens; returns how many."""
-        held = len(self.kept) * self.kept_length + len(batch) * (self.length(batch[0]) + self.new_tokens)
+        held = len(self.kept) * self.kept_length + len(batch) * self.held(batch[0])
         self.batch_tokens = min(self.batch_tokens, held) // 2
         self.group, self.waiting = [], [*self.group, *self.waiting]
         return self.batch_tokens
@@ -269,6 +296,7 @@ def _decode_batch(
     streamer: BaseStreamer | None,
     prefill: Prefill | None,
     places: Sequence[int] | None,
+    particles: int | None,
 ) -> list[Completion]:
     """`filler` is the id to pad with; `places` are those of the batch's prompts in `prefill`."""
     has_encoder = model.config.is_encoder_decoder
@@ -284,26 +312,34 @@ def _decode_batch(
         inputs["lam"] = _plan(model, batch)
     if prefill is not None:
         assert places is not None  # they come with it
-        inputs["past_key_values"] = prefill.select(places, length, inputs.get("lam"), sampling.max_new_tokens)
+        new_tokens = sampling.max_new_tokens if particles is None else None  # particles move the cache's rows
+        inputs["past_key_values"] = prefill.select(places, length, inputs.get("lam"), new_tokens)
     forget_lengths(model)
-    sequences = model.generate(
-        input_ids.to(model.device),
-        attention_mask=attention_mask.to(model.device),
-        **inputs,
-        # greedy: the noise in the logits makes the argmax a sample
-        logits_processor=logits_processor(
-            sampling,
-            [row_key(sampling.seed, request.index, request.sample) for request in batch],
-            length,
-            padding,
-        ),
-        **plain_generation(max_new_tokens=sampling.max_new_tokens, pad_token_id=filler),
-        streamer=streamer,
-    )
+    keys = [row_key(sampling.seed, request.index, request.sample) for request in batch]
+    inputs |= {
+        "attention_mask": attention_mask.to(model.device),
+        "max_new_tokens": sampling.max_new_tokens,
+        "pad_token_id": filler,
+    }
+    samples: Sequence[ExactSample | None] = [None] * len(batch)
+    if particles is None:
+        sequences = model.generate(
+            input_ids.to(model.device),
+            **inputs,
+            # greedy: the noise in the logits makes the argmax a sample
+            logits_processor=logits_processor(sampling, keys, length, padding),
+            **plain_generation(),
+            streamer=streamer,
+        )
+        drawn = sequences[:, length:].tolist()
+    else:
+        assert isinstance(model, MixtureModel)  # `_check_exact` has seen to it
+        samples = sample_exact(model, input_ids.to(model.device), particles, keys, **inputs)
+        drawn = [sample.tokens for sample in samples]
     completions = []
     traced = inputs["lam"].token_lambda if "lam" in inputs else None
     lambdas = [[]] * len(batch) if traced is None else traced.tolist()
-    for request, tokens, token_lambda in zip(batch, sequences[:, length:].tolist(), lambdas, strict=True):
+    for request, tokens, token_lambda, sample in zip(batch, drawn, lambdas, samples, strict=True):
         own_length = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
         # an end token need not be a special one, which would be left out
         text = cast("str", tokenizer.decode(tokens[:own_length], skip_special_tokens=True))  # of one sequence one text
@@ -311,5 +347,5 @@ def _decode_batch(
         own_tokens = tokens[: own_length + 1]
         has_rule = (request.combine, request.schedule) != (LINEAR, ()) and read_rule(request.combine).has_lambda
         own_lambda = token_lambda[: len(own_tokens)] if has_rule else None
-        completions.append(Completion(request, own_tokens, text, end_token_id, own_lambda))
+        completions.append(Completion(request, own_tokens, text, end_token_id, own_lambda, sample))
     return completions

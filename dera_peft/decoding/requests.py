@@ -6,6 +6,7 @@ from typing import Any
 
 from dera_peft.decoding.lambdas import Lambda
 from dera_peft.engine.rules import LINEAR, Schedule
+from dera_peft.engine.samples import ExactSample
 from dera_peft.formatting import short_repr
 
 
@@ -57,6 +58,7 @@ class Completion:
         text: their text, without special tokens and without the end token.
         end_token_id: the end token; None where the limit of tokens ended it.
         token_lambda: the λ that the rule or the schedule gave each token; None at plain λ, and of a rule without λ.
+        exact: what its particles say of it, where it is a sample of the exact mixture.
     """
 
     __repr__ = short_repr
@@ -66,6 +68,7 @@ class Completion:
     text: str
     end_token_id: int | None
     token_lambda: list[float] | None = None
+    exact: ExactSample | None = None
 
     @property
     def finish_reason(self) -> str:

@@ -41,6 +41,7 @@ class GeneratedRow:
         combine: the rule at each token; None for "linear".
         lambda_schedule: position (as JSON has keys, a text) -> λ from there on; None where λ stays.
         token_lambda: the λ that these gave each token; None at plain λ, and of a rule without λ.
+        particles, log_z, log_z_error, effective_size, resamplings, ancestors: of an `ExactSample`.
     """
 
     kind: ClassVar[str] = "results"
@@ -60,11 +61,18 @@ class GeneratedRow:
     combine: str | None = field(default=None, kw_only=True)
     lambda_schedule: dict[str, float] | None = field(default=None, kw_only=True)
     token_lambda: list[float] | None = field(default=None, kw_only=True)
+    particles: int | None = field(default=None, kw_only=True)
+    log_z: float | None = field(default=None, kw_only=True)
+    log_z_error: float | None = field(default=None, kw_only=True)
+    effective_size: float | None = field(default=None, kw_only=True)
+    resamplings: int | None = field(default=None, kw_only=True)
+    ancestors: int | None = field(default=None, kw_only=True)
 
     @classmethod
     def of(cls, run: str, completion: Completion, prompt: Prompt, **values):
         """The row of a decoded completion; `values` are the further fields of a subclass."""
-        request = completion.request
+        request, exact = completion.request, completion.exact
+        of_particles = {} if exact is None else {k: v for k, v in vars(exact).items() if k != "tokens"}
         return cls(
             run=run,
             prompt_index=prompt.index,
@@ -79,6 +87,7 @@ class GeneratedRow:
             end_token_id=completion.end_token_id,
             **request.rule,
             token_lambda=completion.token_lambda,
+            **of_particles,
             **values,
         )
 

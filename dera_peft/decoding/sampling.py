@@ -1,10 +1,24 @@
 """How tokens are drawn: the settings of sampling."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from dera_peft.settings import AT_LEAST_1, Check, Settings, setting
+from dera_peft.errors import DeRaError
+from dera_peft.settings import AT_LEAST_1, COUNT, Check, Settings, setting
 
 PANEL = "Sampling"
+
+
+def particles_setting() -> Any:
+    """A field of a dataclass of settings: `int | None`."""
+    return setting(
+        None,
+        "Sample the exact mixture, over whole completions, by sequential Monte Carlo with so many particles, each of "
+        "which costs what a completion costs. It needs temperature 1 and nothing truncated or penalised.",
+        check=COUNT,
+        metavar="N",
+        panel=PANEL,
+    )
 
 
 @dataclass(frozen=True)
@@ -59,3 +73,13 @@ class Sampling(Settings):
         metavar="N",
         panel=PANEL,
     )
+
+    def check_exact(self) -> None:
+        """Raises `DeRaError` where tokens are not drawn from the mixture as it is, whose weights particles know."""
+        as_it_is = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+        for name, value in as_it_is.items():
+            if (given := getattr(self, name)) != value:
+                raise DeRaError(
+                    f"{name}={given:g}: the exact mixture is sampled at temperature 1, with nothing truncated or "
+                    f"penalised; leave {name} out, or particles."
+                )

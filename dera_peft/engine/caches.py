@@ -1,7 +1,7 @@
 """Which rows a KV cache holds: B below the fork, those of the branches above it."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache, LinearAttentionCacheLayerMixin
@@ -36,6 +36,26 @@ def claim_cache(cache: Cache, plan: BatchPlan, fork_layer: int) -> None:
             layer.is_conv_states_initialized = dict.fromkeys(range(layer.number_of_states), False)
             layer.is_recurrent_states_initialized = dict.fromkeys(range(layer.number_of_states), False)
         layer.is_initialized = False
+    cache.dera_pattern = plan.pattern  # pyrefly: ignore[missing-attribute] # our own mark on it
+
+
+def select_rows(
+    cache: Cache, sequences: torch.Tensor, fork_layer: int, plan: BatchPlan, filled: BatchPlan | None = None
+) -> None:
+    """
+    Makes of a cache that of other sequences, in its place, as for beams.
+
+    Args:
+        sequences: `[B]` int64, which of the cache's sequences each one is.
+        plan: of the B sequences.
+        filled: of the sequences that the cache holds; the same unless given.
+    """
+    rows = cast("torch.LongTensor", plan.rows_in(plan if filled is None else filled, sequences))
+    if fork_layer == 0:  # an encoder-decoder's cache is two
+        cache.reorder_cache(rows)
+    else:
+        for index, layer in enumerate(cache.layers):
+            layer.reorder_cache(cast("torch.LongTensor", sequences) if index < fork_layer else rows)
     cache.dera_pattern = plan.pattern  # pyrefly: ignore[missing-attribute] # our own mark on it
 
 

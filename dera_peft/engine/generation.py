@@ -8,7 +8,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, Pr
 from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationMode
 
-from dera_peft.engine.caches import claim_cache
+from dera_peft.engine.caches import claim_cache, select_rows
 from dera_peft.engine.capturable import why_not_call, why_not_model
 from dera_peft.engine.capture import CapturedCache, Captures
 from dera_peft.engine.fork import has_text_part
@@ -240,14 +240,9 @@ class MixtureGenerationMixin(GenerationMixin):
 
     def _reorder_cache(self, past_key_values: Cache, beam_idx: torch.LongTensor) -> Cache:
         plan = self._wiring.routing.plan
-        rows = cast("torch.LongTensor", plan.reorder(beam_idx))
         if plan.combiner is not None:
             plan.combiner.reorder(beam_idx)
-        if self.fork_layer == 0:  # an encoder-decoder's cache is two
-            past_key_values.reorder_cache(rows)
-            return past_key_values
-        for index, layer in enumerate(past_key_values.layers):
-            layer.reorder_cache(beam_idx if index < self.fork_layer else rows)
+        select_rows(past_key_values, beam_idx, self.fork_layer, plan)
         return past_key_values
 
     def _prepare_cache_for_generation(

@@ -113,6 +113,7 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
         lam: Any = None,
         combine: Any = None,
         output_branches: bool = False,
+        output_log_z: bool = False,
         return_dict: bool = True,
         **kwargs,
     ) -> MixtureOutput | tuple:
@@ -125,6 +126,7 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
             combine: the rule by which the branches' logits become one (see `plan`), of each place by itself. The logits
                 are in fp32 then.
             output_branches: also return each branch's logits, all of them at any λ.
+            output_log_z: also return what normalizes the mixture of the branches' probabilities.
 
         Raises:
             DeRaError: λ does not fit the batch, the cache holds other rows, an output is asked for that only the
@@ -154,7 +156,8 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
         if past_key_values is not None and not torch.compiler.is_compiling():
             claim_cache(past_key_values, plan, self.fork_layer)
 
-        self._wiring.routing.start(plan, tokens.shape[1], output_branches or plan.behind_head is not None)
+        keeps_branches = output_branches or output_log_z or plan.behind_head is not None
+        self._wiring.routing.start(plan, tokens.shape[1], keeps_branches)
         try:
             if self._wiring.forks_at_input:
                 if self._has_text_part and not (plan.is_identity and not plan.adapter_scale):
@@ -168,11 +171,13 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
 
         if past_key_values is None and outputs.past_key_values is not None:
             outputs.past_key_values.dera_pattern = plan.pattern
-        token_lambda = token_spent = None
         logits = outputs.logits if self._base_slices_logits else slice_logits_to_keep(outputs.logits, logits_to_keep)
         branch_logits = plan.split(logits) if output_branches else None
-        if plan.behind_head is not None:
-            logits, token_lambda, token_spent = plan.behind_head.join(logits)
+        more: dict[str, Any] = {}
+        if output_log_z:
+            logits, more = plan.join_log_probs(logits)
+        elif plan.behind_head is not None:
+            logits, more["token_lambda"], more["token_spent"] = plan.behind_head.join(logits)
         elif output_branches or not self.joins_before_head:
             logits = plan.join(logits)
         output = MixtureOutput(
@@ -181,8 +186,7 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
             past_key_values=outputs.past_key_values,
             branch_logits=branch_logits,
             encoder_last_hidden_state=outputs.get("encoder_last_hidden_state"),
-            token_lambda=token_lambda,
-            token_spent=token_spent,
+            **more,
         )
         return output if return_dict else output.to_tuple()
 

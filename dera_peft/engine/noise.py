@@ -24,6 +24,19 @@ def row_key(seed: int, prompt: int, sample: int) -> int:
     return splitmix64((key + (sample + 1) * GAMMA) & MASK)
 
 
+def particle_key(key: int, particle: int) -> int:
+    """
+    The stream of one of the particles that a sample is drawn from (`particles.Particles`), by the sample's key. The
+    first one has the sample's own.
+    """
+    return key if particle == 0 else splitmix64((~key + particle * GAMMA) & MASK)
+
+
+def uniform(key: int, number: int) -> float:
+    """A number in [0, 1), of a stream beside those of the noise."""
+    return (splitmix64((~key - (number + 1) * GAMMA) & MASK) >> 11) * 2.0**-53
+
+
 def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 

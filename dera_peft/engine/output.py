@@ -18,9 +18,12 @@ class MixtureOutput(CausalLMOutputWithPast):
         token_lambda: `[B, S]` fp32, the λ that `combine` chose at each place, NaN where the rule has none; None where
             all sequences are linear.
         token_spent: `[B, S]` fp32, KL(p ‖ p_ref) in nats where the rule is "kl_total", else 0; None likewise.
+        log_z: `[B, S]` fp32, with `output_log_z=True`: log Σ_v Π_k p_k(v)^w_k over the vocabulary, with the branches'
+            weights w. The logits are then log Π_k p_k^w_k, in fp32.
     """
 
     branch_logits: dict[str, torch.Tensor] | None = None
     encoder_last_hidden_state: torch.Tensor | None = None
     token_lambda: torch.Tensor | None = None
     token_spent: torch.Tensor | None = None
+    log_z: torch.Tensor | None = None

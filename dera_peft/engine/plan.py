@@ -269,17 +269,19 @@ class BatchPlan:
             mixed.index_add_(0, segment.sequences.to(rows.device), rows[segment.start : segment.stop].float() * weights)
         return mixed.to(rows.dtype)
 
+    def join_log_probs(self, logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        """
+        The branches' logits `[R, S, V]` to log Π_k p_k^w_k, `[B, S, V]` in fp32, and `log_z`, `[B, S]`: the log of its
+        sum over the vocabulary, which is 0 of one branch alone.
+        """
+        joined = self.join(logits.float().log_softmax(-1))
+        joined = joined.masked_fill(~joined.isfinite(), -torch.inf)  # a token without probability in a branch
+        is_single = (_branch_weights(self.lam) != 0).sum(1, keepdim=True) == 1
+        return joined, {"log_z": joined.logsumexp(-1).masked_fill(is_single.to(joined.device), 0)}
+
     def split(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """`[R, ...]` to one `[B, ...]` per branch, of a plan with `every_branch`."""
         return {segment.branch.name: rows[segment.start : segment.stop] for segment in self.segments}
-
-    def reorder(self, sequences: torch.Tensor) -> torch.Tensor:
-        """
-        Row indices `[R]` that move each branch's row of sequence `sequences[b]` (`[B]` int64) to sequence b.
-
-        Beams of one prompt share its λ, and so have rows in the same branches.
-        """
-        return self.rows_in(self, sequences)
 
     def rows_in(self, filled: "BatchPlan", sequences: torch.Tensor) -> torch.Tensor:
         """
@@ -287,7 +289,8 @@ class BatchPlan:
 
         Args:
             filled: computes, for each sequence, at least the branches that this plan needs for it.
-            sequences: `[B]` int64, the sequence of `filled` that each sequence of this plan is.
+            sequences: `[B]` int64, the sequence of `filled` that each sequence of this plan is. Beams of one prompt
+                share its λ, and so have rows in the same branches.
         """
         row_of = filled.row_of.to(sequences.device)
         branch = self._branch_of_row.to(sequences.device)

@@ -150,6 +150,48 @@ def test_output_is_continued(dera, model, tmp_path):
     assert "other settings" in err
 
 
+def test_particles(dera, model, tmp_path):
+    """Rows say what the particles say of them, and are continued by the same settings alone."""
+    output = tmp_path / "exact.jsonl"
+    command = ["generate", *model, "--prompt", "Rain", "--max-new-tokens", 16, "--output", output, "--samples"]
+    code, _, err = dera(*command, 2, "--lambda", "1,3", "--particles", 4)
+    assert code == 0
+    assert "4 particles were too uneven for" in err, "at λ=3"
+    first = rows(output.read_text())
+    at_1, at_3 = ([row for row in first if row["lambda"] == lam] for lam in (1, 3))
+    for row in at_1:
+        assert (row["particles"], row["log_z"], row["log_z_error"], row["effective_size"]) == (4, 0, 0, 4)
+        assert (row["resamplings"], row["ancestors"]) == (0, 4)
+    assert all(row["log_z"] > 0 and 0 < row["log_z_error"] <= 1 and row["resamplings"] for row in at_3)
+    lines = output.read_bytes().splitlines(keepends=True)
+    output.write_bytes(b"".join(lines[:3]) + lines[3][:20])  # as a kill leaves it
+    assert dera(*command, 3, "--lambda", "1,3", "--particles", 4)[0] == 0
+    again = rows(output.read_text())
+    assert len(again) == 6
+    kept = {(row["lambda"], row["sample"]): (row["token_ids"], row["resamplings"]) for row in again}
+    assert {(row["lambda"], row["sample"]): (row["token_ids"], row["resamplings"]) for row in first}.items() <= (
+        kept.items()
+    ), "the same, alone as in the batch"
+    for other in (["--particles", 5], []):
+        code, _, err = dera(*command, 2, *other)
+        assert code == 2
+        assert "holds the results of other settings" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--greedy"], "temperature=0: the exact mixture is sampled at temperature 1"),
+        (["--top-p", 0.9], "top_p=0.9"),
+        (["--stream", "--lambda", 2], "--stream shows tokens as they come"),
+    ],
+)
+def test_what_particles_do_not_go_with(dera, model, options, message):
+    code, _, err = dera("generate", *model, "--prompt", "Rain", "--particles", 4, *options)
+    assert code == 2
+    assert message in err
+
+
 def test_a_long_run_ends_with_its_speed(dera, model, tmp_path, monkeypatch):
     output = tmp_path / "out.jsonl"
     arguments = ["generate", *model, "--lambda", "0,1", "--max-new-tokens", 6, "--output", output, "--prompt", "Rain"]

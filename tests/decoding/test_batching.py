@@ -98,6 +98,48 @@ def test_the_bases_generation_config_changes_no_draws(run, tiny_model, caplog):
     assert "the base's generation config sets min_new_tokens=12, no_repeat_ngram_size=1, bad_words_ids=" in said
 
 
+def test_samples_of_the_exact_mixture_do_not_depend_on_the_batch(tiny_model):
+    def draw(requests=REQUESTS[::2], batch_size=32, **options):
+        batches = decode(tiny_model, make_tokenizer(), tokens, requests, sampling, batch_size, **options)
+        completions = [each for batch in batches for each in batch]
+        return {each.request: (each.tokens, each.exact) for each in completions}
+
+    sampling = Sampling(max_new_tokens=12)
+    tokens = encode(from_texts(TEXTS), make_tokenizer(), tiny_model.config, 12)
+    plain = draw()
+    assert all(exact is None for _, exact in plain.values())
+    alone = draw(particles=1)
+    assert {request: found for request, (found, _) in alone.items()} == {r: found for r, (found, _) in plain.items()}
+    together = draw(particles=4)
+    assert any(exact.resamplings for _, exact in together.values())
+    for batch_size, requests in ((1, REQUESTS[::2]), (9, REQUESTS[2:9:2])):
+        for request, (found, exact) in draw(requests, batch_size, particles=4).items():
+            expected = together[request][1]
+            assert found == together[request][0]
+            assert exact.log_z == pytest.approx(expected.log_z, abs=1e-3)
+            assert (exact.resamplings, exact.ancestors) == (expected.resamplings, expected.ancestors)
+    for request, (_, exact) in together.items():
+        assert exact.log_z == 0 if request.lam in (0, 1) else exact.log_z != 0
+    assert {request: found for request, (found, _) in together.items()} != {r: found for r, (found, _) in plain.items()}
+
+
+def test_particles_count_as_completions_that_are_decoded_at_once(tiny_model):
+    tokens = encode(from_texts(TEXTS), make_tokenizer(), tiny_model.config, 2)
+    inputs = tiny_model, make_tokenizer(), tokens, REQUESTS, Sampling(max_new_tokens=2)
+    assert max(len(batch) for batch in decode(*inputs, 12, particles=4)) == 3
+    assert {len(batch) for batch in decode(*inputs, 3, particles=4)} == {1}, "one at least"
+    for batch in decode(*inputs, 100, batch_tokens=100, particles=4):
+        held = 4 * sum(max(len(tokens[each.request.index]) for each in batch) + 2 for _ in batch)
+        assert len(batch) == 1 or held <= 100
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_k": 5}, {"repetition_penalty": 1.1}], ids=str)
+def test_particles_are_drawn_from_the_mixture_as_it_is(tiny_model, settings):
+    (name,) = settings
+    with pytest.raises(DeRaError, match=f"{name}={settings[name]:g}: the exact mixture is sampled at temperature 1"):
+        list(decode(tiny_model, make_tokenizer(), [[5, 6]], [Request(0, 0.5)], Sampling(**settings), particles=2))
+
+
 def test_lambdas_draw_the_same_numbers(run):
     """At temperature far above 1 the noise alone decides, and is the same for all λ."""
     hot = run(temperature=1e4)

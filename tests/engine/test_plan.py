@@ -86,7 +86,7 @@ def test_expand_repeats_each_sequence():
 def test_reorder_moves_the_rows_of_all_branches():
     # rows: reference of sequences 0 1 2 3, aligned of sequences 2 3; beams (0, 1) and (2, 3) swap
     expanded = plan([0.0, 0.5]).expand(2)
-    assert expanded.reorder(torch.tensor([1, 0, 3, 3])).tolist() == [1, 0, 3, 3, 5, 5]
+    assert expanded.rows_in(expanded, torch.tensor([1, 0, 3, 3])).tolist() == [1, 0, 3, 3, 5, 5]
 
 
 def test_an_adapter_under_all_branches_touches_all_rows_and_neighbours_share_a_slice():
