@@ -8,7 +8,7 @@ from compatibility import VOCABULARY
 from transformers.cache_utils import StaticCache
 
 from dera_peft import DeRaModel
-from dera_peft.engine.capture import LENGTHS, CapturedCache, Captures, host_state
+from dera_peft.engine.capture import LENGTHS, RETURNED, CapturedCache, Captures, host_state
 from dera_peft.engine.cuda_graph import CudaGraphs
 
 LAM = [0.0, 0.5, 1.0, 1.5]
@@ -109,7 +109,9 @@ class EagerRecorder:
         output = step()
         for state, before in zip(states, kept, strict=True):  # recording computes nothing
             state.copy_(before)
-        output.logits = output.logits.clone().fill_(float("nan"))
+        for name in RETURNED:
+            if output.get(name) is not None:
+                output[name] = output[name].clone().fill_(float("nan"))
         tensors, modules = _tensors(model, step.keywords), list(model.modules())
         addresses = [tensor.data_ptr() for tensor in tensors()]
 
@@ -119,7 +121,10 @@ class EagerRecorder:
             )
             now, host = _lengths(cache), host_state(modules)
             _set_lengths(cache, lengths)
-            output.logits.copy_(step().logits)
+            now_computed = step()
+            for name in RETURNED:
+                if output.get(name) is not None:
+                    output[name].copy_(now_computed[name])
             advanced = [None if length is None else length + 1 for length in lengths]
             assert _lengths(cache) == advanced, "a step changes the host's state in the cache otherwise than known"
             assert host_state(modules) == host, "a step changes the host's state in the model"
@@ -147,6 +152,7 @@ def _tensors(model, inputs: dict) -> Callable[[], list[torch.Tensor]]:
         found = [tensor for place in places for tensor in place.values() if tensor is not None]
         found += [state for layer in cache.layers for state in (layer.keys, layer.values) if state is not None]
         found += [tensor for segment in plan.segments for tensor in (segment.sequences, segment.weights)]
+        found += [] if plan.combiner is None else [*plan.combiner.tensors, plan.combiner.rows]
         return [*found, plan.source, *plan.adapter_scale.values()]
 
     return tensors

@@ -5,6 +5,7 @@ z_λ = (1-λ)·z_ref + λ·z_aligned; whole sequences, no cache.
 """
 
 import inspect
+import math
 from pathlib import Path
 
 import torch
@@ -68,3 +69,70 @@ def decode_by_hand(mixture: TwoModels, input_ids, attention_mask, steps: int, sa
         input_ids = torch.cat([input_ids, token], dim=1)
         attention_mask = torch.cat([attention_mask, torch.ones_like(token)], dim=1)
     return input_ids[:, start:]
+
+
+# -- rules at a token, in fp64 and one row at a time -------------------------------------------------------------------
+
+
+def nats(p: torch.Tensor, q: torch.Tensor) -> float:
+    """KL(p ‖ q) of two distributions `[V]`."""
+    there = p > 0
+    return float((p[there] * (p[there] / q[there]).log()).sum())
+
+
+def combined_by_hand(rule: str, z_ref: torch.Tensor, z_aligned: torch.Tensor, lam: float, left: float):
+    """A rule of `engine.rules` on logits `[V]`: the combined logits, the λ that it chose, and what it spent in nats."""
+    name, _, number = rule.partition(":")
+    z_ref, z_aligned = z_ref.double(), z_aligned.double()
+    p_ref, p_aligned = z_ref.softmax(-1), z_aligned.softmax(-1)
+
+    def mixture(lam: float) -> torch.Tensor:
+        return (1 - lam) * z_ref + lam * z_aligned
+
+    if name == "jsd":
+        mean = (p_ref + p_aligned) / 2
+        lam *= (nats(p_ref, mean) + nats(p_aligned, mean)) / (2 * math.log(2))
+    if name in ("kl", "kl_total"):
+        bound, low, high = float(number) if name == "kl" else left, 0.0, 1.0
+        if nats(mixture(lam).softmax(-1), p_ref) > bound:
+            for _ in range(50):
+                middle = (low + high) / 2
+                low, high = (middle, high) if nats(mixture(middle * lam).softmax(-1), p_ref) < bound else (low, middle)
+            lam *= low
+    z = mixture(lam) if name != "aad" else p_aligned.log() - p_ref.log()
+    if name in ("plausible", "aad"):
+        judge = p_ref if lam < 0 else p_aligned
+        z[judge < float(number) * judge.max()] = -math.inf
+    return z, lam, nats(z.softmax(-1), p_ref)
+
+
+class RuledModels(TwoModels):
+    """
+    Two whole models under a rule a row. Each forward pass goes along the whole completion again, so that what a budget
+    has come to follows any sequence, beams too.
+    """
+
+    def __init__(self, reference, aligned, rules, start: int):
+        """`rules`: (rule, λ by position) for each row; `start`: the prompts' length."""
+        super().__init__(reference, aligned)
+        self.rules, self.start = rules, start
+        self.chosen: list[list[float]] = []
+
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        self.lam = 0.0
+        z_ref = super().forward(input_ids, attention_mask).logits
+        self.lam = 1.0
+        z_aligned = super().forward(input_ids, attention_mask).logits
+        rows, self.chosen = [], []
+        for row, (rule, schedule) in enumerate(self.rules):
+            left, chosen, z = float(rule.partition(":")[2] or 0), [], z_ref[row, -1]
+            first = self.start - 1 if rule.startswith("kl_total") else input_ids.shape[1] - 1
+            for place in range(first, input_ids.shape[1]):
+                position = place - self.start + 1
+                lam = next(value for start, value in sorted(schedule.items(), reverse=True) if position >= start)
+                z, lam, spent = combined_by_hand(rule, z_ref[row, place], z_aligned[row, place], lam, left)
+                left -= spent
+                chosen.append(lam)
+            rows.append(z.float())
+            self.chosen.append(chosen)
+        return CausalLMOutput(logits=torch.stack(rows)[:, None])

@@ -15,6 +15,7 @@ from dera_peft.decoding.lambdas import Lambda, for_adapters, lambdas_setting
 from dera_peft.decoding.prompt_settings import PromptSettings
 from dera_peft.decoding.requests import Request
 from dera_peft.decoding.rows import GeneratedRow, RowLog, expect_prompts, to_line
+from dera_peft.decoding.rule_settings import RuleSettings
 from dera_peft.decoding.sampling import Sampling, particles_setting
 from dera_peft.engine.samples import advice
 from dera_peft.errors import DeRaError
@@ -30,10 +31,10 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class GenerateSettings(PromptSettings, Sampling, ModelSource):
+class GenerateSettings(RuleSettings, PromptSettings, Sampling, ModelSource):
     """The settings of `dera generate`."""
 
-    instead: ClassVar[tuple[tuple[str, ...], ...]] = (("greedy", "temperature"),)
+    instead: ClassVar[tuple[tuple[str, ...], ...]] = (("greedy", "temperature"), ("lambdas", "lambda_schedule"))
 
     lambdas: tuple[float | Mapping[str, Any], ...] = lambdas_setting(
         (),
@@ -81,6 +82,8 @@ def generate(settings: GenerateSettings) -> None:
 
     `dera generate --adapter ./dpo --lambda=-0.5,0,1 --prompts prompts.jsonl --samples 4 --output out.jsonl`
 
+    `dera generate --adapter ./dpo --lambda 2,3 --combine plausible:0.1 --prompt "Hi!" --json`
+
     `dera generate --adapters helpful=./a --adapters harmless=./b --lambda helpful=0.7,harmless=0.3
     --lambda helpful=1 --prompt "Hi!"`
     """
@@ -98,17 +101,23 @@ def _generate(settings: GenerateSettings, prompts: "Sequence[Prompt]") -> None:
     from dera_peft.progress import show_progress
 
     source, sampling = part(settings, ModelSource).placed(), settings.sampling
-    if settings.lambdas or any(prompt.lam for prompt in prompts):
+    if settings.lambdas or settings.asked or any(prompt.lam for prompt in prompts):
         source.check_has_adapter("dera generate")
     record = source.resolve()
     aligned = record.aligned
     lambdas: tuple[Lambda | None, ...] = (None,)
     if record.branches_differ:
-        lambdas = for_adapters(settings.lambdas, aligned) or for_adapters([record.lam], aligned, "dera.json")
+        default = for_adapters([record.lam], aligned, "dera.json")
+        lambdas = settings.lambdas_of(for_adapters(settings.lambdas, aligned), default, aligned)
+
+    def lambdas_of(prompt: "Prompt") -> Sequence[Lambda | None]:
+        own = for_adapters(prompt.lam, aligned, prompt.source) if prompt.lam else ()
+        return settings.lambdas_of(own, (), aligned, prompt.source) if own else lambdas
+
     requests = [
-        Request(prompt.index, lam, sample)
+        Request(prompt.index, lam, sample, settings.combine, settings.schedule)
         for prompt in prompts
-        for lam in (for_adapters(prompt.lam, aligned, prompt.source) if prompt.lam else lambdas)
+        for lam in lambdas_of(prompt)
         for sample in range(settings.samples)
     ]
     output = settings.output

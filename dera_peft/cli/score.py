@@ -6,13 +6,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from dera_peft.checkpoint.source import ModelSource
 from dera_peft.decoding.completions import Given, read_completions
 from dera_peft.decoding.lambdas import Lambda, for_adapters, lambdas_setting
 from dera_peft.decoding.prompt_settings import PromptSettings
+from dera_peft.decoding.requests import rule_fields
 from dera_peft.decoding.rows import Expected, RowLog, ScoredRow, to_line
+from dera_peft.decoding.rule_settings import RuleSettings
 from dera_peft.lock import hold
 from dera_peft.settings import Check, part, setting, setting_like
 
@@ -29,8 +31,10 @@ Key = tuple[int, Lambda]  # of a row: which completion, at which λ
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreSettings(ModelSource):
+class ScoreSettings(RuleSettings, ModelSource):
     """The settings of `dera score`."""
+
+    instead: ClassVar[tuple[tuple[str, ...], ...]] = (("lambdas", "lambda_schedule"),)
 
     completions: str = setting(
         help="A .jsonl file: rows with a 'prompt' (a text or chat messages) and a 'completion' (a text), as those of "
@@ -78,6 +82,8 @@ def score(settings: ScoreSettings) -> None:
 
     `dera score --adapter ./dpo --completions chats.jsonl --chat --end --lambda 0,1 --output scores.jsonl`
 
+    `dera score --adapter ./dpo --completions out.jsonl --lambda 2 --combine kl:0.05 --tokens --json`
+
     `dera score --adapters helpful=./a --adapters harmless=./b --completions out.jsonl
     --lambda helpful=0.7,harmless=0.3`
     """
@@ -101,7 +107,9 @@ def _score(settings: ScoreSettings, given: Sequence[Given]) -> None:
     source = part(settings, ModelSource).placed()
     record = source.resolve()
     aligned = record.aligned
-    lambdas = for_adapters(settings.lambdas, aligned) or for_adapters([record.lam], aligned, "dera.json")
+    default = for_adapters([record.lam], aligned, "dera.json")
+    lambdas = settings.lambdas_of(for_adapters(settings.lambdas, aligned), default, aligned)
+    rule = rule_fields(settings.combine, settings.schedule)
     run = settings_fingerprint(
         {
             **source.fingerprint(),
@@ -115,7 +123,9 @@ def _score(settings: ScoreSettings, given: Sequence[Given]) -> None:
     log = None
     if output is not None:
         log = RowLog(output, ScoredRow, run, expected=lambda row: _expected(row, given), argument="--output")
-    finished: dict[Key, ScoredRow] = {(row.prompt_index, row.lam): row for row in log.rows} if log else {}
+    # rows of another rule may stand beside these
+    found = [row for row in log.rows if (row.combine, row.lambda_schedule) == tuple(rule.values())] if log else []
+    finished: dict[Key, ScoredRow] = {(row.prompt_index, row.lam): row for row in found}
     wanted = [(index, lam) for index in range(len(given)) for lam in lambdas]
     missing: dict[tuple[Lambda, ...], list[int]] = defaultdict(list)  # all but a torn one lack all λ, or the new ones
     for index in range(len(given)):
@@ -138,10 +148,11 @@ def _score(settings: ScoreSettings, given: Sequence[Given]) -> None:
         with show_progress("scoring", len(wanted), done) as advance:
             for lacks, indices in missing.items():
                 of = [prompts[index] for index in indices], [completions[index] for index in indices]
-                for place, scored in score_each(model, *of, list(lacks), settings.temperature):
+                asked = {"combine": settings.combine, "lambda_schedule": settings.lambda_schedule}
+                for place, scored in score_each(model, *of, list(lacks), settings.temperature, **asked):
                     index = indices[place]
                     ids = completions[index] if settings.tokens else None
-                    rows = _rows(run, given[index], scored, lacks, ids, tokenizer)
+                    rows = _rows(run, given[index], scored, lacks, ids, tokenizer, rule)
                     if log:
                         log.append(rows)
                     finished.update({(index, row.lam): row for row in rows})
@@ -161,19 +172,27 @@ def _expected(row: ScoredRow, given: Sequence[Given]) -> Expected | None:
 
 
 def _rows(
-    run: str, given: Given, scored: "Scored", lambdas: Sequence[Lambda], ids: list[int] | None, tokenizer: Any
+    run: str,
+    given: Given,
+    scored: "Scored",
+    lambdas: Sequence[Lambda],
+    ids: list[int] | None,
+    tokenizer: Any,
+    rule: Mapping[str, Any],
 ) -> list[ScoredRow]:
     """A row for each λ; with the values of each token if its `ids` are given."""
     rows = []
     for place, lam in enumerate(lambdas):
-        of_tokens: dict[str, list] = {}
+        values: dict[str, Any] = dict(rule)
         if ids is not None:
-            of_tokens["token_ids"] = ids
-            of_tokens["token_texts"] = [tokenizer.decode([token]) for token in ids]
-            of_tokens["token_log_p"] = [_number(value) for value in scored.log_p[place]]
-            of_tokens["token_kl"] = [_number(value) for value in scored.kl[place]]
+            values["token_ids"] = ids
+            values["token_texts"] = [tokenizer.decode([token]) for token in ids]
+            values["token_log_p"] = [_number(value) for value in scored.log_p[place]]
+            values["token_kl"] = [_number(value) for value in scored.kl[place]]
             if scored.disagreement is not None:
-                of_tokens["token_disagreement"] = [_number(value) for value in scored.disagreement]
+                values["token_disagreement"] = [_number(value) for value in scored.disagreement]
+            if scored.token_lambda is not None and not scored.token_lambda.isnan().any():
+                values["token_lambda"] = [_number(value) for value in scored.token_lambda[place]]
         rows.append(
             ScoredRow(
                 run=run,
@@ -187,7 +206,7 @@ def _rows(
                 perplexity=_number(scored.perplexity[place]),
                 kl=_number(scored.kl[place].sum()),
                 columns=given.prompt.columns or None,
-                **of_tokens,
+                **values,
             )
         )
     return rows
@@ -209,7 +228,7 @@ def table(lambdas: Sequence[Lambda], rows: Mapping[Key, ScoredRow]) -> "Table":
     for lam in lambdas:
         of = [row for (_, each), row in rows.items() if each == lam]
         tokens = sum(row.num_tokens for row in of)
-        total = sum(_value(row.log_p) for row in of)
+        total = sum(-math.inf if row.log_p is None else row.log_p for row in of)  # by a rule, a token may be left out
         divergence = sum(_value(row.kl) for row in of)
         per_token = total / tokens if tokens else math.nan
         result.add_row(

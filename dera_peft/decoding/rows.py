@@ -117,6 +117,8 @@ class ScoredRow:
         kl: KL(π_λ ‖ π_ref) along the completion.
         columns: of its row that its prompt was rendered with, where there are any.
         token_ids, token_texts, token_log_p, token_kl, token_disagreement: for each token, where they were asked for.
+        combine, lambda_schedule: as of a `GeneratedRow`.
+        token_lambda: the λ that these gave each token, where it was asked for; None as of a `GeneratedRow`.
     """
 
     kind: ClassVar[str] = "scores"
@@ -138,6 +140,9 @@ class ScoredRow:
     token_log_p: list[float | None] | None = None
     token_kl: list[float | None] | None = None
     token_disagreement: list[float | None] | None = None
+    combine: str | None = None
+    lambda_schedule: dict[str, float] | None = None
+    token_lambda: list[float | None] | None = None
 
 
 Row = TypeVar("Row")

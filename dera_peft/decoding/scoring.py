@@ -8,14 +8,18 @@ from typing import Any
 
 import torch
 
+from dera_peft.decoding.given_rules import combine_given
 from dera_peft.decoding.memory import Attempt, go_on_with_half
 from dera_peft.decoding.room import Room
+from dera_peft.engine.combine import divergence
 from dera_peft.engine.lengths import find_rope_switch, forget_lengths
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.names import WEIGHTS
 from dera_peft.engine.padding import check_have_rows, pad, padding_id
-from dera_peft.engine.plan import BatchPlan, read_lam
+from dera_peft.engine.plan import BatchPlan
 from dera_peft.engine.prefill import Prefill, can_be_shared
+from dera_peft.engine.rules import LINEAR, Rule, Schedule, read_rule, read_schedule
+from dera_peft.engine.strength import read_strength
 from dera_peft.errors import DeRaError
 
 
@@ -33,12 +37,15 @@ class Scored:
             temperature 1, all branches weighing the same; None with mixing="weights", which has no branches.
         best: branch name -> its most probable next tokens, (ids `[T, k]` int64, probabilities `[T, k]` fp32), best
             first; empty unless asked for, and with mixing="weights".
+        token_lambda: `[L, T]` fp32, the λ that the rule or the schedule gave each token, NaN where the rule has none;
+            None at plain λ.
     """
 
     log_p: torch.Tensor
     kl: torch.Tensor
     disagreement: torch.Tensor | None = None
     best: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    token_lambda: torch.Tensor | None = None
 
     @property
     def total(self) -> torch.Tensor:
@@ -63,6 +70,9 @@ def score(
     lam: Any,
     temperature: float = 1.0,
     top: int = 0,
+    *,
+    combine: Any = None,
+    lambda_schedule: Any = None,
 ) -> list[Scored]:
     """
     Scores every completion at every λ, from one pass of all branches (with mixing="weights" from one pass a λ).
@@ -74,9 +84,12 @@ def score(
         prompts: token ids, one list per sequence, none empty. Of an encoder-decoder model, the encoder's input.
         completions: token ids, one list per sequence; one may be empty.
         lam: L strengths, all of them for every sequence: a number (L is 1), a list of L, a `[L, K]` tensor for K
-            aligned adapters, a dict by aligned branch of numbers or lists of L, or a list of L dicts.
+            aligned adapters, a dict by aligned branch of numbers or lists of L, or a list of L dicts. None for the
+            model's own, for the λ of a schedule, and for a rule without λ.
         temperature: of `log_p`, more than 0.
         top: how many of each branch's most probable tokens to return as `best`.
+        combine: the rule at each token, as `generate` takes one.
+        lambda_schedule: in λ's place, λ by the position of a completion's token, as {0: 2.0, 20: 1.0}.
 
     Returns:
         One per sequence, in their order.
@@ -84,7 +97,8 @@ def score(
     Raises:
         DeRaError: bad input; or too little memory for a single sequence.
     """
-    found = dict(score_each(model, prompts, completions, lam, temperature, top))
+    rule = {"combine": combine, "lambda_schedule": lambda_schedule}
+    found = dict(score_each(model, prompts, completions, lam, temperature, top, **rule))
     return [found[index] for index in range(len(prompts))]
 
 
@@ -96,13 +110,16 @@ def score_each(
     lam: Any,
     temperature: float = 1.0,
     top: int = 0,
+    *,
+    combine: Any = None,
+    lambda_schedule: Any = None,
 ) -> Iterator[tuple[int, Scored]]:
     """
     As `score`, but yields (index, scored) as they are ready, sequences of like lengths together.
 
     Where there is too little memory for a slice of the sequences it is halved, with a warning.
     """
-    lam = _read_lambdas(lam, model.aligned)
+    strengths = _read_strengths(model, lam, combine, lambda_schedule)
     _check(model, prompts, completions, temperature, top)
     may_share = len(prompts) >= 2 * len(set(map(tuple, prompts))) and can_be_shared(model)
     switch = find_rope_switch(model.config)
@@ -132,7 +149,7 @@ def score_each(
             )
         with Attempt(error) as attempt:
             of = [prompts[index] for index in chosen], [completions[index] for index in chosen]
-            scored = _score_slice(model, *of, lam, temperature, top, shares)
+            scored = _score_slice(model, *of, strengths, temperature, top, shares)
         if attempt.failed:
             halvings += 1
             go_on_with_half(f"out of memory for {len(chosen)} sequences: going on with half as many at once")
@@ -141,13 +158,19 @@ def score_each(
         yield from zip(chosen, scored, strict=True)
 
 
-def _read_lambdas(lam, aligned: Sequence[str]) -> torch.Tensor:
-    """`[L, K]` float64."""
+Strengths = tuple[torch.Tensor, Rule, Schedule]  # λ `[L, K]` float64, and the rule and the schedule of all of them
+
+
+def _read_strengths(model: MixtureModel, lam: Any, combine: Any, lambda_schedule: Any) -> Strengths:
     values = lam.values() if isinstance(lam, Mapping) else [lam]
     counts = [len(value) for value in values if isinstance(value, Sequence) or getattr(value, "ndim", 0)]
     if 0 in counts:
         raise DeRaError(f"lam={lam!r} is empty; give at least one λ.")
-    return read_lam(lam, max(counts, default=1), aligned)
+    count = max(counts, default=1)
+    rule = read_rule(LINEAR if combine is None else combine)
+    schedule = read_schedule(lambda_schedule) if lambda_schedule else ()
+    values, _ = read_strength(lam, [rule] * count, [schedule] * count, count, model.aligned, model.mixing, model.lam)
+    return values, rule, schedule
 
 
 def _check(model, prompts, completions, temperature, top) -> None:
@@ -184,33 +207,45 @@ def _score_slice(
     model: MixtureModel,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
-    lam: torch.Tensor,
+    strengths: Strengths,
     temperature: float,
     top: int,
     shares: bool,
 ) -> list[Scored]:
     """The tokens of all completions stand in one dimension, N, in which there is no padding."""
+    lam, rule, schedule = strengths
+    lengths = [len(completion) for completion in completions]
+    chosen: list[torch.Tensor] = []
+    is_plain = rule.name == LINEAR and not schedule
     inputs = prompts, completions, shares
     if model.mixing == WEIGHTS:
         branches: dict[str, torch.Tensor] = {}
         log_ref = _log_probs(model, *inputs, torch.zeros_like(lam[0]))[""]
-        mixtures = (_log_probs(model, *inputs, strengths)[""] for strengths in lam)
+        mixtures = (_log_probs(model, *inputs, each)[""] for each in lam)
     else:
         branches = _log_probs(model, *inputs)
         log_ref, *log_aligned = branches.values()
-        differences = [log_k - log_ref for log_k in log_aligned]
-        mixtures = (_mix(log_ref, differences, strengths) for strengths in lam)
+        differences = [log_k - log_ref for log_k in log_aligned] if is_plain else []
+
+        def by_rule(lam: float) -> torch.Tensor:
+            combined, of_tokens = combine_given(rule, schedule, lam, log_ref, log_aligned[0], lengths)
+            chosen.append(of_tokens.cpu())
+            return combined
+
+        mixtures = (_mix(log_ref, differences, each) if is_plain else by_rule(float(each)) for each in lam)
     targets = torch.tensor([token for completion in completions for token in completion], device=log_ref.device)
     log_p, kl = [], []
-    for mixed, strengths in zip(mixtures, lam, strict=True):
+    for mixed, strength in zip(mixtures, lam, strict=True):
         log_mixed = mixed.log_softmax(-1)
         each = log_mixed if temperature == 1 else (mixed / temperature).log_softmax(-1)
         log_p.append(each.gather(-1, targets.long()[:, None])[:, 0].cpu())
+        if not is_plain:  # which may leave tokens out
+            kl.append(divergence(log_mixed, log_ref).clamp(min=0).cpu())
+            continue
         kl.append(torch.linalg.vecdot(log_mixed.exp(), log_mixed.sub_(log_ref)).clamp(min=0).cpu())
-        if not strengths.any():
+        if not strength.any():
             kl[-1].zero_()  # without the rounding
 
-    lengths = [len(completion) for completion in completions]
     parts = [torch.stack(values).split(lengths, dim=1) for values in (log_p, kl)]
     if not branches:
         return [Scored(*values) for values in zip(*parts, strict=True)]
@@ -219,8 +254,9 @@ def _score_slice(
     for name, log_probs in branches.items() if top else ():
         most, ids = log_probs.topk(top)
         best[name] = list(zip(ids.cpu().split(lengths), most.exp().cpu().split(lengths), strict=True))
+    lambdas = torch.stack(chosen).split(lengths, dim=1) if chosen else [None] * len(lengths)
     return [
-        Scored(*values, best={name: pairs[index] for name, pairs in best.items()})
+        Scored(*values, best={name: pairs[index] for name, pairs in best.items()}, token_lambda=lambdas[index])
         for index, values in enumerate(zip(*parts, strict=True))
     ]
 
