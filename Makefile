@@ -19,7 +19,7 @@ demo: $(SETUP)
 	$(VENV)/bin/dera sweep --config configs/tiny/sweep.yaml
 
 test: $(SETUP)
-	$(RUN) -m pytest -n auto --dist loadfile
+	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(SETUP)
 	$(VENV)/bin/ruff check .

@@ -1,31 +1,39 @@
 """
 Checks the project on a machine with a GPU, and measures it there: `make gpu-check`.
 
-It runs the tests marked gpu, the four steps of the demo, a QLoRA DPO of a few steps on the Llama-8B shape (its peak
-memory against what the recipe computes), and `dera bench`, alone on the GPU, in bf16 and NF4. Nothing is installed or
-downloaded. What was found goes to runs/gpu-check/figures.json, and a table of the aims to the screen; the exit status
-is 1 where a check failed, whatever the figures are.
+First it measures, alone on the GPU: `dera bench` in NF4, `generate` itself, a sweep, and `dera bench` in bf16. Then it
+runs, side by side, the tests marked gpu, the four steps of the demo, and a QLoRA DPO of a few steps on the Llama-8B
+shape (its peak memory against what the recipe computes). Nothing is installed or downloaded. Each result goes to
+runs/gpu-check/figures.json as soon as it is there, so that an interrupted run leaves what it has; a table of the aims
+goes to the screen. The exit status is 1 where a check failed, whatever the figures are.
+
+`--only eager` measures the ways to mix without captured steps, which take longer and are not among the aims.
 """
 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 RECIPE = ROOT / "configs" / "llama-3.1-8b-qlora" / "dpo.yaml"
 COMPUTED = 9.5 * 1e9  # bytes, as the recipe computes them
+ALONE = ("bench-nf4", "generate", "sweep", "bench-bf16", "eager")  # what was never measured comes first
 TOGETHER = ("tests", "demo", "qlora")  # no times are taken of these: they share the GPU
-ALONE = ("bench", "generate", "sweep")
-STEPS = (*TOGETHER, *ALONE)
+STEPS = (*ALONE, *TOGETHER)
+LIMIT = 120  # seconds, of a command: one that hangs must not take the time of the others
 BASE, TWICE, DERA, REFERENCE, TWO = "base, B rows", "base, 2B rows", "DeRa λ=0.5", "DeRa λ=0", "two models, two passes"
+CAPTURED = (BASE, TWICE, DERA, REFERENCE, "DeRa λ=1", TWO)
 
 
 class Checker:
@@ -45,13 +53,16 @@ class Checker:
     def say(self, text: str) -> None:
         print(f"[{time.time() - self.start:5.0f} s] {text}", flush=True)
 
-    def command(self, name: str, *arguments: object) -> tuple[dict, str]:
-        """Runs `python <arguments>`; returns its seconds and status, and what it printed to stdout."""
+    def command(self, name: str, *arguments: object, limit: float = LIMIT) -> tuple[dict, str]:
+        """
+        Runs `python <arguments>`; returns its seconds and status, and what it printed to stdout. After `limit` seconds
+        it is interrupted, upon which `dera bench` prints what it has measured.
+        """
         self.say(f"{name} …")
         began, log = time.time(), self.logs / f"{name.replace(' ', '-')}.log"
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         with log.open("w") as errors:
-            done = subprocess.run(
+            process = subprocess.Popen(
                 [sys.executable, *map(str, arguments)],
                 cwd=self.folder,
                 env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
@@ -59,29 +70,26 @@ class Checker:
                 stderr=errors,
                 text=True,
             )
-            errors.write(done.stdout)
-        seconds = time.time() - began
-        self.say(f"{name}: {'done' if done.returncode == 0 else f'FAILED, see {log}'} after {seconds:.0f} s")
-        return {"seconds": round(seconds, 1), "passed": done.returncode == 0}, done.stdout
+            output = _output_of(process, limit)
+            errors.write(output)
+        seconds, passed = time.time() - began, process.returncode == 0
+        self.say(f"{name}: {'done' if passed else f'FAILED, see {log}'} after {seconds:.0f} s")
+        return {"seconds": round(seconds, 1), "passed": passed}, output
 
     def tests(self) -> dict:
         report = self.folder / "tests.xml"
-        found, _ = self.command("tests", "-m", "pytest", ROOT, "--gpu", "-q", "-n", 4, f"--junitxml={report}")
+        found, _ = self.command(
+            "tests", "-m", "pytest", ROOT, "--gpu", "-q", "-n", 6, f"--junitxml={report}", limit=150
+        )
         if report.is_file():
             counts = ElementTree.parse(report).getroot().find("testsuite").attrib
             found |= {key: int(counts[key]) for key in ("tests", "failures", "errors", "skipped")}
         return found
 
     def demo(self) -> dict:
-        """The four commands of `make demo`, on the GPU."""
-        found = {}
-        for step in ("sft", "preferences", "dpo", "sweep"):
-            found[step], _ = self.command(
-                f"demo {step}", "-m", "dera_peft.cli", step, "--config", f"configs/tiny/{step}.yaml"
-            )
-            if not found[step]["passed"]:
-                break
-        return {"passed": all(one["passed"] for one in found.values()), "steps": found}
+        """The four commands of `make demo` on the GPU, in one process, which imports torch once."""
+        found, output = self.command("demo", __file__, "--demo")
+        return found | {"steps": _json_of(output.splitlines()[-1] if output else "")}
 
     def qlora(self) -> dict:
         """A few steps of the recipe's DPO over random weights of its base's shape, on pairs of full length."""
@@ -101,50 +109,71 @@ class Checker:
 
     def generate(self) -> dict:
         """Milliseconds a token of `generate` itself, with all that the host does for a token, eager and captured."""
-        found, out = self.command("generate", __file__, "--generate")
-        return found | ({"rows": json.loads(out.splitlines()[-1])} if found["passed"] else {})
+        found, output = self.command("generate", __file__, "--generate")
+        rows = [row for row in map(_json_of, output.splitlines()) if row]
+        return found | {"rows": rows}
 
     def sweep(self) -> dict:
         """A sweep against separate calls of `generate`."""
-        found, out = self.command(
+        found, output = self.command(
             "sweep", "-m", "dera_peft.cli", "bench", "sweep", "--shape", "llama-1b", "--dtype", "bfloat16",
             "--prompts", 16, "--samples", 4, "--new", 64, "--batch", 64, "--json",
         )  # fmt: skip
-        return found | (json.loads(out) if found["passed"] else {})
+        return found | _json_of(output)
 
-    def bench(self) -> dict:
-        found = {}
-        for dtype, quantization in (("bf16", ()), ("nf4", ("--quantization", "nf4"))):
-            for engine, names, batches, rounds in (
-                ("captured", (BASE, TWICE, DERA, REFERENCE, "DeRa λ=1", TWO), "1,8,32", 3),
-                ("dynamic", (BASE, DERA, "PEFT, mixed batch"), "1,8", 1),
-            ):
-                only = [part for name in names for part in ("--only", name)]
-                status, out = self.command(
-                    f"bench {dtype} {engine}", "-m", "dera_peft.cli", "bench", "--shape", "llama-8b", "--dtype",
-                    "bfloat16", *quantization, "--batch", batches, "--prompt", 64, "--new", 24,
-                    "--rounds", rounds, "--engine", engine, *only, "--json",
-                )  # fmt: skip
-                found[f"{dtype} {engine}"] = status | (json.loads(out) if status["passed"] else {})
-        return {"passed": all(one["passed"] for one in found.values()), "runs": found}
+    def bench_nf4(self) -> dict:
+        return self.bench("bench-nf4", "--quantization", "nf4")
+
+    def bench_bf16(self) -> dict:
+        return self.bench("bench-bf16")
+
+    def eager(self) -> dict:
+        return self.bench("eager", contenders=(BASE, DERA, "PEFT, mixed batch"), engine="dynamic")
+
+    def bench(self, name: str, *options: str, contenders: tuple[str, ...] = CAPTURED, engine: str = "captured") -> dict:
+        only = [part for contender in contenders for part in ("--only", contender)]
+        found, output = self.command(
+            name, "-m", "dera_peft.cli", "bench", "--shape", "llama-8b", "--dtype", "bfloat16", *options,
+            "--batch", "1,8,32", "--prompt", 64, "--new", 16, "--rounds", 2, "--engine", engine, *only, "--json",
+        )  # fmt: skip
+        return found | _json_of(output)
+
+
+def _output_of(process: subprocess.Popen, limit: float) -> str:
+    """What a process prints to stdout until it ends; after `limit` seconds it is interrupted, and then killed."""
+    for patience, sent in ((limit, signal.SIGINT), (20, signal.SIGKILL)):
+        with suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=patience)[0]
+        process.send_signal(sent)
+    return process.communicate()[0]
+
+
+def _json_of(text: str) -> dict:
+    """The JSON object that a command has printed; nothing if it was stopped before."""
+    with suppress(json.JSONDecodeError):
+        found = json.loads(text)
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def aims(found: dict) -> list[tuple[str, str, str]]:
     """What was aimed at on an H100 or H200, and what was measured: rows of (what, aim, measured)."""
     rows = []
     for dtype in ("bf16", "nf4"):
-        run = found.get("bench", {}).get("runs", {}).get(f"{dtype} captured", {})
+        run = found.get(f"bench-{dtype}", {})
         by = {(row["contender"], row["batch"]): row for row in run.get("results", [])}
-        if not by:
-            continue
 
         def step(name: str, batch: int, by=by) -> float:
             return by[name, batch]["step_seconds"]["median"]
 
         for batch, bf16_aim in ((1, 1.12), (8, 1.08)):
+            if (DERA, batch) not in by:  # it was stopped before
+                continue
             aim = bf16_aim if dtype == "bf16" else 1.10
             ratio = step(DERA, batch) / step(TWICE, batch)
             rows.append((f"{dtype}, B = {batch}: DeRa λ=0.5, × base at 2B rows", f"≤ {aim:.2f}", f"{ratio:.2f}"))
+        if (DERA, 1) not in by:
+            continue
         ratio = step(TWO, 1) / step(DERA, 1)
         rows.append((f"{dtype}, B = 1: faster than two models, eager", "≥ 5 ×", f"{ratio:.1f} ×"))
         rows.append((f"{dtype}, B = 1: λ=0, × base", "≤ 1.01", f"{step(REFERENCE, 1) / step(BASE, 1):.2f}"))
@@ -195,7 +224,7 @@ def make_llama(folder: Path, shape: str = "llama-8b", device: str = "cuda") -> N
 
 
 def time_generate() -> None:
-    """Prints, as a line of JSON, the milliseconds a token of greedy decoding of a Llama-8B in bf16."""
+    """Prints the milliseconds a token of greedy decoding of a Llama-8B in bf16, each as a line of JSON."""
     import torch
 
     from dera_peft.bench.config import BenchedModel
@@ -211,16 +240,31 @@ def time_generate() -> None:
         torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    rows = []
     for batch in (1, 8):
         ids = torch.randint(3, 30_000, (batch, 64), device="cuda")
-        for lam, capture in ((lam, capture) for lam in (0.5, 0.0, 1.0) for capture in (False, True)):
+        for lam, capture in ((0.5, True), (0.0, True), (1.0, True), (0.5, False)):
             first = seconds(ids, lam, 40, capture)  # with the recording
             seconds(ids, lam, 8, capture)
             # both of the same prefill
             step = (seconds(ids, lam, 40, capture) - seconds(ids, lam, 8, capture)) / 32
-            rows.append({"batch": batch, "lambda": lam, "capture": capture, "step_ms": step * 1e3, "first_s": first})
-    print(json.dumps(rows))
+            row = {"batch": batch, "lambda": lam, "capture": capture, "step_ms": step * 1e3, "first_s": first}
+            print(json.dumps(row), flush=True)
+
+
+def run_demo() -> None:
+    """The commands of `make demo`, then the seconds of each as a line of JSON."""
+    from dera_peft.cli.app import main
+
+    seconds = {}
+    for step in ("sft", "preferences", "dpo", "sweep"):
+        began = time.time()
+        try:
+            main([step, "--config", f"configs/tiny/{step}.yaml"])
+        except SystemExit as end:
+            if end.code:
+                raise
+        seconds[step] = round(time.time() - began, 1)
+    print(json.dumps(seconds))
 
 
 def run_dpo(arguments: list[str]) -> None:
@@ -234,12 +278,30 @@ def run_dpo(arguments: list[str]) -> None:
     print(json.dumps(peaks))
 
 
+def run_steps(checker: Checker, steps: list[str], keep: Callable[[str, dict], None]) -> None:
+    """The steps that are asked for, in the order of `STEPS`; `keep` gets the result of each when it is there."""
+
+    def result_of(name: str) -> dict:
+        return getattr(checker, name.replace("-", "_"))()
+
+    for name in ALONE:
+        if name in steps:
+            keep(name, result_of(name))
+    with ThreadPoolExecutor() as pool:
+        running = {pool.submit(result_of, name): name for name in TOGETHER if name in steps}
+        for done in as_completed(running):
+            keep(running[done], done.result())
+
+
 def main() -> int:
     if sys.argv[1:2] == ["--make-llama"]:
         make_llama(Path(sys.argv[2]))
         return 0
     if sys.argv[1:2] == ["--generate"]:
         time_generate()
+        return 0
+    if sys.argv[1:2] == ["--demo"]:
+        run_demo()
         return 0
     if sys.argv[1:2] == ["--dpo"]:
         run_dpo(sys.argv[2:])
@@ -248,7 +310,8 @@ def main() -> int:
     parser.add_argument(
         "--output", type=Path, default=ROOT / "runs" / "gpu-check", help="folder for figures.json and the logs"
     )
-    parser.add_argument("--only", default=",".join(STEPS), help=f"steps with commas, of {', '.join(STEPS)}")
+    usual = ",".join(step for step in STEPS if step != "eager")
+    parser.add_argument("--only", default=usual, help=f"steps with commas, of {', '.join(STEPS)}")
     arguments = parser.parse_args()
     steps = arguments.only.split(",")
     if unknown := set(steps) - set(STEPS):
@@ -259,6 +322,7 @@ def main() -> int:
         print("error: there is no CUDA device here, which make gpu-check is for", file=sys.stderr)
         return 2
     from dera_peft.bench.report import environment
+    from dera_peft.files import write_atomically
 
     found: dict = {"environment": environment(torch.device("cuda"))}
     with tempfile.TemporaryDirectory() as folder:
@@ -267,14 +331,9 @@ def main() -> int:
 
         def keep(name: str, result: dict) -> None:
             found[name] = result
-            figures.write_text(json.dumps(found, indent=1, ensure_ascii=False))
+            write_atomically(figures, json.dumps(found, indent=1, ensure_ascii=False))
 
-        with ThreadPoolExecutor() as pool:
-            together = {name: pool.submit(getattr(checker, name)) for name in TOGETHER if name in steps}
-            for name, result in together.items():
-                keep(name, result.result())
-        for name in (name for name in ALONE if name in steps):
-            keep(name, getattr(checker, name)())
+        run_steps(checker, steps, keep)
     facts = found["environment"]
     print(f"\n{facts['device']}, {facts['date']}; " + ", ".join(f"{k} {v}" for k, v in facts["versions"].items()))
     for what, aim, measured in aims(found):

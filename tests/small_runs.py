@@ -21,6 +21,8 @@ COMMON = {
 }  # fmt: skip
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}
 
+PICTURES = ("plot_sweep", "plot_pareto", "write_report")  # of a sweep, in `run`
+
 
 def train(program: str, output_dir: Path, **settings) -> Path:
     """Runs `dera <program>` in this process; returns its folder."""
@@ -41,6 +43,17 @@ def write_rows(file: Path, rows: list[dict]) -> Path:
 
 def words(rng: random.Random, count: int) -> str:
     return " ".join(rng.choices(" ".join(CORPUS).split(), k=count))
+
+
+@pytest.fixture(scope="module")
+def without_pictures():
+    """Sweeps do not draw: it takes seconds. `dera sweep`'s test, the demo's and those of the report do."""
+    from dera_peft.evaluate import run  # imports matplotlib
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in PICTURES:
+            patch.setattr(run, name, lambda *arguments, **keywords: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -192,13 +192,16 @@ def _slice_size(
     """How many of the first sequences, of (prompt, completion) lengths, to take at once; at least one."""
     vocabulary = model.config.get_text_config().vocab_size
     passes = 2 if model.mixing == WEIGHTS else len(model.branches)  # whose logits are held at once
-    first_prompt, longest = lengths[0][0], 0
+    first_prompt = lengths[0][0]  # the shortest
+    whole = max(map(sum, lengths))  # what the model can read; some have no masks or biases for more, not even padded
+    longest_prompt = longest_completion = longest = 0
     for count, (prompt, completion) in enumerate(lengths, start=1):
-        longest = max(longest, prompt + completion)
+        longest_prompt, longest_completion = max(longest_prompt, prompt), max(longest_completion, completion)
+        longest = longest_prompt + longest_completion if shares else max(longest, prompt + completion)
         tokens = count * longest * passes
-        logits = count * (longest - first_prompt) * passes * vocabulary
-        is_other = shares and prompt != first_prompt  # prompts that are shared stand without padding
-        if count > 1 and (is_other or tokens > room.tokens >> halvings or logits > room.logits >> halvings):
+        logits = count * (longest_completion if shares else longest - first_prompt) * passes * vocabulary
+        is_full = longest > whole or tokens > room.tokens >> halvings or logits > room.logits >> halvings
+        if count > 1 and is_full:
             return count - 1
     return len(lengths)
 
@@ -289,7 +292,7 @@ def _log_probs(
 ) -> dict[str, torch.Tensor]:
     """
     Branch name -> log-probabilities `[N, V]` (fp32) of every token at each place of the completions; with `strengths`
-    (`[K]`), those of the mixture, under the name "". With `shares` each prompt, all of one length, is computed once.
+    (`[K]`), those of the mixture, under the name "". With `shares` each prompt is computed once.
     """
     lengths = [len(completion) for completion in completions]
     if not any(lengths):
@@ -299,36 +302,33 @@ def _log_probs(
     def plan(count: int) -> BatchPlan:
         return model.plan(None if strengths is None else strengths.expand(count, -1), count, strengths is None)
 
-    # A sequence's last token is predicted and never read. Padding stands on the right, where causal models do not see
-    # it: they need no positions, and each sequence is scored as if it were alone.
-    inputs: dict[str, Any] = {"lam": plan(len(prompts)), "use_cache": False}
     filler = padding_id(model, None)
+
+    def padded(sequences: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+        input_ids, attention_mask = pad(sequences, filler, left=False)
+        return {"input_ids": input_ids.to(model.device), "attention_mask": attention_mask.to(model.device)}
+
+    # A sequence's last token is predicted and never read. Padding stands on the right, where causal models do not see
+    # it: they need no positions, and each sequence is scored as if it were alone. Prompts that are computed once are
+    # padded on the left, as in decoding: what follows each of them begins in one column of the cache.
+    inputs: dict[str, Any] = {"lam": plan(len(prompts)), "use_cache": False}
     starts = [0] * len(prompts)
     if model.config.is_encoder_decoder:
-        input_ids, attention_mask = pad(prompts, filler, left=False)
         labels, _ = pad(completions, filler, left=False)
         inputs["decoder_input_ids"] = model.base.prepare_decoder_input_ids_from_labels(labels.to(model.device))
-    elif shares and len(prompts[0]) > 1 and len(set(map(tuple, prompts))) < len(prompts):
+        inputs |= padded(prompts)
+    elif shares and len(prompts) > 1 and max(map(len, prompts)) > 1:
         places = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        prefill = Prefill(model, list(places), plan(len(places)))
+        prefill = Prefill(model, list(places), plan(len(places)), filler)
         of = [places[tuple(prompt)] for prompt in prompts]
-        inputs.update(past_key_values=prefill.select(of, prefill.length, inputs["lam"]), use_cache=True)
-        read = [[prompt[-1], *completion[:-1]] for prompt, completion in zip(prompts, completions, strict=True)]
-        input_ids, _ = pad(read, filler, left=False)
-        attention_mask = torch.ones(len(prompts), prefill.length - 1 + input_ids.shape[1], dtype=torch.long)
+        inputs |= prefill.inputs_of(of, [completion[:-1] for completion in completions], inputs["lam"])
     else:
-        read = [[*prompt, *completion[:-1]] for prompt, completion in zip(prompts, completions, strict=True)]
-        input_ids, attention_mask = pad(read, filler, left=False)
+        inputs |= padded([[*prompt, *completion[:-1]] for prompt, completion in zip(prompts, completions, strict=True)])
         first = min(map(len, prompts)) - 1
-        inputs["logits_to_keep"] = input_ids.shape[1] - first
+        inputs["logits_to_keep"] = inputs["input_ids"].shape[1] - first
         starts = [len(prompt) - 1 - first for prompt in prompts]
     forget_lengths(model)
-    output = model(
-        input_ids.to(model.device),
-        attention_mask=attention_mask.to(model.device),
-        output_branches=strengths is None,
-        **inputs,
-    )
+    output = model(output_branches=strengths is None, **inputs)
     logits = output.branch_logits if strengths is None else {"": output.logits}
     spans = list(zip(starts, lengths, strict=True))
     log_probs = {}

@@ -1,6 +1,7 @@
 """Prompts that are computed once for many completions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -44,8 +45,8 @@ class Prefill:
     def __init__(
         self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], plan: BatchPlan | None, pad_token_id: int = 0
     ):
-        self.model, self.plan = model, plan
-        input_ids, attention_mask = pad(prompts, pad_token_id, left=True)
+        self.model, self.plan, self.filler = model, plan, pad_token_id
+        self.input_ids, self.attention_mask = input_ids, attention_mask = pad(prompts, pad_token_id, left=True)
         self.length = input_ids.shape[1]
         forget_lengths(model)
         # one token is generated and thrown away: so the base prepares positions and masks as it does for decoding
@@ -88,3 +89,33 @@ class Prefill:
         if plan is not None:
             cache.dera_pattern = plan.pattern  # pyrefly: ignore[missing-attribute] # our own mark on it
         return cache
+
+    def inputs_of(
+        self, sequences: Sequence[int], following: Sequence[Sequence[int]], plan: BatchPlan | None
+    ) -> dict[str, Any]:
+        """
+        The inputs of one forward pass, without λ, over a batch's last prompt tokens and what follows them; they are
+        made by the base's own methods, as `generate` has them made.
+
+        Args:
+            sequences: which prompt each of the batch's sequences is of.
+            following: token ids, one list per sequence, each of which may be empty; filled up on the right.
+            plan: the batch's, from `model.plan`.
+        """
+        prompts = torch.tensor(sequences)
+        # masked on the right too, where nobody looks: positions stay within what the base has
+        tokens, mask = pad(following, self.filler, left=False)
+        input_ids = torch.cat([self.input_ids[prompts], tokens], dim=1).to(self.model.device)
+        attention_mask = torch.cat([self.attention_mask[prompts], mask], dim=1).to(self.model.device)
+        position_ids = cast("Callable", self.model._prepare_position_ids_for_generation)(
+            input_ids, {"attention_mask": attention_mask}
+        )
+        return cast("Callable", self.model.prepare_inputs_for_generation)(
+            input_ids,
+            next_sequence_length=1 + tokens.shape[1],
+            is_first_iteration=True,
+            past_key_values=self.select(sequences, self.length, plan),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=True,
+        )

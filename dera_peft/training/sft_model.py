@@ -21,7 +21,9 @@ from dera_peft.checkpoint.resolve import resolve
 from dera_peft.checkpoint.source import ModelSource
 from dera_peft.checkpoint.tokenizers import load_tokenizer
 from dera_peft.engine.adapter_kinds import check_keeps_biases
+from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.names import ALIGNED, REFERENCE
+from dera_peft.engine.plan import WITHOUT_ADAPTERS
 from dera_peft.engine.quantized import keep_trainable
 from dera_peft.errors import DeRaError
 from dera_peft.training.program import OutputFolder
@@ -77,14 +79,15 @@ class SFTModel(ModelSource):
         """
         return check(self._record, self.load_arguments(), base_argument=BASE, adapter_argument=ADAPTER)
 
-    def load_to_sample(self) -> PreTrainedModel:
-        """The SFT model in evaluation mode, its adapter attached."""
+    def load_to_sample(self) -> MixtureModel:
+        """The SFT model in evaluation mode: a mixture whose branches are the same, so that it decodes without λ."""
         checked = self.check()
-        model = self._load_base(checked)
-        if self.adapter is not None:
-            model = cast("PreTrainedModel", self._attach(model, checked).get_base_model().eval())
-        end_as_trained(model, self._record, self.load_arguments())
-        return model
+        base = self._load_base(checked)
+        end_as_trained(base, self._record, self.load_arguments())
+        if self.adapter is None:
+            return MixtureModel(base.eval(), WITHOUT_ADAPTERS)
+        branches = [replace(branch, adapters=(ADAPTER_NAME,)) for branch in WITHOUT_ADAPTERS]
+        return MixtureModel(self._attach(base, checked).eval(), branches)
 
     def load_to_train(self, trainable: bool = False) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
         """

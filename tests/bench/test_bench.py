@@ -335,10 +335,11 @@ def test_the_captured_engine_on_a_gpu(quantization):
 def test_no_step_of_the_static_engine_is_compiled_in_a_measured_round(monkeypatch):
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda forward, mode, **kwargs: compile_(forward, backend="eager", **kwargs))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)  # enough for one batch size, and not for two
     source = BenchedModel(**TINY, layers=1)
     contenders = make_contenders(source.build(), [DERA, DERA_ALIGNED, ON_OFF], "static")
     before = counters["stats"]["unique_graphs"]
     graphs = []  # after the warm-up and the round of each batch size
-    for _ in measuring.measure(contenders, [1, 2, 3, 4, 5], prompt=4, new=2, rounds=1):
+    for _ in measuring.measure(contenders, [1, 2], prompt=4, new=2, rounds=1):
         graphs.append(counters["stats"]["unique_graphs"] - before)
-    assert graphs == [2, 2, 4, 4, 6, 6, 8, 8, 10, 10]
+    assert graphs == [2, 2, 4, 4]

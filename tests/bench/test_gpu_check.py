@@ -20,15 +20,31 @@ def test_figures_against_the_aims():
         row(gpu_check.DERA, 1, 9.02e-3, bandwidth_share=0.57, peak_bytes=6e9), row(gpu_check.REFERENCE, 1, 8.04e-3),
         row(gpu_check.TWO, 1, 54.12e-3, peak_bytes=12e9), row(gpu_check.TWICE, 8, 9e-3), row(gpu_check.DERA, 8, 9.9e-3),
     ]  # fmt: skip
-    runs = {"bf16 captured": {"results": rows}, "nf4 captured": {"passed": False}}
-    found = {"bench": {"runs": runs}, "qlora": {"peak_allocated": 8.25e9}}
+    found = {"bench-bf16": {"results": rows}, "bench-nf4": {"passed": False}, "qlora": {"peak_allocated": 8.25e9}}
     assert [(aim, measured) for _, aim, measured in gpu_check.aims(found)] == [
         ("≤ 1.12", "1.10"), ("≤ 1.08", "1.10"), ("≥ 5 ×", "6.0 ×"), ("≤ 1.01", "1.01"),
         ("≥ 60 %", "62%"), ("≥ 55 %", "57%"), ("9.5 GB, computed", "8.2 GB"),
     ]  # fmt: skip
-    runs["nf4 captured"] = {"results": rows}
+    found["bench-nf4"] = {"results": rows}
     assert gpu_check.aims(found)[-2][1:] == ("≤ 0.60", "0.50")
     assert gpu_check.aims({}) == []
+    stopped = {"bench-nf4": {"results": [row for row in rows if row["batch"] == 1]}}
+    assert next(what for what, *_ in gpu_check.aims(stopped)).startswith("nf4, B = 1")
+    assert len(gpu_check.aims(stopped)) == 4
+
+
+def test_each_result_is_kept_when_it_is_there(tmp_path, monkeypatch):
+    """What was never measured comes first. A command that hangs is interrupted, and what it then prints is kept."""
+    program = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('{\"results\": []}')"
+    checker = gpu_check.Checker(tmp_path, tmp_path / "logs")
+    command, kept, seen = checker.command, {}, []
+    monkeypatch.setattr(checker, "command", lambda name, *_: command(name, "-c", program, limit=2))
+    monkeypatch.setattr(checker, "generate", lambda: seen.append(list(kept)) or {"passed": True})
+    gpu_check.run_steps(checker, ["generate", "bench-nf4"], kept.__setitem__)
+    assert seen == [["bench-nf4"]]
+    assert kept["bench-nf4"]["results"] == []
+    assert kept["generate"] == {"passed": True}
+    assert 2 < kept["bench-nf4"]["seconds"] < 40
 
 
 def test_without_a_gpu_it_says_so():

@@ -52,7 +52,7 @@ def test_two_aligned_adapters_against_three_models(tiny_base, adapters):
     assert min((z_ref - z_helpful).abs().max(), (z_helpful - z_harmless).abs().max()) > 1
     h, s = (WEIGHTS[:, k, None, None] for k in (0, 1))
     expected = (1 - h - s) * z_ref + h * z_helpful + s * z_harmless
-    rows = count_rows(model.base.model.layers[5])
+    rows = count_rows(model.base.model.layers[3])
     by_name = {"helpful": WEIGHTS[:, 0].tolist(), "harmless": WEIGHTS[:, 1].tolist()}
     for lam in (WEIGHTS, by_name):
         torch.testing.assert_close(model(IDS, lam=lam).logits, expected, atol=2e-4, rtol=1e-5)
@@ -98,7 +98,7 @@ def test_reference_adapters(tiny_base, adapters, stacked):
     under = [adapters["sft"]] if stacked else []
     z_aligned = logits(tiny_base, *under, adapters["harmless"])
     assert (z_ref - z_aligned).abs().max() > 1
-    assert model.fork_layer == (3 if stacked else 0)
+    assert model.fork_layer == (2 if stacked else 0)
     for lam in (0.0, 0.4, 1.0):
         expected = (1 - lam) * z_ref + lam * z_aligned
         torch.testing.assert_close(model(IDS, lam=lam).logits, expected, atol=2e-4, rtol=1e-5)
@@ -123,7 +123,7 @@ def test_several_reference_adapters_from_a_peft_model(tiny_base, adapters):
 def test_adapters_come_and_go_on_a_live_model(tiny_base, adapters):
     model = DeRaModel.from_pretrained(tiny_base, adapters={"harmless": adapters["harmless"]})
     before = model(IDS, lam=0.4).logits
-    assert model.fork_layer == 3
+    assert model.fork_layer == 2
     model.add_adapter("helpful", adapters["helpful"])
     assert model.fork_layer == 0
     lam = {"harmless": 0.4, "helpful": 0.3}

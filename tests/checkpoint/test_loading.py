@@ -66,7 +66,7 @@ def test_an_adapter_of_another_name_and_a_frozen_one_below_it(tiny_base, tiny_ad
     )
     record.save(tmp_path / "made")
     model = DeRaModel.from_pretrained(tmp_path / "made")
-    assert model.fork_layer == 3, "the fork is where the branches differ, not where the first adapter is"
+    assert model.fork_layer == 2, "the fork is where the branches differ, not where the first adapter is"
     base = AutoModelForCausalLM.from_pretrained(tiny_base)
     z_ref = PeftModel.from_pretrained(base, tiny_adapter).merge_and_unload()(IDS).logits
     base = AutoModelForCausalLM.from_pretrained(tiny_base)

@@ -85,7 +85,7 @@ def test_subfolders_of_adapter_and_base(tiny_base, tiny_adapter, top_adapter, tm
 def test_a_base_in_a_subfolder_by_the_arguments_of_transformers(tiny_base, tiny_adapter, tmp_path):
     shutil.copytree(tiny_base, tmp_path / "bases" / "two")
     source = ModelSource(base=tmp_path / "bases", adapter=tiny_adapter, base_arguments={"subfolder": "two"})
-    assert source.config.num_hidden_layers == 6
+    assert source.config.num_hidden_layers == 4
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "a b"])

@@ -128,7 +128,7 @@ def test_the_config_is_read_once(tiny_base, tiny_adapter, monkeypatch):
     loading = loading_module.load_config
     monkeypatch.setattr(loading_module, "load_config", load_config)
     source = ModelSource.read(base=tiny_base, adapter=tiny_adapter)
-    assert source.config.num_hidden_layers == 6
+    assert source.config.num_hidden_layers == 4
     DeRaModel.from_source(source)
     assert read == [str(tiny_base)]
 

@@ -13,12 +13,12 @@ def test_a_cpu_has_its_usual_room(tiny_model):
 
 
 def test_a_gpu_has_what_is_free(tiny_model, monkeypatch):
-    """Counted by hand: 6 layers, 2 heads of 16 for keys and values, fp32, hidden size 64, 128 in the MLP."""
+    """Counted by hand: 4 layers, 2 heads of 16 for keys and values, fp32, hidden size 64, 128 in the MLP."""
     monkeypatch.setattr(type(tiny_model), "device", property(lambda self: torch.device("cuda")))
     monkeypatch.setattr(room, "free_bytes", lambda device: 48_000_000)
     found = Room.of(tiny_model)
     assert found.sequences == 256
-    assert found.cached == 24_000_000 // (2 * 6 * 2 * 16 * 4 * 2), "keys and values of both branches in half of it"
+    assert found.cached == 24_000_000 // (2 * 4 * 2 * 16 * 4 * 2), "keys and values of both branches in half of it"
     assert found.tokens == 9_600_000 // ((8 * 64 + 4 * 128) * 4)
     assert found.logits == 12_000_000 // 24
 

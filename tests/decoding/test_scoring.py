@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from compatibility import ENCODER_DECODERS
+from compatibility import BASES, ENCODER_DECODERS
 from tiny_bases import adapt, make_base
 from tiny_models import make_adapter
 from two_models import load_two
@@ -88,6 +88,33 @@ def test_a_prompt_is_computed_once_for_all_of_its_completions(tiny_base, top_ada
         close(one.log_p, other.log_p.double())
         close(one.kl, other.kl.double())
     assert shared[0].log_p.std() > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "bloom", "mpt", "deepseek_v3"])
+def test_prompts_of_different_lengths_are_shared(kind):
+    """
+    With rotary, absolute and counted positions, ALiBi, and latent attention; against two whole models. The longest
+    prompt beside the longest completion would be more than the 128 positions there are, and so is in a pass of its own.
+    """
+    base = next(base for base in BASES if base.model_type == kind)
+    reference = make_base(base)
+    peft_model = adapt(copy.deepcopy(reference), target_modules=base.targets, layers_to_transform=[2, 3])
+    models = (reference, copy.deepcopy(peft_model).merge_and_unload().eval())
+    model = DeRaModel.from_peft(peft_model)
+    prompts = [[*range(3, 118)], [9, 10, 3], [12], [9, 10, 3, 8], [5, 6, 7, 8, 9, 10, 11]] * 2
+    completions = [[20, 21, 22], [*range(40, 70)], [30, 31], [], [60], [25], [4, 5], [61, 62, 63], [7, 8, 9], [33] * 12]
+    passes = []
+    model.base.register_forward_hook(lambda *_: passes.append(1))
+    found = score(model, prompts, completions, LAM)
+    assert len(passes) == 4, "twice: one for the prompts, and one for what follows them"
+    for scored, prompt, completion in zip(found, prompts, completions, strict=True):
+        z_ref, z_aligned = by_hand(models, prompt, completion)
+        for row, lam in enumerate(LAM):
+            z = (1 - lam) * z_ref + lam * z_aligned
+            close(scored.log_p[row], expected_log_p(z, completion))
+            close(scored.kl[row], expected_kl(z, z_ref))
+    assert found[0].kl[2].min() > 0.01
 
 
 def test_a_completion_that_is_scored_alone_shares_nothing(tiny_base, tiny_adapter, monkeypatch):

@@ -68,7 +68,7 @@ def test_no_mask_is_made_for_a_batch_without_padding(tiny_base, top_adapter):
         )
     with torch.no_grad():
         model(IDS, attention_mask=torch.ones_like(IDS), lam=LAM, logits_to_keep=1)
-    assert masks == [None] * 6
+    assert masks == [None] * 4
 
 
 @pytest.mark.gpu

@@ -155,7 +155,7 @@ def test_several_adapters(tiny_base, tiny_adapter, tmp_path, device):
     adapters = {
         "a": tiny_adapter,
         "b": make_adapter(tiny_base, tmp_path / "b", seed=5),
-        "c": make_adapter(tiny_base, tmp_path / "c", seed=6, layers_to_transform=[2, 4]),
+        "c": make_adapter(tiny_base, tmp_path / "c", seed=6, layers_to_transform=[1, 3]),
     }
     sft = make_adapter(tiny_base, tmp_path / "sft", seed=7)
     model = DeRaModel.from_pretrained(tiny_base, adapters=adapters, reference=sft)
@@ -181,7 +181,7 @@ def test_four_bits(tiny_base, tiny_adapter, device, quantization):
 def test_in_bfloat16(tiny_base, top_adapter, device):
     model = DeRaModel.from_pretrained(tiny_base, top_adapter, dtype=torch.bfloat16)
     recorder = watch(model, device)
-    assert model.fork_layer == 3
+    assert model.fork_layer == 2
     assert_bit_equal(model, **padded(device), lam=LAM)
     assert recorder.replays == 9
 

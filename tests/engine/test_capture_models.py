@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from captured import LAM, OPTIONS, assert_bit_equal, padded, watch
-from compatibility import BASES, KINDS, LINEAR
+from compatibility import BASES, EXPERT_KINDS, KINDS, LINEAR
 from tiny_bases import adapt, make_base
 
 from dera_peft import DeRaModel
@@ -52,6 +52,20 @@ def test_adapter(kind, device):
         assert recorder.recordings == 0  # PEFT makes their indices on the host in each forward pass
     else:
         assert (recorder.recordings, recorder.replays) == (1, 9)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    each((kind for kind in EXPERT_KINDS if kind.base not in STAY_EAGER), lambda kind: kind.base == "mixtral"),
+    ids=lambda kind: kind.name,
+)
+def test_experts(kind, device):
+    """Each branch's tokens have experts and routers of their own."""
+    base = next(base for base in BASES if base.model_type == kind.base)
+    model = DeRaModel.from_peft(adapt(make_base(base), **kind.settings))
+    recorder = watch(model, device)
+    assert_bit_equal(model, **padded(device), lam=LAM)
+    assert recorder.replays
 
 
 @pytest.mark.parametrize("name", each(["mistral", "gpt_oss", "gemma3_text"], lambda name: name != "gemma3_text"))

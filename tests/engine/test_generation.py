@@ -114,6 +114,7 @@ def test_caches(setting, kwargs):
     assert setting.generate(**kwargs).tolist() == setting.by_hand().tolist()
 
 
+@pytest.mark.parametrize("setting", ["tiny", "top"], indirect=True)  # fork at the input, and above
 def test_the_decode_step_is_one_graph_for_every_lam(setting):
     """Compiled with a static cache: no break in the graph, and another λ with the same rows compiles nothing anew."""
     torch._dynamo.reset()
@@ -131,6 +132,7 @@ def test_the_decode_step_is_one_graph_for_every_lam(setting):
         assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("setting", ["top"], indirect=True)  # rows of both numbers
 def test_a_prefill_in_compiled_chunks_finds_its_static_cache_made(setting, monkeypatch):
     """Made in a compiled region, its buffers would not be known to be static, and a CUDA graph could not use them."""
     torch._dynamo.reset()
@@ -144,7 +146,8 @@ def test_a_prefill_in_compiled_chunks_finds_its_static_cache_made(setting, monke
         return cache
 
     monkeypatch.setattr(setting.model, "_prepare_static_cache", seen)
-    found = setting.generate(cache_implementation="static", prefill_chunk_size=3, compile_config=config)
+    chunk = -(-setting.inputs.input_ids.shape[1] // 2)  # each shape is compiled
+    found = setting.generate(cache_implementation="static", prefill_chunk_size=chunk, compile_config=config)
     assert found.tolist() == setting.by_hand().tolist()
     fork = setting.model.fork_layer  # λ = 0, 0.5, 1, 1.5: six rows
     assert rows == [4] * fork + [6] * (len(rows) - fork)

@@ -110,7 +110,7 @@ def test_rows_of_weight_zero_are_not_computed(tiny_base, tiny_adapter, top_adapt
     assert top[-1] == 8
 
     model = DeRaModel.from_pretrained(tiny_base, top_adapter)
-    assert model.fork_layer == 3
+    assert model.fork_layer == 2
     below, above = (count_rows(model.base.model.layers[index].mlp) for index in (2, 3))
     model(**inputs, lam=[0.0, 0.5, 1.0, 1.0])
     assert (below, above) == ([4], [5])

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dera_peft import DeRaError, DeRaModel
-from dera_peft.evaluate import SweepConfig, run, sweep
+from dera_peft.evaluate import SweepConfig, sweep
 
 ROWS = [{"prompt": "Rain fell", "kind": "a", "kl": 3}, {"prompt": "A fox crossed", "kind": "b", "kl": 4}]
 SETTINGS = {"lambdas": [0.0, 1.0], "samples": 2, "max_new_tokens": 4, "rewards": "length"}
@@ -22,13 +22,7 @@ def count(prompts, completions, **columns):
     return [float(text.count("e")) for text in completions]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def without_pictures():
-    """They take seconds, and have tests of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("plot_sweep", "plot_pareto", "write_report"):
-            patch.setattr(run, name, lambda *arguments, **keywords: None)
-        yield
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
 @pytest.fixture(scope="module")

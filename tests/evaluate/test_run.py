@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import PICTURES
 from tiny_models import make_adapter
 from two_models import load_two
 
 from dera_peft import DeRaError
 from dera_peft.checkpoint.record import Record
-from dera_peft.evaluate import SweepConfig, run, sweep, worker
+from dera_peft.evaluate import SweepConfig, sweep, worker
 from dera_peft.evaluate.arms import fine_grid
 from dera_peft.evaluate.rows import Key
 from dera_peft.evaluate.run import _own_indices
@@ -37,14 +38,7 @@ def judge(prompts, pairs):
 """
 
 
-PICTURES = ("plot_sweep", "plot_pareto", "write_report")
-
-
-@pytest.fixture(autouse=True)
-def without_pictures(monkeypatch):
-    """They take seconds, and have tests of their own; `dera sweep`'s test draws them."""
-    for name in PICTURES:
-        monkeypatch.setattr(run, name, lambda *arguments, **keywords: None)
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
 @pytest.fixture

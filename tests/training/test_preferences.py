@@ -9,11 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from captured import watch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dera_peft import DeRaError, progress
 from dera_peft.checkpoint import devices
+from dera_peft.decoding.batching import decode
+from dera_peft.decoding.requests import Request
+from dera_peft.decoding.sampling import Sampling
 from dera_peft.training import preferences
 from dera_peft.training.preference_rows import PreferenceReader
 from dera_peft.training.sft_model import SFTModel
@@ -304,7 +308,26 @@ def test_a_quantized_base_samples_other_texts(files, base):
     make(files, base, "nf4", "--quantization", "nf4")
     assert completions(files / "full") != completions(files / "nf4")
     model = SFTModel(base=str(base), quantization="nf4").load_to_sample()
-    assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
+    assert type(model.base.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_steps_of_the_sft_model_are_captured_and_draw_what_transformers_and_peft_do(base, sft_adapter, adapted):
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    if adapted:
+        plain = PeftModel.from_pretrained(plain, sft_adapter).eval().get_base_model()
+    model = SFTModel(base=str(base), adapter=str(sft_adapter) if adapted else None).load_to_sample()
+    model.capture, recorder = True, watch(model, torch.device("cpu"))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    prompts = [tokenizer(text).input_ids for text in ("A fox crossed", "Rain fell on the market")]
+    requests = [Request(index, None, sample) for index in range(2) for sample in range(4)]
+    drawn = []
+    for one in (plain, model):
+        batches = decode(one, tokenizer, prompts, requests, Sampling(max_new_tokens=12))
+        drawn.append({each.request: each.tokens for batch in batches for each in batch})
+    assert drawn[0] == drawn[1]
+    assert len(set(map(tuple, drawn[0].values()))) > 4
+    assert recorder.replays
 
 
 def test_no_pair_at_all_is_an_error_after_the_table(files, base, capsys):

@@ -142,7 +142,7 @@ def keys_of(file: Path) -> dict:
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "tiny"])  # which test_recipe.py runs
-def test_a_recipe_runs_end_to_end(recipe, hub, tmp_path, monkeypatch):
+def test_a_recipe_runs_end_to_end(recipe, hub, without_pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     folder = ROOT / "configs" / recipe
     base = make_base(recipe, tmp_path / "base")

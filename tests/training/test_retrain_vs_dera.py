@@ -65,7 +65,7 @@ def read(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_it_trains_decodes_compares_and_reuses(example, recipe, tmp_path, capsys):
+def test_it_trains_decodes_compares_and_reuses(example, recipe, without_pictures, tmp_path, capsys):
     output = tmp_path / "out"
     arguments = [
         "--recipe", str(recipe), "--lambda", "0.5", "2", "--beta", "0.2", "--steps", "2", "--samples", "2",
