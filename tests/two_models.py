@@ -136,3 +136,32 @@ class RuledModels(TwoModels):
             rows.append(z.float())
             self.chosen.append(chosen)
         return CausalLMOutput(logits=torch.stack(rows)[:, None])
+
+
+class TwoPrompts(TwoModels):
+    """
+    Two whole models with a prompt each, and the same tokens behind them; for `generate` with `use_cache=False`.
+
+    Args:
+        width: the aligned model's prompts' length, behind which what it is given has new tokens.
+        prompts: the reference's, `{"input_ids": [rows, S], "attention_mask": [rows, S]}`, whatever its length S.
+    """
+
+    def __init__(self, reference, aligned, lam, width: int, prompts: dict[str, torch.Tensor]):
+        super().__init__(reference, aligned, lam)
+        self.width, self.prompts = width, prompts
+
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        ids_ref = torch.cat([self.prompts["input_ids"], input_ids[:, self.width :]], dim=1)
+        mask_ref = torch.cat([self.prompts["attention_mask"], mask[:, self.width :]], dim=1)
+        z_ref, z_aligned = last_logits(self.reference, ids_ref, mask_ref), last_logits(self.aligned, input_ids, mask)
+        return CausalLMOutput(logits=(1 - self.lam) * z_ref + self.lam * z_aligned)
+
+
+def last_logits(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """`[B, 1, V]`, of whole sequences, each with positions of its own."""
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids(attention_mask)}
+    if "position_ids" not in inspect.signature(type(model).forward).parameters:
+        del inputs["position_ids"]
+    return model(**inputs, use_cache=False).logits[:, -1:]

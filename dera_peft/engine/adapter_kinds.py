@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 
-from peft import LoraConfig, PeftConfig, PeftType
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType
+from transformers import PreTrainedModel
 
+from dera_peft.engine.names import ALIGNED
+from dera_peft.engine.plan import Branch, make_branches
 from dera_peft.errors import DeRaError
 
 # Initialisations that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, ...) change the base's own
@@ -78,3 +81,34 @@ def check_one_has_biases(adapter: str, configs: Sequence[LoraConfig]) -> None:
             f"adapter={adapter!r}: bias={biased[0]!r} goes together with no second such adapter in a model, and with "
             "no modules_to_save; train with bias='none'."
         )
+
+
+def read_branches(
+    peft_model: PeftModel, adapter: str | Sequence[str] | None, reference: str | Sequence[str], stacked: bool
+) -> list[Branch]:
+    """
+    The branches of what a trainer holds; arguments and errors are those of `MixtureModel.from_peft`.
+    """
+    if not isinstance(peft_model, PeftModel):
+        raise DeRaError(
+            f"from_peft takes a PeftModel, and this is a {type(peft_model).__name__}: give what get_peft_model or "
+            "PeftModel.from_pretrained returns."
+        )
+    if not isinstance(peft_model.get_base_model(), PreTrainedModel):
+        kind = type(peft_model.get_base_model()).__name__
+        raise DeRaError(f"from_peft takes a PeftModel of a model of transformers, and its base is a {kind}.")
+    reference = [reference] if isinstance(reference, str) else list(reference)
+    names = list(peft_model.peft_config)
+    others = [name for name in names if name not in reference]
+    if adapter is None and len(others) != 1:
+        raise DeRaError(f"the PeftModel has the adapters {names}: say which is the aligned one with adapter=.")
+    adapter = others[0] if adapter is None else adapter
+    aligned = {ALIGNED: adapter} if isinstance(adapter, str) else {name: name for name in adapter}
+    for name in (*reference, *aligned.values()):
+        if name not in names:
+            raise DeRaError(f"adapter={name!r} is not in the PeftModel; it has {names}.")
+        check_adapter_kind(name, peft_model.peft_config[name])
+    for name, config in peft_model.peft_config.items():  # also of those that are not used: they share the biases
+        assert isinstance(config, LoraConfig)  # as the ones that are used: a PeftModel's adapters are of one kind
+        check_keeps_biases(name, config)
+    return make_branches(reference, aligned, stacked)

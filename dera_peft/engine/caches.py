@@ -21,8 +21,11 @@ def claim_cache(cache: Cache, plan: BatchPlan, fork_layer: int) -> None:
     filled = getattr(cache, "dera_pattern", None)
     if filled == plan.pattern:
         return
+    first = plan.first_forked(fork_layer)
     others = [
-        layer for index, layer in _layers(cache) if not _rows(layer) <= {plan.rows_at(is_forked=index >= fork_layer)}
+        layer
+        for index, layer in _layers(cache)
+        if not _rows(layer) <= {plan.num_rows if index >= first else plan.batch_size}
     ]
     # a static cache's length is on the device, and is only asked for where it matters
     if (others or filled is not None) and not _is_empty(cache):

@@ -79,8 +79,8 @@ def find_fork_layer(base: PreTrainedModel, branches: Sequence[Branch], adapted: 
 
 def check_inputs(inputs: dict, plan: BatchPlan, batch_size: int, output_branches: bool) -> None:
     """Raises `DeRaError` where a forward pass is given what is not of its plan's rows."""
-    if plan.batch_size != batch_size:
-        raise DeRaError(f"lam is planned for {plan.batch_size} sequences, and the batch has {batch_size}.")
+    if plan.num_inputs != batch_size:
+        raise DeRaError(f"lam is planned for {plan.num_inputs} sequences, and the batch has {batch_size}.")
     if output_branches and not plan.every_branch:
         raise DeRaError("output_branches=True needs a plan made with every_branch=True.")
     if "encoder_outputs" in inputs and inputs["encoder_outputs"][0].shape[0] != plan.num_rows:

@@ -1,10 +1,10 @@
 """transformers' `generate` over branches: the rows are planned once per call, from λ, and fixed for the call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationMode
 
@@ -14,12 +14,14 @@ from dera_peft.engine.capture import CapturedCache, Captures
 from dera_peft.engine.fork import has_text_part
 from dera_peft.engine.padding import num_rows, padding_id, readable
 from dera_peft.engine.plan import BatchPlan
+from dera_peft.engine.prompt_rows import PromptRowsMixin
+from dera_peft.engine.prompts import PromptPlan, RowPrompts, check_goes_with_prompts
 from dera_peft.engine.turns import in_turn
 from dera_peft.engine.wiring import Wiring
 from dera_peft.errors import DeRaError
 
 STRENGTH = ("lam", "combine", "lambda_schedule")
-OWN = (*STRENGTH, "output_branches")
+OWN = (*STRENGTH, "output_branches", "reference_inputs")
 
 # What a generation config says of the model, its cache and the length, and not of how tokens are drawn or returned.
 OF_THE_MODEL = {
@@ -43,7 +45,13 @@ def plain_generation(**settings: Any) -> dict[str, Any]:
     return {**PLAIN_GENERATION, **settings}
 
 
-class MixtureGenerationMixin(GenerationMixin):
+def _take_negative(kwargs: dict[str, Any]) -> dict[str, torch.Tensor] | None:
+    """transformers' negative prompt out of the arguments of `generate`; without a mask nothing of it is padding."""
+    ids, mask = (kwargs.pop(f"negative_prompt_{name}", None) for name in ("ids", "attention_mask"))
+    return None if ids is None else {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}
+
+
+class MixtureGenerationMixin(PromptRowsMixin):
     """
     What a `MixtureModel` does otherwise than other models when it generates.
 
@@ -70,7 +78,13 @@ class MixtureGenerationMixin(GenerationMixin):
         @property
         def fork_layer(self) -> int: ...
         def plan(
-            self, lam: Any, batch_size: int, every_branch: bool = ..., combine: Any = ..., lambda_schedule: Any = ...
+            self,
+            lam: Any,
+            batch_size: int,
+            every_branch: bool = ...,
+            combine: Any = ...,
+            lambda_schedule: Any = ...,
+            by_prompt: bool = ...,
         ) -> BatchPlan: ...
         def _check_wrapped(self) -> None: ...
 
@@ -82,6 +96,7 @@ class MixtureGenerationMixin(GenerationMixin):
         lam: Any = None,
         combine: Any = None,
         lambda_schedule: Any = None,
+        reference_inputs: Mapping[str, torch.Tensor] | None = None,
         capture: bool | None = None,
         **kwargs,
     ):
@@ -98,16 +113,20 @@ class MixtureGenerationMixin(GenerationMixin):
                 (DeRa), "plausible:0.1", "aad:0.1", "kl:0.05", "kl_total:5" or "jsd"; or a list, one for each prompt.
             lambda_schedule: in λ's place, λ by the position of a new token, as {0: 2.0, 20: 1.0}; or a list of them,
                 None for a prompt whose λ stays.
+            reference_inputs: `{"input_ids": …, "attention_mask": …}`, prompts that the reference reads in place of
+                `inputs`, which are then the aligned branches' alone; of any length, padded on the left. All branches
+                read the tokens that follow. What is returned begins with `inputs`. transformers' `guidance_scale`, with
+                `negative_prompt_ids`, is another way to say both: the scale is λ, and the negative prompt (or without
+                one the last token of `inputs`) the reference's.
             capture: whether decoding steps are recorded once as a CUDA graph and replayed for each token, which is
                 several times as fast for small batches; the model's `capture` unless given. Where it can't be done (on
                 a CPU, with beams, offloaded weights, LLM.int8(), recurrent states) the steps are computed as ever; to
                 whom asked for it with True, a warning says why, once.
 
         Raises:
-            DeRaError: λ, a rule or a schedule does not fit; the base has no row for a token; or what is asked for makes
-                forward passes of its own that know no λ (`guidance_scale`, drafts by another model or by some of the
-                layers, continuous batching), or can't keep what a rule has come to (prompt lookup, beams without a
-                cache).
+            DeRaError: λ, a rule, a schedule or `reference_inputs` does not fit; the base has no row for a token; or
+                what is asked for makes passes of its own that know no λ (drafts by another model or by some of the layers,
+                continuous batching), or can't keep what a rule has come to (prompt lookup, beams without a cache).
         """
         self._check_wrapped()
         given = kwargs.get("input_ids") if inputs is None else inputs
@@ -116,9 +135,11 @@ class MixtureGenerationMixin(GenerationMixin):
             inputs = input_ids
         elif given is not None:
             kwargs["input_ids"] = input_ids
+        negative = _take_negative(kwargs)
+        own = {"reference_inputs": reference_inputs, "negative_inputs": negative, "prompt": input_ids}
         with self._captures.call(self.capture if capture is None else capture):
             strength = {"lam": lam, "combine": combine, "lambda_schedule": lambda_schedule}
-            output = super().generate(inputs, *args, **strength, **kwargs)  # pyrefly: ignore[bad-argument-type]
+            output = super().generate(inputs, *args, **strength, **own, **kwargs)  # pyrefly: ignore[bad-argument-type]
             cache = self._captures.current
             if cache is not None and not isinstance(output, torch.Tensor):  # the next call will overwrite the cache
                 output.past_key_values = cache.as_dynamic(self.config.get_text_config(decoder=True))
@@ -130,9 +151,30 @@ class MixtureGenerationMixin(GenerationMixin):
     def _prepare_generation_config(self, generation_config, **kwargs):
         # taken out first: a generation config that has a `lam` of its own would swallow the argument
         strength = {name: kwargs.pop(name, None) for name in STRENGTH}
+        reference, negative, prompt = (
+            kwargs.pop(name, None) for name in ("reference_inputs", "negative_inputs", "prompt")
+        )
         generation_config, model_kwargs = super()._prepare_generation_config(  # pyrefly: ignore[bad-argument-type]
             generation_config, **kwargs
         )
+        scale = generation_config.guidance_scale
+        generation_config.guidance_scale = None  # for which transformers would compute passes of its own
+        if scale not in (None, 1):
+            for name, value in (("lam", strength["lam"]), ("reference_inputs", reference)):
+                if value is not None:
+                    raise DeRaError(f"guidance_scale={scale!r} and {name} say the same in two ways: give one of them.")
+            if negative is None and (prompt is None or self.config.is_encoder_decoder):
+                raise DeRaError(f"guidance_scale={scale!r} needs negative_prompt_ids here.")
+            strength["lam"], reference = scale, {"input_ids": prompt[:, -1:]} if negative is None else negative
+        elif scale is None and negative is not None:
+            raise DeRaError("negative_prompt_ids needs the guidance_scale with which it is mixed.")
+        if isinstance(lam := strength["lam"], BatchPlan) and lam.reads_rows != (reference is not None):
+            raise DeRaError(f"lam is a plan of by_prompt={lam.reads_rows}; reference_inputs goes with one of True.")
+        if reference is not None:
+            if generation_config.token_healing:
+                raise DeRaError("token_healing=True does not go together with reference_inputs: it changes one prompt.")
+            check_goes_with_prompts(model_kwargs)
+            model_kwargs["reference_inputs"] = reference
         for name, value in strength.items():
             model_kwargs[name] = getattr(generation_config, name, None) if value is None else value
         pad = generation_config.pad_token_id
@@ -143,9 +185,6 @@ class MixtureGenerationMixin(GenerationMixin):
         return generation_config, model_kwargs
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
-        scale = generation_config.guidance_scale
-        if scale is not None and scale != 1:
-            raise DeRaError(f"guidance_scale={scale!r} is not supported: its own forward pass is not given λ.")
         if generation_mode_kwargs.get("assistant_model") is not None:
             raise DeRaError("assistant_model is not supported: it is not given λ; prompt_lookup_num_tokens is.")
         for name in ("assistant_early_exit", "use_mtp"):
@@ -163,7 +202,9 @@ class MixtureGenerationMixin(GenerationMixin):
         lam, combine, schedule = (model_kwargs.pop(name, None) for name in STRENGTH)
         plan = lam
         if not isinstance(lam, BatchPlan):
-            plan = self.plan(lam, batch_size, bool(model_kwargs.get("output_branches")), combine, schedule)
+            by_prompt = model_kwargs.get("reference_inputs") is not None
+            every_branch = bool(model_kwargs.get("output_branches"))
+            plan = self.plan(lam, batch_size, every_branch, combine, schedule, by_prompt)
         elif not (combine is None and schedule is None):
             raise DeRaError("combine, lambda_schedule: the plan that lam is has its rules; give them to plan().")
         model_kwargs["lam"] = plan
@@ -173,6 +214,10 @@ class MixtureGenerationMixin(GenerationMixin):
         assert input_ids is not None  # as generate calls it
         plan = self._plan_of(model_kwargs, input_ids.shape[0])
         del model_kwargs["lam"]
+        if (reference := model_kwargs.pop("reference_inputs", None)) is not None:
+            assert isinstance(plan, PromptPlan)
+            rows = RowPrompts.of(self.base, plan, input_ids, model_kwargs.get("attention_mask"), reference)
+            model_kwargs["row_prompts"] = rows.expand(expand_size)
         if (cache := model_kwargs.get("past_key_values")) is not None:
             claim_cache(cache, plan.expand(expand_size), self.fork_layer)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(  # pyrefly: ignore[bad-argument-type]
@@ -203,17 +248,19 @@ class MixtureGenerationMixin(GenerationMixin):
         """The encoder runs before anything expands: once, on the branches' rows, which then expand as sequences do."""
         plan = self._plan_of(model_kwargs, inputs_tensor.shape[0])
         own = {name: model_kwargs.pop(name) for name in OWN if name in model_kwargs}
-        self._wiring.routing.start(plan, inputs_tensor.shape[1])
+        if (reference := own.pop("reference_inputs", None)) is None:
+            rows = plan.fork(inputs_tensor)
+        else:
+            assert isinstance(plan, PromptPlan)
+            prompts = RowPrompts.of(self.base, plan, inputs_tensor, model_kwargs.get("attention_mask"), reference)
+            rows, model_kwargs["attention_mask"] = prompts.ids, prompts.mask
+        self._wiring.routing.start(plan, rows.shape[1])
         forked = super()._prepare_text_encoder_decoder_kwargs_for_generation(  # pyrefly: ignore[bad-argument-type]
-            plan.fork(inputs_tensor), self._wiring.fork(model_kwargs), model_input_name, generation_config
+            rows, self._wiring.fork(model_kwargs), model_input_name, generation_config
         )
         return {**model_kwargs, **own, "encoder_outputs": forked["encoder_outputs"]}
 
     # Properties, since transformers reads from the signatures which inputs a model takes.
-    @property
-    def prepare_inputs_for_generation(self) -> Callable:  # pyrefly: ignore[bad-override]
-        return cast("Callable", self.base.prepare_inputs_for_generation)
-
     @property
     def _prepare_position_ids_for_generation(self) -> Callable:  # pyrefly: ignore[bad-override]
         return cast("Callable", self.base._prepare_position_ids_for_generation)
@@ -242,7 +289,7 @@ class MixtureGenerationMixin(GenerationMixin):
         plan = self._wiring.routing.plan
         if plan.combiner is not None:
             plan.combiner.reorder(beam_idx)
-        select_rows(past_key_values, beam_idx, self.fork_layer, plan)
+        select_rows(past_key_values, beam_idx, plan.first_forked(self.fork_layer), plan)
         return past_key_values
 
     def _prepare_cache_for_generation(
@@ -257,6 +304,8 @@ class MixtureGenerationMixin(GenerationMixin):
         if (combiner := model_kwargs["lam"].combiner) is not None:
             combiner.prepare(generation_config, generation_mode)
         captures = self._captures
+        if (prompts := model_kwargs.get("row_prompts")) is not None:  # longer, perhaps, than the sequences' own
+            max_cache_length += max(0, prompts.ids.shape[1] - prompts.width)
         if captures.wants(captures.asked, self.device):
             reason = self._why_not_captured() or why_not_call(generation_config, generation_mode, cache)
             if reason is None:
@@ -320,7 +369,7 @@ class MixtureGenerationMixin(GenerationMixin):
         plan = model_kwargs["lam"]
         heads, sizes = ([size] * len(cache.layers) if isinstance(size, int) else size for size in shape)
         for index, (layer, num_heads, head_dim) in enumerate(zip(cache.layers, heads, sizes, strict=True)):
-            rows = plan.batch_size if index < self.fork_layer else plan.num_rows
+            rows = plan.batch_size if index < plan.first_forked(self.fork_layer) else plan.num_rows
             if layer.supports_early_init:
                 empty = torch.empty(rows, num_heads, 0, head_dim, dtype=self.dtype, device=self.device)
                 layer.lazy_initialization(empty, empty)  # pyrefly: ignore[missing-attribute] # DummyLayer supports no such

@@ -5,23 +5,24 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, cast
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch import nn
 from transformers import CompileConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import slice_logits_to_keep
 
-from dera_peft.engine.adapter_kinds import check_adapter_kind, check_keeps_biases
+from dera_peft.engine.adapter_kinds import read_branches
 from dera_peft.engine.biases import hand_over_biases
 from dera_peft.engine.caches import claim_cache
 from dera_peft.engine.capture import CapturedStep, Captures
 from dera_peft.engine.fork import check_inputs, check_media, has_text_part, own_adapters
 from dera_peft.engine.generation import MixtureGenerationMixin
 from dera_peft.engine.lora import Adapted
-from dera_peft.engine.names import ALIGNED, LOGITS, REFERENCE, WEIGHTS
+from dera_peft.engine.names import LOGITS, REFERENCE, WEIGHTS
 from dera_peft.engine.output import MixtureOutput
 from dera_peft.engine.padding import fill_padding, num_rows
-from dera_peft.engine.plan import BatchPlan, Branch, WeightPlan, check_default_lam, make_branches
+from dera_peft.engine.plan import BatchPlan, Branch, WeightPlan, check_default_lam
+from dera_peft.engine.prompts import PromptPlan, check_whole
 from dera_peft.engine.quantized import keep_trainable
 from dera_peft.engine.strength import check_one_branch, check_rules, read_strength
 from dera_peft.engine.turns import in_turn
@@ -112,6 +113,7 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         lam: Any = None,
         combine: Any = None,
+        reference_inputs: Mapping[str, torch.Tensor] | None = None,
         output_branches: bool = False,
         output_log_z: bool = False,
         return_dict: bool = True,
@@ -122,9 +124,12 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
 
         Args:
             input_ids: `[B, S]`.
-            lam: λ (see the class), or a `BatchPlan` from `plan`.
+            lam: λ (see the class), or a `BatchPlan` from `plan`. A plan of prompts (`by_prompt=True`) is one of the
+                branches' rows, which then are what is given: `input_ids` is `[R, S]`.
             combine: the rule by which the branches' logits become one (see `plan`), of each place by itself. The logits
                 are in fp32 then.
+            reference_inputs: as in `generate`, what the reference reads: its prompt, and behind it the same tokens that
+                stand at the end of `input_ids`. The logits are those of the last columns, as many as both have.
             output_branches: also return each branch's logits, all of them at any λ.
             output_log_z: also return what normalizes the mixture of the branches' probabilities.
 
@@ -133,6 +138,15 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
                 branches have (hidden states, attentions), or the rule is one of whole completions, or can't be trained.
         """
         self._check_wrapped()
+        if reference_inputs is not None:
+            kwargs.update(past_key_values=past_key_values, position_ids=position_ids, inputs_embeds=inputs_embeds)
+            given = {"attention_mask": attention_mask, "labels": labels, **kwargs}
+            input_ids, plan = check_whole(input_ids, given), lam
+            if not isinstance(lam, BatchPlan):
+                plan = self.plan(lam, input_ids.shape[0], output_branches, combine, by_prompt=True)
+            check_rules(plan, lam, combine, labels)
+            rows = self._rows_with_prompts(input_ids, given, reference_inputs, logits_to_keep, plan)
+            return self.forward(**rows, use_cache=use_cache, output_branches=output_branches, return_dict=return_dict)
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name):
                 raise DeRaError(f"{name}=True: the branches have their own, which DeRaModel does not return.")
@@ -191,26 +205,37 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
         return output if return_dict else output.to_tuple()
 
     def plan(
-        self, lam: Any, batch_size: int, every_branch: bool = False, combine: Any = None, lambda_schedule: Any = None
+        self,
+        lam: Any,
+        batch_size: int,
+        every_branch: bool = False,
+        combine: Any = None,
+        lambda_schedule: Any = None,
+        by_prompt: bool = False,
     ) -> BatchPlan:
         """
         The rows for `batch_size` sequences at `lam`; can be given to `forward` as its `lam` any number of times.
 
         Args:
+            every_branch: compute all branches for all sequences, also at weight zero.
             combine: a rule (`engine.rules`, `engine.combine`) as "kl:0.05", or one for each sequence.
             lambda_schedule: λ by the position of a new token, as {0: 2.0, 20: 1.0}, or one for each sequence.
+            by_prompt: for branches with prompts of their own (`reference_inputs`), whose rows `forward` is given.
 
         Raises:
             DeRaError: one of them does not fit; or there is one where no branch differs from another.
         """
-        if not self.branches_differ:
+        if not self.branches_differ and not by_prompt:
             check_one_branch(lam, combine, lambda_schedule, every_branch)
             lam = dict.fromkeys(self.aligned, 1.0)
         strength = read_strength(lam, combine, lambda_schedule, batch_size, self.aligned, self.mixing, self.lam)
         lam, rules = strength
         if self.mixing == WEIGHTS:
+            if by_prompt:
+                raise DeRaError(f"mixing={WEIGHTS!r} has one row a sequence, which can't have two prompts: mix logits.")
             return WeightPlan(self.branches, lam, self.device, every_branch)
-        return BatchPlan(self.branches, lam, self.device, every_branch, rules)
+        kind = PromptPlan if by_prompt else BatchPlan
+        return kind(self.branches, lam, self.device, every_branch, rules)
 
     def _loss(self, logits: torch.Tensor, labels: torch.LongTensor, kwargs: dict) -> torch.Tensor:
         if self.config.is_encoder_decoder:  # labels are the decoder's outputs, not its inputs
@@ -253,30 +278,9 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
             DeRaError: an adapter is not there, or is of a kind that can't be switched off row by row; or the model is
                 to be trained, and its 4-bit weights can't be trained through any more.
         """
-        if not isinstance(peft_model, PeftModel):
-            raise DeRaError(
-                f"from_peft takes a PeftModel, and this is a {type(peft_model).__name__}: give what get_peft_model or "
-                "PeftModel.from_pretrained returns."
-            )
-        if not isinstance(peft_model.get_base_model(), PreTrainedModel):
-            kind = type(peft_model.get_base_model()).__name__
-            raise DeRaError(f"from_peft takes a PeftModel of a model of transformers, and its base is a {kind}.")
-        reference = [reference] if isinstance(reference, str) else list(reference)
-        names = list(peft_model.peft_config)
-        others = [name for name in names if name not in reference]
-        if adapter is None and len(others) != 1:
-            raise DeRaError(f"the PeftModel has the adapters {names}: say which is the aligned one with adapter=.")
-        adapter = others[0] if adapter is None else adapter
-        aligned = {ALIGNED: adapter} if isinstance(adapter, str) else {name: name for name in adapter}
-        for name in (*reference, *aligned.values()):
-            if name not in names:
-                raise DeRaError(f"adapter={name!r} is not in the PeftModel; it has {names}.")
-            check_adapter_kind(name, peft_model.peft_config[name])
-        for name, config in peft_model.peft_config.items():  # also of those that are not used: they share the biases
-            assert isinstance(config, LoraConfig)  # as the ones that are used: a PeftModel's adapters are of one kind
-            check_keeps_biases(name, config)
+        branches = read_branches(peft_model, adapter, reference, stacked)
         keep_trainable(peft_model)
-        return cls(peft_model, make_branches(reference, aligned, stacked), lam, mixing)
+        return cls(peft_model, branches, lam, mixing)
 
     @in_turn
     def unwrap(self) -> PeftModel | PreTrainedModel:

@@ -136,6 +136,9 @@ class BatchPlan:
     zero (for every sequence with `every_branch`). The join is z[b] = Σ_k weights[b, k] · z_k[b], for which the weights
     of a sequence sum to one: z_λ = (1-Σλ_k)·z_ref + Σ λ_k·z_k (Liu et al., arXiv 2402.02992).
 
+    Attributes:
+        reads_rows: whether a forward pass is given the R rows themselves, and not one for each sequence.
+
     Args:
         branches: K+1 branches, the reference first.
         lam: `[B, K]` float64, from `read_lam`.
@@ -143,6 +146,8 @@ class BatchPlan:
         every_branch: compute all branches for all sequences, also at weight zero.
         rules: of the sequences, where not all are joined by this sum at a λ that stays.
     """
+
+    reads_rows = False
 
     def __init__(
         self,
@@ -181,7 +186,8 @@ class BatchPlan:
             rows = torch.where(computed.T.to(self.device), self.row_of, self.row_of.flip(0))
             follow = [(self.branches.index(each.branch), each.sequences, each.weights) for each in self.segments]
             self.combiner = Combiner(rules, weights[:, 1], rows, follow)
-        self.pattern = tuple(map(tuple, computed.tolist()))  # two plans with one pattern can share a KV cache
+        # two plans with one pattern can share a KV cache
+        self.pattern: tuple[tuple, ...] = tuple(map(tuple, computed.tolist()))
 
         source = torch.cat([segment.sequences for segment in self.segments])
         self.is_identity = len(self.segments) == 1 and len(source) == self.batch_size
@@ -198,7 +204,7 @@ class BatchPlan:
 
     def copy(self) -> "BatchPlan":
         """The same plan in tensors of its own, at the start of its completions."""
-        return BatchPlan(self.branches, self.lam, self.device, self.every_branch, self.rules)
+        return type(self)(self.branches, self.lam, self.device, self.every_branch, self.rules)
 
     def take_lam(self, other: "BatchPlan") -> None:
         """Becomes `other`, of the same structure, in the tensors that it has: they may be part of a recorded step."""
@@ -218,7 +224,7 @@ class BatchPlan:
             return self
         rules = None if self.rules is None else self.rules.repeat(repeats)
         lam = self.lam.repeat_interleave(repeats, dim=0)
-        return BatchPlan(self.branches, lam, self.device, self.every_branch, rules)
+        return type(self)(self.branches, lam, self.device, self.every_branch, rules)
 
     @property
     def token_lambda(self) -> torch.Tensor | None:
@@ -231,9 +237,14 @@ class BatchPlan:
         """What joins the branches' logits, where a rule needs those of both."""
         return None if self.rules is None or self.rules.is_linear else self.combiner
 
-    def rows_at(self, is_forked: bool) -> int:
-        """The number of rows behind the fork, or before it."""
-        return self.num_rows if is_forked else self.batch_size
+    @property
+    def num_inputs(self) -> int:
+        """The number of rows that a forward pass is given."""
+        return self.num_rows if self.reads_rows else self.batch_size
+
+    def first_forked(self, fork_layer: int) -> int:
+        """The first layer that computes the branches' rows, of a model that forks before `fork_layer`."""
+        return 0 if self.reads_rows else fork_layer
 
     def runs(self, adapters: frozenset[str]) -> list[tuple[slice, "BatchPlan"]]:
         """

@@ -74,7 +74,9 @@ class Prefill:
         if plan is not None:
             assert self.plan is not None  # a model with λ has plans here and there
             by_row = plan.rows_in(self.plan, by_sequence.to(plan.device))
-        first_forked = self.model.fork_layer if isinstance(self.model, MixtureModel) else 0
+        first_forked = 0
+        if isinstance(self.model, MixtureModel) and plan is not None:
+            first_forked = plan.first_forked(self.model.fork_layer)
         cache = None
         if isinstance(self.model, MixtureModel) and plan is not None and new_tokens is not None:
             cache = self.model.captured_cache(plan, length + new_tokens)

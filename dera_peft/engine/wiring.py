@@ -92,6 +92,8 @@ class Wiring:
 
     def fork(self, inputs: Any) -> Any:
         """`inputs` (a nest of tuples, lists and dicts) with every `[B, ...]` tensor as `[R, ...]`."""
+        if self.routing.plan.reads_rows:
+            return inputs
         return fork_inputs(inputs, self.routing.plan, self._num_heads, self.routing.forked)
 
     def _fork_hidden_states(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
