@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 from dera_peft.checkpoint.end_tokens import configured_end_tokens
 from dera_peft.decoding.lambdas import Lambda, covering
 from dera_peft.decoding.memory import Attempt, go_on_with_half
+from dera_peft.decoding.pairs import PromptPairs
 from dera_peft.decoding.requests import Completion, Request
 from dera_peft.decoding.room import Room
 from dera_peft.decoding.sampling import Sampling
@@ -25,6 +26,7 @@ from dera_peft.engine.noise import row_key
 from dera_peft.engine.padding import check_have_rows, pad, padding_id
 from dera_peft.engine.plan import BatchPlan
 from dera_peft.engine.prefill import Prefill, can_be_shared
+from dera_peft.engine.prompts import longest, tokens_of_reference
 from dera_peft.engine.rules import LINEAR, Rules, read_rule
 from dera_peft.engine.samples import ExactSample
 from dera_peft.errors import DeRaError
@@ -57,6 +59,7 @@ def decode(
     *,
     batch_tokens: int | None = None,
     particles: int | None = None,
+    reference_prompts: Sequence[Sequence[int]] | Mapping[int, Sequence[int]] | None = None,
 ) -> Iterator[list[Completion]]:
     """
     Yields each batch of completions as it is finished. A batch mixes λ freely; each row pays for the branches it needs.
@@ -69,7 +72,8 @@ def decode(
 
     Args:
         prompts: token ids by prompt index, from `prompts.encode`.
-        model: a `MixtureModel`, or any causal language model. Requests have a λ where a model's branches differ.
+        model: a `MixtureModel`, or any causal language model. Requests have a λ where a model's branches differ, by
+            their adapters or by `reference_prompts`.
         requests: indices into `prompts`.
         batch_size: at most so many completions are decoded at once; `Room.sequences` unless given.
         streamer: of transformers, for a single request.
@@ -77,28 +81,34 @@ def decode(
             ones included, and those of the prompts that are kept for the batches to come; `Room.cached` unless given.
         particles: draws each completion from the exact mixture, with so many sequences (`engine.exact`), which are
             counted as completions that are decoded at once.
+        reference_prompts: token ids by prompt index, which the reference reads in place of `prompts`.
 
     Raises:
         DeRaError: a request has no λ and the model needs one, or the other way round; the model has no row for a token;
             too little memory for a single request; or particles, where tokens are not drawn from the mixture as it is.
     """
-    needs_lam = isinstance(model, MixtureModel) and model.branches_differ
+    needs_lam = isinstance(model, MixtureModel) and (model.branches_differ or reference_prompts is not None)
     if particles is not None:
         _check_exact(model, requests, sampling)
+        if reference_prompts is not None:
+            raise DeRaError(f"particles={particles} does not go together with prompts of the reference's own.")
     for request in requests:
         if (request.lam is None) == needs_lam:
-            raise DeRaError(f"{request}: a request has a λ where the model has an adapter, and None where it has none.")
-    used = {request.index for request in requests}
+            raise DeRaError(
+                f"{request}: a request has a λ where branches differ, by an adapter of the model or by their prompts, "
+                "and None where they do not."
+            )
+    pairs = PromptPairs(prompts, reference_prompts)
     check_have_rows(
         model,
-        {token for index in used for token in prompts[index]},
+        {token for index in {request.index for request in requests} for token in pairs.tokens(index)},
         lambda token: cast("str", tokenizer.decode([token], skip_special_tokens=False)),
     )
     _check_generation_config(model)
     room = Room.of(model)
     batch_size, batch_tokens = batch_size or room.sequences, batch_tokens or room.cached
     filler = padding_id(model, tokenizer.pad_token_id)
-    queue = _Queue(model, prompts, requests, batch_size, batch_tokens, sampling.max_new_tokens, particles or 1)
+    queue = _Queue(model, pairs, requests, batch_size, batch_tokens, sampling.max_new_tokens, particles or 1)
     prefill = None
     while queue:
         if not queue.group:
@@ -108,18 +118,18 @@ def decode(
         error = None
         if len(batch) == 1 and not queue.kept:
             error = (
-                f"out of memory for a single prompt of {len(prompts[batch[0].index])} tokens and "
+                f"out of memory for a single prompt of {pairs.length(batch[0].index)} tokens and "
                 f"{sampling.max_new_tokens} new ones{'' if particles is None else f', {particles} particles'}: lower "
                 f"max_new_tokens{'' if particles is None else ' or particles'}, or quantize the base (quantization)."
             )
         with Attempt(error) as attempt:
             if queue.kept and prefill is None:
                 kept, lam = queue.kept_prompts()
-                plan = model.plan(lam, len(kept)) if isinstance(model, MixtureModel) else None
-                prefill = Prefill(model, kept, plan, filler)
+                plan = model.plan(lam, len(kept), by_prompt=pairs.differ) if isinstance(model, MixtureModel) else None
+                prefill = Prefill(model, pairs.of(kept), plan, filler, pairs.of_reference(kept))
             places = [queue.kept[queue.prefix(request)] for request in batch] if queue.kept else None
             completions = _decode_batch(
-                model, tokenizer, prompts, batch, sampling, filler, streamer, prefill, places, particles
+                model, tokenizer, pairs, batch, sampling, filler, streamer, prefill, places, particles
             )
         if attempt.failed:
             prefill = None
@@ -162,14 +172,15 @@ def _check_generation_config(model: PreTrainedModel) -> None:
         )
 
 
-def _plan(model: MixtureModel, batch: Sequence[Request]) -> BatchPlan:
+def _plan(model: MixtureModel, batch: Sequence[Request], by_prompt: bool) -> BatchPlan:
     if batch[0].lam is None:  # nor has any other one
-        return model.plan(None, len(batch))
+        return model.plan(None, len(batch), by_prompt=by_prompt)
     return model.plan(
         [request.lam for request in batch],
         len(batch),
         combine=[request.combine for request in batch],
         lambda_schedule=[request.schedule for request in batch],
+        by_prompt=by_prompt,
     )
 
 
@@ -197,9 +208,16 @@ class _Queue:
     """
 
     def __init__(
-        self, model, prompts, requests, batch_size: int, batch_tokens: int, new_tokens: int, sequences: int = 1
+        self,
+        model,
+        pairs: PromptPairs,
+        requests,
+        batch_size: int,
+        batch_tokens: int,
+        new_tokens: int,
+        sequences: int = 1,
     ):
-        self.prompts, self.new_tokens, self.sequences = prompts, new_tokens, sequences
+        self.pairs, self.new_tokens, self.sequences = pairs, new_tokens, sequences
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
         self.mixes_weights = isinstance(model, MixtureModel) and model.mixing == WEIGHTS
         self.counts = Counter(map(self.prefix, requests)) if can_be_shared(model) else Counter()
@@ -224,7 +242,7 @@ class _Queue:
         return bool(self.group or self.waiting)
 
     def length(self, request: Request) -> int:
-        return len(self.prompts[request.index])
+        return self.pairs.length(request.index)
 
     def held(self, request: Request) -> int:
         """The tokens that it needs at once."""
@@ -237,8 +255,15 @@ class _Queue:
         """Of its lengths: another kind's positions would change its own in one batch."""
         if self.rope_switch is None:
             return None
-        length = self.length(request)  # the last new token is never read
-        return self.rope_switch.kind(length, length + self.new_tokens - 1)
+        kinds = {  # the last new token is never read
+            self.rope_switch.kind(length, length + self.new_tokens - 1) for length in self.pairs.lengths(request.index)
+        }
+        if len(kinds) > 1:
+            raise DeRaError(
+                f"prompt {request.index} has {' and '.join(map(str, self.pairs.lengths(request.index)))} tokens in its "
+                "branches, for which this model has different rotary embeddings: they can't be decoded together."
+            )
+        return kinds.pop()
 
     def can_be_kept(self, request: Request) -> bool:
         """Whether its prompt is worth keeping, and leaves room for decoding."""
@@ -259,15 +284,15 @@ class _Queue:
             self.group.append(request)
         self.waiting = self.waiting[len(self.group) :]
 
-    def kept_prompts(self) -> tuple[list[Sequence[int]], list[Lambda] | None]:
-        """What is computed once: token ids, and for each a λ that needs the branches that any of its requests needs."""
+    def kept_prompts(self) -> tuple[list[int], list[Lambda] | None]:
+        """Whose prompts are computed once, and for each a λ that needs the branches that any of its requests needs."""
         lambdas: dict[tuple, list] = {prefix: [] for prefix in self.kept}
         for request in self.group:
             lambdas[self.prefix(request)].append(None if request.lam is None else _plain(request))
-        prompts = [self.prompts[index] for index, *_ in self.kept]
+        indices = [index for index, *_ in self.kept]
         if self.group[0].lam is None:  # nor has any other one
-            return prompts, None
-        return prompts, [covering(values) for values in lambdas.values()]
+            return indices, None
+        return indices, [covering(values) for values in lambdas.values()]
 
     def batch(self) -> list[Request]:
         """The next requests; those of a group that is kept have less room."""
@@ -289,7 +314,7 @@ class _Queue:
 def _decode_batch(
     model: MixtureModel | PreTrainedModel,
     tokenizer: Detokenizer,
-    prompts: Sequence[Sequence[int]] | Mapping[int, Sequence[int]],
+    pairs: PromptPairs,
     batch: Sequence[Request],
     sampling: Sampling,
     filler: int,
@@ -301,19 +326,23 @@ def _decode_batch(
     """`filler` is the id to pad with; `places` are those of the batch's prompts in `prefill`."""
     has_encoder = model.config.is_encoder_decoder
     # an encoder's positions count from the left, so its padding stands on the right
-    input_ids, attention_mask = pad([prompts[request.index] for request in batch], filler, left=not has_encoder)
+    indices = [request.index for request in batch]
+    input_ids, attention_mask = pad(pairs.of(indices), filler, left=not has_encoder)
     length = input_ids.shape[1]
     padding = (length - attention_mask.sum(-1)).tolist()
     if has_encoder:  # what is generated starts with the decoder's start token, not with the prompt
         length, padding = 1, [0] * len(batch)
     ends = configured_end_tokens(model.generation_config)
-    inputs: dict[str, Any] = {}
-    if isinstance(model, MixtureModel):
-        inputs["lam"] = _plan(model, batch)
+    plan = _plan(model, batch, pairs.differ) if isinstance(model, MixtureModel) else None
+    inputs: dict[str, Any] = {} if plan is None else {"lam": plan}
+    row_length = length
+    if (reference := pairs.of_reference(indices)) is not None:
+        inputs["reference_inputs"] = tokens_of_reference(model, reference, filler)
+        row_length = longest(plan, length, inputs["reference_inputs"]["input_ids"].shape[1])
     if prefill is not None:
         assert places is not None  # they come with it
         new_tokens = sampling.max_new_tokens if particles is None else None  # particles move the cache's rows
-        inputs["past_key_values"] = prefill.select(places, length, inputs.get("lam"), new_tokens)
+        inputs["past_key_values"] = prefill.select(places, row_length, plan, new_tokens)
     forget_lengths(model)
     keys = [row_key(sampling.seed, request.index, request.sample) for request in batch]
     inputs |= {

@@ -12,7 +12,7 @@ from dera_peft.decoding.given_rules import combine_given
 from dera_peft.decoding.memory import Attempt, go_on_with_half
 from dera_peft.decoding.room import Room
 from dera_peft.engine.combine import divergence
-from dera_peft.engine.lengths import find_rope_switch, forget_lengths
+from dera_peft.engine.lengths import RopeSwitch, find_rope_switch, forget_lengths
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.names import WEIGHTS
 from dera_peft.engine.padding import check_have_rows, pad, padding_id
@@ -73,6 +73,7 @@ def score(
     *,
     combine: Any = None,
     lambda_schedule: Any = None,
+    reference_prompts: Sequence[Sequence[int]] | None = None,
 ) -> list[Scored]:
     """
     Scores every completion at every λ, from one pass of all branches (with mixing="weights" from one pass a λ).
@@ -90,6 +91,7 @@ def score(
         top: how many of each branch's most probable tokens to return as `best`.
         combine: the rule at each token, as `generate` takes one.
         lambda_schedule: in λ's place, λ by the position of a completion's token, as {0: 2.0, 20: 1.0}.
+        reference_prompts: token ids that the reference reads in place of `prompts`, one list per sequence.
 
     Returns:
         One per sequence, in their order.
@@ -97,7 +99,7 @@ def score(
     Raises:
         DeRaError: bad input; or too little memory for a single sequence.
     """
-    rule = {"combine": combine, "lambda_schedule": lambda_schedule}
+    rule = {"combine": combine, "lambda_schedule": lambda_schedule, "reference_prompts": reference_prompts}
     found = dict(score_each(model, prompts, completions, lam, temperature, top, **rule))
     return [found[index] for index in range(len(prompts))]
 
@@ -113,6 +115,7 @@ def score_each(
     *,
     combine: Any = None,
     lambda_schedule: Any = None,
+    reference_prompts: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[tuple[int, Scored]]:
     """
     As `score`, but yields (index, scored) as they are ready, sequences of like lengths together.
@@ -120,16 +123,25 @@ def score_each(
     Where there is too little memory for a slice of the sequences it is halved, with a warning.
     """
     strengths = _read_strengths(model, lam, combine, lambda_schedule)
-    _check(model, prompts, completions, temperature, top)
-    may_share = len(prompts) >= 2 * len(set(map(tuple, prompts))) and can_be_shared(model)
+    _check(model, prompts, completions, temperature, top, reference_prompts)
+    has_one = reference_prompts is None  # prompt for all branches, which can be computed once
+    may_share = has_one and len(prompts) >= 2 * len(set(map(tuple, prompts))) and can_be_shared(model)
+    pairs = zip(prompts, prompts if has_one else reference_prompts, strict=True)
+    prompt_lengths = [(len(own), len(its)) for own, its in pairs]
     switch = find_rope_switch(model.config)
 
     def kind(index: int) -> tuple[int, ...]:
         """Of its lengths: another kind's positions would change its own in one pass."""
-        read = len(prompts[index]) + len(completions[index]) - 1  # a sequence's last token is never read
-        if switch is None or read <= switch.length:
+        if switch is None:
             return ()
-        return (read,) if switch.grows else (switch.length,)
+        # a sequence's last token is never read
+        kinds = {_kind(switch, length + len(completions[index]) - 1) for length in prompt_lengths[index]}
+        if len(kinds) > 1:
+            raise DeRaError(
+                f"sequence {index} has prompts of {prompt_lengths[index]} tokens in its branches, for which this model "
+                "has different rotary embeddings: they can't be scored together."
+            )
+        return kinds.pop()
 
     waiting = sorted(
         range(len(prompts)),
@@ -139,7 +151,7 @@ def score_each(
     while waiting:
         alike = next([*group] for _, group in groupby(waiting, kind))
         shares = may_share and not kind(waiting[0])  # a prompt's keys would be those of its own length
-        lengths = [(len(prompts[index]), len(completions[index])) for index in alike]
+        lengths = [(max(prompt_lengths[index]), len(completions[index])) for index in alike]
         chosen = waiting[: _slice_size(model, lengths, room, halvings, shares)]
         error = None
         if len(chosen) == 1:
@@ -149,13 +161,20 @@ def score_each(
             )
         with Attempt(error) as attempt:
             of = [prompts[index] for index in chosen], [completions[index] for index in chosen]
-            scored = _score_slice(model, *of, strengths, temperature, top, shares)
+            reference = None if reference_prompts is None else [reference_prompts[index] for index in chosen]
+            scored = _score_slice(model, *of, strengths, temperature, top, shares, reference)
         if attempt.failed:
             halvings += 1
             go_on_with_half(f"out of memory for {len(chosen)} sequences: going on with half as many at once")
             continue
         waiting = waiting[len(chosen) :]
         yield from zip(chosen, scored, strict=True)
+
+
+def _kind(switch: RopeSwitch, read: int) -> tuple[int, ...]:
+    if read <= switch.length:
+        return ()
+    return (read,) if switch.grows else (switch.length,)
 
 
 Strengths = tuple[torch.Tensor, Rule, Schedule]  # λ `[L, K]` float64, and the rule and the schedule of all of them
@@ -173,17 +192,25 @@ def _read_strengths(model: MixtureModel, lam: Any, combine: Any, lambda_schedule
     return values, rule, schedule
 
 
-def _check(model, prompts, completions, temperature, top) -> None:
-    if len(prompts) != len(completions):
-        raise DeRaError(f"there are {len(prompts)} prompts and {len(completions)} completions: give one for each.")
-    if empty := [index for index, prompt in enumerate(prompts) if len(prompt) == 0]:
-        raise DeRaError(f"prompts[{empty[0]}] is empty: a completion's first token needs one before it.")
+def _check(model, prompts, completions, temperature, top, reference_prompts) -> None:
+    if reference_prompts is None and not model.branches_differ:
+        raise DeRaError(
+            "this model has no adapter, so that its branches can only differ by prompts: give reference_prompts."
+        )
+    for name, sequences in (("prompts", prompts), ("reference_prompts", reference_prompts)):
+        if sequences is None:
+            continue
+        if len(sequences) != len(completions):
+            raise DeRaError(f"there are {len(sequences)} {name} and {len(completions)} completions: give one for each.")
+        if empty := [index for index, prompt in enumerate(sequences) if len(prompt) == 0]:
+            raise DeRaError(f"{name}[{empty[0]}] is empty: a completion's first token needs one before it.")
     if not 0 < temperature < math.inf:
         raise DeRaError(f"temperature={temperature!r} must be more than 0: greedy decoding has no probabilities.")
     vocabulary = model.config.get_text_config().vocab_size
     if not 0 <= top <= vocabulary:
         raise DeRaError(f"top={top!r} must be from 0 to the vocabulary's {vocabulary} tokens.")
-    check_have_rows(model, {token for sequence in (*prompts, *completions) for token in sequence})
+    read = (*prompts, *completions, *(reference_prompts or ()))
+    check_have_rows(model, {token for sequence in read for token in sequence})
 
 
 def _slice_size(
@@ -214,6 +241,7 @@ def _score_slice(
     temperature: float,
     top: int,
     shares: bool,
+    reference_prompts: Sequence[Sequence[int]] | None,
 ) -> list[Scored]:
     """The tokens of all completions stand in one dimension, N, in which there is no padding."""
     lam, rule, schedule = strengths
@@ -226,7 +254,7 @@ def _score_slice(
         log_ref = _log_probs(model, *inputs, torch.zeros_like(lam[0]))[""]
         mixtures = (_log_probs(model, *inputs, each)[""] for each in lam)
     else:
-        branches = _log_probs(model, *inputs)
+        branches = _log_probs(model, *inputs, reference_prompts=reference_prompts)
         log_ref, *log_aligned = branches.values()
         differences = [log_k - log_ref for log_k in log_aligned] if is_plain else []
 
@@ -289,6 +317,7 @@ def _log_probs(
     completions: Sequence[Sequence[int]],
     shares: bool,
     strengths: torch.Tensor | None = None,
+    reference_prompts: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, torch.Tensor]:
     """
     Branch name -> log-probabilities `[N, V]` (fp32) of every token at each place of the completions; with `strengths`
@@ -299,10 +328,16 @@ def _log_probs(
         nothing = torch.zeros(0, model.config.get_text_config().vocab_size)
         return dict.fromkeys([""] if strengths is not None else model.adapters, nothing)
 
+    by_prompt = reference_prompts is not None
+
     def plan(count: int) -> BatchPlan:
-        return model.plan(None if strengths is None else strengths.expand(count, -1), count, strengths is None)
+        lam = None if strengths is None else strengths.expand(count, -1)
+        return model.plan(lam, count, strengths is None, by_prompt=by_prompt)
 
     filler = padding_id(model, None)
+    if reference_prompts is not None:  # what is given are the branches' rows, of the reference first
+        prompts = [*reference_prompts, *list(prompts) * len(model.aligned)]
+        completions = list(completions) * len(model.branches)
 
     def padded(sequences: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
         input_ids, attention_mask = pad(sequences, filler, left=False)
@@ -311,7 +346,7 @@ def _log_probs(
     # A sequence's last token is predicted and never read. Padding stands on the right, where causal models do not see
     # it: they need no positions, and each sequence is scored as if it were alone. Prompts that are computed once are
     # padded on the left, as in decoding: what follows each of them begins in one column of the cache.
-    inputs: dict[str, Any] = {"lam": plan(len(prompts)), "use_cache": False}
+    inputs: dict[str, Any] = {"lam": plan(len(lengths)), "use_cache": False}
     starts = [0] * len(prompts)
     if model.config.is_encoder_decoder:
         labels, _ = pad(completions, filler, left=False)
@@ -330,9 +365,9 @@ def _log_probs(
     forget_lengths(model)
     output = model(output_branches=strengths is None, **inputs)
     logits = output.branch_logits if strengths is None else {"": output.logits}
-    spans = list(zip(starts, lengths, strict=True))
     log_probs = {}
-    for name, values in logits.items():
-        rows = [row[start : start + length] for row, (start, length) in zip(values, spans, strict=True)]
+    for place, (name, values) in enumerate(logits.items()):
+        own = starts[place * len(lengths) :] if by_prompt else starts  # of this branch's rows
+        rows = [row[start : start + length] for row, start, length in zip(values, own, lengths, strict=False)]
         log_probs[name] = torch.cat(rows).float().log_softmax(-1)
     return log_probs

@@ -99,7 +99,7 @@ class _Run:
         noise = GumbelMax(particles.row_keys, length)
         filler = padding_id(model.base, generation_config.pad_token_id)  # behind an end
         # a prompt is computed once, for all of its particles
-        outputs = model._prefill(  # pyrefly: ignore[bad-argument-type] # see MixtureGenerationMixin
+        outputs = model._prefill(
             cast("torch.LongTensor", input_ids), generation_config, {**model_kwargs, "output_log_z": True}
         )
         input_ids, model_kwargs = _expand(model, input_ids, outputs, model_kwargs, particles.count)

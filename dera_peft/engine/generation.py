@@ -125,8 +125,9 @@ class MixtureGenerationMixin(PromptRowsMixin):
 
         Raises:
             DeRaError: λ, a rule, a schedule or `reference_inputs` does not fit; the base has no row for a token; or
-                what is asked for makes passes of its own that know no λ (drafts by another model or by some of the layers,
-                continuous batching), or can't keep what a rule has come to (prompt lookup, beams without a cache).
+                what is asked for makes passes of its own that know no λ (drafts by another model or by some of the
+                layers, continuous batching), or can't keep what a rule has come to (prompt lookup, beams without a
+                cache).
         """
         self._check_wrapped()
         given = kwargs.get("input_ids") if inputs is None else inputs

@@ -136,9 +136,6 @@ class BatchPlan:
     zero (for every sequence with `every_branch`). The join is z[b] = Σ_k weights[b, k] · z_k[b], for which the weights
     of a sequence sum to one: z_λ = (1-Σλ_k)·z_ref + Σ λ_k·z_k (Liu et al., arXiv 2402.02992).
 
-    Attributes:
-        reads_rows: whether a forward pass is given the R rows themselves, and not one for each sequence.
-
     Args:
         branches: K+1 branches, the reference first.
         lam: `[B, K]` float64, from `read_lam`.
@@ -147,7 +144,7 @@ class BatchPlan:
         rules: of the sequences, where not all are joined by this sum at a λ that stays.
     """
 
-    reads_rows = False
+    reads_rows = False  # whether a forward pass is given the R rows themselves, and not one for each sequence
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ from dera_peft.engine.lengths import forget_lengths
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.padding import pad
 from dera_peft.engine.plan import BatchPlan
+from dera_peft.engine.prompts import longest, tokens_of_reference
 
 
 def can_be_shared(model: PreTrainedModel) -> bool:
@@ -40,20 +41,30 @@ class Prefill:
         plan: from `model.plan`, with at least the branches that each prompt's completions need; with mixing="weights",
             of the completions' own λ. None for a model without λ.
         pad_token_id: fills up shorter prompts.
+        reference_prompts: token ids that the reference reads in place of `prompts`, of a plan of prompts.
     """
 
     def __init__(
-        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], plan: BatchPlan | None, pad_token_id: int = 0
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        plan: BatchPlan | None,
+        pad_token_id: int = 0,
+        reference_prompts: Sequence[Sequence[int]] | None = None,
     ):
         self.model, self.plan, self.filler = model, plan, pad_token_id
         self.input_ids, self.attention_mask = input_ids, attention_mask = pad(prompts, pad_token_id, left=True)
         self.length = input_ids.shape[1]
+        own: dict[str, Any] = {} if plan is None else {"lam": plan, "capture": False}
+        if reference_prompts is not None:
+            own["reference_inputs"] = tokens_of_reference(model, reference_prompts, pad_token_id)
+            self.length = longest(plan, self.length, own["reference_inputs"]["input_ids"].shape[1])
         forget_lengths(model)
         # one token is generated and thrown away: so the base prepares positions and masks as it does for decoding
         self.cache = model.generate(
             input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
-            **({} if plan is None else {"lam": plan, "capture": False}),
+            **own,
             **plain_generation(max_new_tokens=1, pad_token_id=pad_token_id, return_dict_in_generate=True),
         ).past_key_values
 
@@ -65,7 +76,7 @@ class Prefill:
 
         Args:
             sequences: which prompt each of the batch's sequences is of; one may stand any number of times.
-            length: of the batch's longest prompt.
+            length: of the batch's longest prompt, in the branches that the plan computes.
             plan: the batch's, from `model.plan`.
             new_tokens: that `generate` will add at most; None for any other forward pass.
         """

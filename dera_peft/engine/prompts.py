@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from dera_peft.engine.names import REFERENCE
+from dera_peft.engine.padding import pad as pad_sequences
 from dera_peft.engine.padding import padding_id, readable
 from dera_peft.engine.plan import BatchPlan, Branch
 from dera_peft.engine.rules import Rules
@@ -183,3 +184,17 @@ def check_whole(input_ids: torch.LongTensor | None, given: Mapping[str, Any]) ->
     if input_ids is None or given.get("past_key_values") is not None:
         raise DeRaError("forward with reference_inputs takes whole sequences, as input_ids; generate caches them.")
     return input_ids
+
+
+def tokens_of_reference(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], filler: int
+) -> dict[str, torch.Tensor]:
+    """`reference_inputs` of prompts as token ids, padded with `filler` where the model's own prompts are."""
+    ids, mask = pad_sequences(prompts, filler, left=not model.config.is_encoder_decoder)
+    return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+
+
+def longest(plan: BatchPlan | None, width: int, reference_width: int) -> int:
+    """The longest prompt's length of a plan's rows: of the branches that it computes."""
+    assert plan is not None  # branches have prompts of their own in a plan alone
+    return max(reference_width if segment.branch.name == REFERENCE else width for segment in plan.segments)

@@ -64,7 +64,7 @@ def test_it_decodes_requests_without_lambda(tiny_base, base, alone):
         batches = decode(model, tokenizer, prompts, requests, sampling)
         texts.append({each.request: each.tokens for batch in batches for each in batch})
     assert texts[0] == texts[1]
-    with pytest.raises(DeRaError, match="None where it has none"):
+    with pytest.raises(DeRaError, match="None where they do not"):
         next(decode(alone, tokenizer, prompts, [Request(0, 1.0)], sampling))
 
 
