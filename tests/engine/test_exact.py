@@ -2,19 +2,23 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from compatibility import BASES, ENCODER_DECODERS, LINEAR
 from peft import LoraConfig, get_peft_model
 from tiny_bases import adapt, make_base
+from tiny_models import make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dera_peft import DeRaError, DeRaModel
 from dera_peft.engine.exact import sample_exact
 from dera_peft.engine.noise import row_key
 from dera_peft.engine.padding import pad
+from dera_peft.user_code import load_object
 
+ROOT = Path(__file__).parents[2]
 VOCABULARY, END, LIMIT = 4, 3, 4
 PROMPT = [1, 2, 1]
 SAMPLES = 1500
@@ -128,6 +132,24 @@ def test_samples_follow_the_exact_mixture_and_log_z_has_no_bias(listed, lam, are
     estimates = torch.tensor([sample.log_z_error**2 for sample in sixteen]).mean().sqrt().item()
     spread = torch.tensor([sample.log_z for sample in sixteen]).std().item()
     assert estimates == pytest.approx(spread, rel=0.25)
+
+
+def test_the_example_measures_how_far_token_level_is_from_exact(listed):
+    """20 prompts that happen to be the same."""
+    distances = load_object(f"{ROOT}/examples/exact_mixture.py:distances")
+    mixed = listed.mixed({"one": 1.7})
+    by_token = listed.of_completions(mixed.log_softmax(-1))
+    kl = (by_token.exp() * (by_token - listed.of_completions(mixed).log_softmax(0))).sum().item()
+    model = DeRaModel.from_peft(listed.peft_model, "one")
+    try:
+        found = distances(model, make_tokenizer(), [PROMPT] * 20, [1.0, 1.7], 30, 8, LIMIT)
+    finally:
+        model.unwrap()
+    assert found[1.0] == (0, 0, 0)
+    estimate, half_width, spread = found[1.7]
+    assert 0 < half_width < kl / 4
+    assert estimate == pytest.approx(kl, abs=2 * half_width)
+    assert 0 < spread < 1
 
 
 # -- models with caches, prompts and branches of other kinds -----------------------------------------------------------
