@@ -9,6 +9,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 SETUP := $(VENV)/.complete
 DOCS_SETUP := $(VENV)/.docs-complete
+# to compile all modules at once takes over a minute; those that are used are compiled when they are first imported
+INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .PHONY: demo test lint docs setup clean gpu-check
 
@@ -40,11 +42,11 @@ $(SETUP): pyproject.toml constraints.txt
 		{ echo 'error: $(PYTHON) is older than Python 3.11, which transformers 5 and trl 1 need; try: make PYTHON=python3.12 …' >&2; exit 2; }
 	@echo 'Installing into $(VENV) (a few minutes the first time) …'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) --editable '.[dev]'
 	@touch $@
 
 $(DOCS_SETUP): $(SETUP)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(INSTALL) --editable '.[docs]'
 	@touch $@
 
 clean:
