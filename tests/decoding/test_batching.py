@@ -263,7 +263,7 @@ def test_a_batch_holds_no_more_tokens_than_its_budget(tiny_model, monkeypatch):
     expected, real, sizes = decode_all(tiny_model, FEW), batching._decode_batch, []
 
     def record(model, tokenizer, prompts, batch, *args):
-        sizes.append((len(batch), max(len(prompts[request.index]) for request in batch)))
+        sizes.append((len(batch), max(prompts.length(request.index) for request in batch)))
         return real(model, tokenizer, prompts, batch, *args)
 
     monkeypatch.setattr(batching, "_decode_batch", record)
