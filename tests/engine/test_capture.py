@@ -189,6 +189,7 @@ def test_in_bfloat16(tiny_base, top_adapter, device):
 def test_requests_in_batches(tiny_base, tiny_adapter, device):
     """A shared prompt is computed once and goes on in a static cache; each batch is as without captured steps."""
     model = DeRaModel.from_pretrained(tiny_base, tiny_adapter)
+    model.generation_config.eos_token_id = None
     recorder = watch(model, device)
     prompts = [list(range(5, 5 + length)) for length in (9, 4, 6)]
     requests = [Request(i, lam, sample) for i in range(3) for lam in (0.0, 0.5, 1.2) for sample in range(2)]

@@ -102,7 +102,7 @@ def test_loss_is_the_mixtures(setting, batch):
 def test_rows_of_weight_zero_are_not_computed(tiny_base, tiny_adapter, top_adapter):
     inputs = {"input_ids": torch.randint(3, 300, (4, 7), generator=torch.Generator().manual_seed(0))}
     model = DeRaModel.from_pretrained(tiny_base, tiny_adapter)
-    bottom, top = (count_rows(model.base.model.layers[index]) for index in (0, 5))
+    bottom, top = (count_rows(model.base.model.layers[index]) for index in (0, 3))
     for lam in (0.0, 1.0, 0.5, [0.0, 0.5, 1.0, 1.0]):
         model(**inputs, lam=lam)
     assert bottom == top == [4, 4, 8, 5]
@@ -111,11 +111,11 @@ def test_rows_of_weight_zero_are_not_computed(tiny_base, tiny_adapter, top_adapt
 
     model = DeRaModel.from_pretrained(tiny_base, top_adapter)
     assert model.fork_layer == 2
-    below, above = (count_rows(model.base.model.layers[index].mlp) for index in (2, 3))
+    below, above = (count_rows(model.base.model.layers[index].mlp) for index in (1, 2))
     model(**inputs, lam=[0.0, 0.5, 1.0, 1.0])
     assert (below, above) == ([4], [5])
     cache = model(**inputs, lam=0.5, use_cache=True).past_key_values
-    assert [layer.keys.shape[0] for layer in cache.layers] == [4, 4, 4, 8, 8, 8]
+    assert [layer.keys.shape[0] for layer in cache.layers] == [4, 4, 8, 8]
 
 
 @torch.no_grad()
