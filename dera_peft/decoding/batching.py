@@ -35,6 +35,8 @@ from dera_peft.messages import warn_once
 GROUP_BATCHES = 8  # of a group: one of them may be short
 OWN_OPTIONS = {"do_sample", "temperature", "top_k", "top_p", "min_p"}  # of a command; most bases' configs hold others
 
+LAMBDA_DIGITS = 6  # of a token's λ: the last of a float32 depend on the batch's shape
+
 logger = logging.getLogger(__name__)
 
 
@@ -375,6 +377,6 @@ def _decode_batch(
         end_token_id = tokens[own_length] if own_length < len(tokens) else None
         own_tokens = tokens[: own_length + 1]
         has_rule = (request.combine, request.schedule) != (LINEAR, ()) and read_rule(request.combine).has_lambda
-        own_lambda = token_lambda[: len(own_tokens)] if has_rule else None
+        own_lambda = [round(lam, LAMBDA_DIGITS) for lam in token_lambda[: len(own_tokens)]] if has_rule else None
         completions.append(Completion(request, own_tokens, text, end_token_id, own_lambda, sample))
     return completions

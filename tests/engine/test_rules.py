@@ -97,7 +97,7 @@ def test_the_lambda_of_each_token(setting, by_hand):
         if rule.startswith("aad"):
             assert all(lam != lam for lam in found)
         elif rule.startswith("kl_total"):
-            assert found == pytest.approx(chosen, abs=2e-3)  # where little is left, a margin of 1e-6 nats shows
+            assert found == pytest.approx(chosen, abs=0.03)  # 1e-5 of the budget is kept back, and shows at its end
         elif rule in ("linear", "plausible:0.3", "plausible:0.2"):
             of_schedule = [next(v for s, v in sorted(schedule.items(), reverse=True) if t >= s) for t in range(STEPS)]
             assert found == of_schedule
