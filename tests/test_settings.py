@@ -240,6 +240,7 @@ TEXTS = {
     "lambdas": "0.5",
     "lam": "0.5",
     "batch": "2",
+    "lambda_schedule": "0:2,20:1",
     "prompts": "2",
     "top": "0.5",
     "plot": "bench.png",
