@@ -155,7 +155,7 @@ def test_offloaded_layers(tiny_base, tiny_adapter, tmp_path, place):
     plain = DeRaModel.from_pretrained(tiny_base, tiny_adapter)
     expected = plain(IDS, lam=LAM).logits
     device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    device_map |= {f"model.layers.{index}": "cpu" if index < 3 else place for index in range(6)}
+    device_map |= {f"model.layers.{index}": "cpu" if index < 2 else place for index in range(4)}
     model = DeRaModel.from_pretrained(
         tiny_base, tiny_adapter, device_map=device_map, offload_folder=str(tmp_path / "offload")
     )

@@ -414,7 +414,7 @@ def test_architectures_that_stay_eager(name, device, caplog):
 
 def test_offloaded_layers_stay_eager(tiny_base, tiny_adapter, tmp_path, caplog):
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    places |= {f"model.layers.{index}": "disk" if index == 2 else "cpu" for index in range(6)}
+    places |= {f"model.layers.{index}": "disk" if index == 2 else "cpu" for index in range(4)}
     model = DeRaModel.from_pretrained(tiny_base, tiny_adapter, device_map=places, offload_folder=tmp_path)
     model._captures = Captures(Counted(EagerRecorder()))
     expected = model.generate(**padded(CPU), lam=LAM, capture=False, **OPTIONS).tolist()
