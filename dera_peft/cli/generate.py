@@ -59,6 +59,8 @@ class GenerateSettings(RuleSettings, PromptSettings, Sampling, ModelSource):
             raise DeRaError(f"greedy=True, temperature={self.temperature:g}: greedy is 0; give one of them.")
         if self.particles is not None:
             self.sampling.check_exact()
+            if self.asked is not None:
+                raise DeRaError(f"{self.asked}: the exact mixture is of λ alone; leave it out, or --particles.")
             if self.stream:
                 raise DeRaError("--stream shows tokens as they come, and which particle is drawn is known at the end.")
 

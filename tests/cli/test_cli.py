@@ -184,6 +184,8 @@ def test_particles(dera, model, tmp_path):
         (["--greedy"], "temperature=0: the exact mixture is sampled at temperature 1"),
         (["--top-p", 0.9], "top_p=0.9"),
         (["--stream", "--lambda", 2], "--stream shows tokens as they come"),
+        (["--combine", "kl:0.1"], "--combine kl:0.1: the exact mixture is of λ alone"),
+        (["--lambda-schedule", "0:2,4:1"], "--lambda-schedule: the exact mixture is of λ alone"),
     ],
 )
 def test_what_particles_do_not_go_with(dera, model, options, message):

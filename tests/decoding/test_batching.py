@@ -138,6 +138,8 @@ def test_particles_are_drawn_from_the_mixture_as_it_is(tiny_model, settings):
     (name,) = settings
     with pytest.raises(DeRaError, match=f"{name}={settings[name]:g}: the exact mixture is sampled at temperature 1"):
         list(decode(tiny_model, make_tokenizer(), [[5, 6]], [Request(0, 0.5)], Sampling(**settings), particles=2))
+    with pytest.raises(DeRaError, match="the exact mixture is of λ alone; leave combine out"):
+        list(decode(tiny_model, make_tokenizer(), [[5, 6]], [Request(0, 0.5, 0, "jsd")], Sampling(), particles=2))
 
 
 def test_lambdas_draw_the_same_numbers(run):

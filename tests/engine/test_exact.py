@@ -269,6 +269,8 @@ def test_rows_of_every_kind_of_cache_follow_the_particles(name):
         ({"generation_config": object()}, "generation_config="),
         ({"capture": True}, "capture=True"),
         ({"lam": [0.5, 1.0]}, "lam has shape"),
+        ({"combine": "jsd"}, "combine='jsd'"),
+        ({"lambda_schedule": {0: 2.0}}, "lambda_schedule="),
     ],
 )
 def test_what_would_draw_from_something_else_is_refused_by_name(llama, options, message):
