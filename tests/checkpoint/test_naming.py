@@ -116,4 +116,4 @@ def test_a_regex_of_target_modules_stays_one():
 
 def test_saved_adapters_of_one_target_module_load(tiny_base, tmp_path):
     adapter = make_adapter(tiny_base, tmp_path / "adapter", target_modules=["q_proj"])
-    assert len(DeRaModel.from_pretrained(tiny_base, adapter).adapted) == 6
+    assert len(DeRaModel.from_pretrained(tiny_base, adapter).adapted) == 4
