@@ -116,7 +116,7 @@ def test_score_and_sweep_and_check(dera, prompts, tmp_path, monkeypatch):
 
 
 def test_without_anything_that_differs(dera, prompts):
-    code, out, _ = dera("generate", "--prompts", prompts, *GREEDY)
+    code, _, _ = dera("generate", "--prompts", prompts, *GREEDY)
     assert code == 0
     same = ["--principle", PRINCIPLE, "--reference-system", PRINCIPLE]
     for options in ([], same):
