@@ -145,9 +145,7 @@ class ModelSource(Settings):
         """
         if self.resolve().branches_differ or prompts_differ:
             return
-        by_prompt = (
-            "" if prompts_differ is None else ", or give it a principle (or reference_system), not both the same"
-        )
+        by_prompt = "" if prompts_differ is None else ", or give a principle (or a reference_system)"
         raise DeRaError(
             f"{command} needs an adapter, and {self.name!r} is a base alone: name one with adapter={by_prompt}."
         )

@@ -225,7 +225,7 @@ def _finish(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJud
     write_atomically(folder / "samples.jsonl", "".join(written))
     write_csv(summaries, folder / "summary.csv")
     facts = _facts(worker, rewards, judge)
-    title = f"How strong should {facts['adapter']} be?"
+    title = f"How strong should {worker.arms[0].adapter if 'adapter' in facts else 'the principle'} be?"
     inputs = summaries, curve, recommendation, rows, command, models
     write_report(folder / "report.html", title, facts, *inputs, reason=reason)
     failed = sum("errors" in row for row in rows)
