@@ -136,24 +136,34 @@ class ModelSource(Settings):
         """
         return self._record
 
-    def check_has_adapter(self, command: str) -> None:
-        """Raises `DeRaError` where a base is named alone, and `command` needs more."""
-        if not self.resolve().branches_differ:
-            raise DeRaError(f"{command} needs an adapter, and {self.name!r} is a base alone: name one with adapter=.")
+    def check_has_adapter(self, command: str, prompts_differ: bool | None = None) -> None:
+        """
+        Raises `DeRaError` where a base is named alone, and `command` needs more: an adapter, or prompts that differ.
 
-    def resolve_one(self, command: str, way_out: str) -> "Record":
+        Args:
+            prompts_differ: between the branches; None where they can't.
+        """
+        if self.resolve().branches_differ or prompts_differ:
+            return
+        by_prompt = "" if prompts_differ is None else ", or give a principle (or a reference_system)"
+        raise DeRaError(
+            f"{command} needs an adapter, and {self.name!r} is a base alone: name one with adapter={by_prompt}."
+        )
+
+    def resolve_one(self, command: str, way_out: str, prompts_differ: bool | None = None) -> "Record":
         """
         The record of a model with one aligned adapter.
 
         Args:
             command: who takes only one, for the message.
             way_out: what to do with several.
+            prompts_differ: see `check_has_adapter`.
 
         Raises:
             DeRaError: it has several, or none; or see `resolve`.
         """
         record = self.resolve()
-        self.check_has_adapter(command)
+        self.check_has_adapter(command, prompts_differ)
         if len(record.branches) > 2:
             found = "adapters has" if self.adapters else f"adapter={self.name!r} is a record of"
             raise DeRaError(f"{command} takes one aligned model, and {found} {list(record.branches)[1:]}: {way_out}")

@@ -17,6 +17,7 @@ from dera_peft.decoding.requests import Request
 from dera_peft.decoding.rows import GeneratedRow, RowLog, expect_prompts, to_line
 from dera_peft.decoding.rule_settings import RuleSettings
 from dera_peft.decoding.sampling import Sampling, particles_setting
+from dera_peft.decoding.system_settings import SystemSettings, Tokens
 from dera_peft.engine.samples import advice
 from dera_peft.errors import DeRaError
 from dera_peft.lock import hold
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class GenerateSettings(RuleSettings, PromptSettings, Sampling, ModelSource):
+class GenerateSettings(SystemSettings, RuleSettings, PromptSettings, Sampling, ModelSource):
     """The settings of `dera generate`."""
 
     instead: ClassVar[tuple[tuple[str, ...], ...]] = (("greedy", "temperature"), ("lambdas", "lambda_schedule"))
@@ -86,6 +87,9 @@ def generate(settings: GenerateSettings) -> None:
 
     `dera generate --adapter ./dpo --lambda 2,3 --combine plausible:0.1 --prompt "Hi!" --json`
 
+    `dera generate --base org/chat --chat --principle "Answer in one sentence." --lambda 0,1,3
+    --prompt "Why is it dark?"`
+
     `dera generate --adapters helpful=./a --adapters harmless=./b --lambda helpful=0.7,harmless=0.3
     --lambda helpful=1 --prompt "Hi!"`
     """
@@ -98,17 +102,16 @@ def generate(settings: GenerateSettings) -> None:
 def _generate(settings: GenerateSettings, prompts: "Sequence[Prompt]") -> None:
     from dera_peft.checkpoint.fingerprint import settings_fingerprint
     from dera_peft.decoding.batching import decode
-    from dera_peft.decoding.prompts import encode
     from dera_peft.model import DeRaModel
     from dera_peft.progress import show_progress
 
     source, sampling = part(settings, ModelSource).placed(), settings.sampling
     if settings.lambdas or settings.asked or any(prompt.lam for prompt in prompts):
-        source.check_has_adapter("dera generate")
+        source.check_has_adapter("a λ", settings.prompts_differ)
     record = source.resolve()
     aligned = record.aligned
     lambdas: tuple[Lambda | None, ...] = (None,)
-    if record.branches_differ:
+    if record.branches_differ or settings.prompts_differ:
         default = for_adapters([record.lam], aligned, "dera.json")
         lambdas = settings.lambdas_of(for_adapters(settings.lambdas, aligned), default, aligned)
 
@@ -128,9 +131,8 @@ def _generate(settings: GenerateSettings, prompts: "Sequence[Prompt]") -> None:
             "--stream shows one completion: one prompt, one λ, one sample, and neither --output nor --json."
         )
     particles = {} if settings.particles is None else {"particles": settings.particles}
-    run = settings_fingerprint(
-        {**source.fingerprint(), "chat": settings.chat, "sampling": asdict(sampling), **particles}
-    )
+    own = particles | settings.system_prompts()
+    run = settings_fingerprint({**source.fingerprint(), "chat": settings.chat, "sampling": asdict(sampling), **own})
     log = None
     if output is not None:
         log = RowLog(output, GeneratedRow, run, expected=expect_prompts(prompts), argument="--output")
@@ -146,17 +148,18 @@ def _generate(settings: GenerateSettings, prompts: "Sequence[Prompt]") -> None:
     new_tokens, seconds, samples = 0, 0.0, []
     if todo:
         base_config, tokenizer = source.config, source.tokenizer()
-        tokens = encode(prompts, tokenizer, base_config, sampling.max_new_tokens, settings.chat)
+        tokens, reference = settings.encode(prompts, tokenizer, base_config, sampling.max_new_tokens, settings.chat)
         model = DeRaModel.from_source(source)
         start = time.perf_counter()
         if settings.stream:
-            new_tokens = _stream(model, tokenizer, tokens[0], todo[0], sampling)
+            new_tokens = _stream(model, tokenizer, tokens, todo[0], sampling, reference)
             _tell_speed(new_tokens, time.perf_counter() - start)
             return
         with show_progress("decoding", len(requests), len(requests) - len(todo)) as advance:
             for completions in decode(
-                model, tokenizer, tokens, todo, sampling, settings.batch_size, particles=settings.particles
-            ):
+                model, tokenizer, tokens, todo, sampling, settings.batch_size, particles=settings.particles,
+                reference_prompts=reference,
+            ):  # fmt: skip
                 rows = [GeneratedRow.of(run, each, prompts[each.request.index]) for each in completions]
                 if log:
                     log.append(rows)
@@ -200,7 +203,7 @@ def _tell_speed(new_tokens: int, seconds: float) -> None:
         logger.info(f"{new_tokens:,} tokens in {seconds:.1f} s: {new_tokens / seconds:.1f} tokens/s")
 
 
-def _stream(model, tokenizer, tokens: list[int], request: Request, sampling: Sampling) -> int:
+def _stream(model, tokenizer, tokens: Tokens, request: Request, sampling: Sampling, reference: Tokens | None) -> int:
     """Prints the tokens as they come; returns how many."""
     from transformers import TextStreamer
 
@@ -217,5 +220,7 @@ def _stream(model, tokenizer, tokens: list[int], request: Request, sampling: Sam
                 super().put(value)
 
     streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    ((completion,),) = decode(model, tokenizer, [tokens], [request], sampling, batch_size=1, streamer=streamer)
+    ((completion,),) = decode(
+        model, tokenizer, tokens, [request], sampling, batch_size=1, streamer=streamer, reference_prompts=reference
+    )
     return len(completion.tokens)

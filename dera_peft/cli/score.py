@@ -15,6 +15,7 @@ from dera_peft.decoding.prompt_settings import PromptSettings
 from dera_peft.decoding.requests import rule_fields
 from dera_peft.decoding.rows import Expected, RowLog, ScoredRow, to_line
 from dera_peft.decoding.rule_settings import RuleSettings
+from dera_peft.decoding.system_settings import SystemSettings
 from dera_peft.lock import hold
 from dera_peft.settings import Check, part, setting, setting_like
 
@@ -31,7 +32,7 @@ Key = tuple[int, Lambda]  # of a row: which completion, at which λ
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreSettings(RuleSettings, ModelSource):
+class ScoreSettings(SystemSettings, RuleSettings, ModelSource):
     """The settings of `dera score`."""
 
     instead: ClassVar[tuple[tuple[str, ...], ...]] = (("lambdas", "lambda_schedule"),)
@@ -98,13 +99,13 @@ def _score(settings: ScoreSettings, given: Sequence[Given]) -> None:
 
     from dera_peft.checkpoint.fingerprint import settings_fingerprint
     from dera_peft.decoding.completions import encode_completions
-    from dera_peft.decoding.prompts import encode
     from dera_peft.decoding.scoring import score_each
     from dera_peft.engine.padding import check_have_rows
     from dera_peft.model import DeRaModel
     from dera_peft.progress import show_progress
 
     source = part(settings, ModelSource).placed()
+    source.check_has_adapter("dera score", settings.prompts_differ)
     record = source.resolve()
     aligned = record.aligned
     default = for_adapters([record.lam], aligned, "dera.json")
@@ -117,6 +118,7 @@ def _score(settings: ScoreSettings, given: Sequence[Given]) -> None:
             "end": settings.end,
             "temperature": settings.temperature,
             "per_token": settings.tokens,
+            **settings.system_prompts(),
         }
     )
     output = settings.output
@@ -139,16 +141,20 @@ def _score(settings: ScoreSettings, given: Sequence[Given]) -> None:
 
     if missing:
         base_config, tokenizer = source.config, source.tokenizer()
-        prompts = encode([each.prompt for each in given], tokenizer, base_config, 1, settings.chat)
+        prompts, reference = settings.encode([each.prompt for each in given], tokenizer, base_config, 1, settings.chat)
         ends = source.end_tokens()
         completions = encode_completions(given, prompts, tokenizer, base_config, ends, settings.end)
         model = DeRaModel.from_source(source)
-        tokens = {token for sequence in (*prompts, *completions) for token in sequence}
+        tokens = {token for sequence in (*prompts, *completions, *(reference or ())) for token in sequence}
         check_have_rows(model, tokens, lambda token: cast("str", tokenizer.decode([token])))
         with show_progress("scoring", len(wanted), done) as advance:
             for lacks, indices in missing.items():
                 of = [prompts[index] for index in indices], [completions[index] for index in indices]
-                asked = {"combine": settings.combine, "lambda_schedule": settings.lambda_schedule}
+                asked = {
+                    "combine": settings.combine,
+                    "lambda_schedule": settings.lambda_schedule,
+                    "reference_prompts": None if reference is None else [reference[index] for index in indices],
+                }
                 for place, scored in score_each(model, *of, list(lacks), settings.temperature, **asked):
                     index = indices[place]
                     ids = completions[index] if settings.tokens else None

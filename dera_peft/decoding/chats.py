@@ -132,6 +132,33 @@ def whole_chat(content: str | Chat, columns: Mapping[str, Any]) -> Chat:
     return [{"role": "system", "content": system}, *chat]
 
 
+def with_system(prompt: str | Chat, system: str | None, as_message: bool) -> str | Chat:
+    """
+    The whole prompt, from `whole_prompt`, behind a further system prompt.
+
+    Args:
+        as_message: whether it is a message of the system's (together with one that is there), and not a text before the
+            first message. Before a text it stands with a blank line.
+    """
+    if system is None:
+        return prompt
+    if isinstance(prompt, str):
+        return f"{system}\n\n{prompt}"
+    first, *others = prompt
+    if as_message and first["role"] != SYSTEM:
+        return [{"role": SYSTEM, "content": system}, *prompt]
+    return [{**first, "content": f"{system}\n\n{first.get('content', '')}"}, *others]
+
+
+def takes_system(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the chat template has a place for a system message: some refuse one, and some leave it out."""
+    chat = [{"role": SYSTEM, "content": "a system message"}, {"role": "user", "content": "a question"}]
+    try:
+        return "a system message" in render(tokenizer, chat, {}, tokenize=False)
+    except ChatError:
+        return False
+
+
 def _system(columns: Mapping[str, Any]) -> str | None:
     system = columns.get(SYSTEM)
     return system if isinstance(system, str) and system.strip() else None

@@ -13,9 +13,11 @@ from dera_peft.decoding.chats import (
     ChatError,
     encode_chat,
     read_content,
+    takes_system,
     text_of,
     texts_of,
     whole_prompt,
+    with_system,
 )
 from dera_peft.decoding.jsonl import parse_row
 from dera_peft.decoding.lambdas import LAMBDAS, Lambda, read_lambda, unique
@@ -297,6 +299,7 @@ def encode(
     config: "PreTrainedConfig",
     max_new_tokens: int,
     chat: bool = False,
+    system: str | None = None,
 ) -> list[list[int]]:
     """
     Token ids of each prompt, checked to fit the context with what will be generated; nothing is ever cut.
@@ -304,6 +307,8 @@ def encode(
     Args:
         chat: render with the tokenizer's chat template; a text becomes one user message. A row's columns `system`,
             `tools` and `chat_template_kwargs` go with its prompt, as in training.
+        system: a system prompt before each, and before a row's own; a text before it where the chat template takes no
+            system message, or there is none.
 
     Raises:
         PromptTooLong: a prompt does not fit (with its length).
@@ -314,11 +319,12 @@ def encode(
             "the tokenizer has no chat template: leave --chat away, or use a model that was trained for chat."
         )
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    as_message = system is not None and bool(tokenizer.chat_template) and takes_system(tokenizer)
     result = []
     for prompt in prompts:
         if not chat and not isinstance(prompt.content, str):
             raise DeRaError(f"{prompt.source}: the prompt is a chat; pass --chat to render it with the chat template.")
-        content = whole_prompt(prompt.content, prompt.columns, chat)
+        content = with_system(whole_prompt(prompt.content, prompt.columns, chat), system, as_message)
         try:
             ids = token_ids(tokenizer, content, prompt.columns, closed=config.is_encoder_decoder)
         except ChatError as error:

@@ -14,7 +14,7 @@ from dera_peft.checkpoint.fingerprint import (
 from dera_peft.checkpoint.loading import check
 from dera_peft.checkpoint.record import Record
 from dera_peft.checkpoint.source import ModelSource
-from dera_peft.engine.names import LOGITS, REFERENCE
+from dera_peft.engine.names import LOGITS, REFERENCE, WEIGHTS
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate.arm_settings import ArmSettings
 from dera_peft.evaluate.config import SweepConfig
@@ -41,6 +41,7 @@ class Arm:
         place: the λ that another adapter stands for, β of the sweep's adapter over its own; None where one of them is
             not known.
         run: fingerprint of all that decides a completion: weights and sampling, not how many prompts, λ or samples.
+        prompts_differ: whether the branches have prompts of their own, of which λ is the strength too.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Arm:
     is_own: bool
     place: float | None
     run: str
+    prompts_differ: bool = False
 
     @property
     def record(self) -> Record:
@@ -62,7 +64,7 @@ class Arm:
 
     @property
     def beta(self) -> float | None:
-        return beta_of(self.record)
+        return None if self.prompts_differ else beta_of(self.record)  # λ stands for no training then
 
     def shares_model(self, other: "Arm") -> bool:
         """Whether one model that is loaded can decode for both."""
@@ -107,12 +109,15 @@ def make_arms(config: SweepConfig, loaded: LoadedModel | None = None) -> list[Ar
     if loaded is not None:
         _check_loaded(config)
     source = config.source if loaded is None else loaded
-    source.resolve_one(COMMAND, WAY_OUT)
-    plain = Arm(LOGITS, source, LOGITS, config.lambdas, True, None, _run(config, source, LOGITS))
+    source.resolve_one(COMMAND, WAY_OUT, config.prompts_differ)
+    plain = Arm(LOGITS, source, LOGITS, config.lambdas, True, None, _run(config, source, LOGITS), config.prompts_differ)
     return [plain, *(_make_arm(config, plain, number, asked) for number, asked in enumerate(config.arms))]
 
 
 def _make_arm(config: SweepConfig, plain: Arm, number: int, asked: ArmSettings) -> Arm:
+    if config.prompts_differ and (asked.mixing == WEIGHTS or asked.particles is not None):
+        way = "mixing" if asked.mixing == WEIGHTS else "particles"
+        raise DeRaError(f"arms[{number}]: {way} does not go together with prompts that differ (principle).")
     source, place = plain.source, None
     mixing = asked.mixing or LOGITS
     lambdas = asked.lambdas or config.lambdas
@@ -121,7 +126,16 @@ def _make_arm(config: SweepConfig, plain: Arm, number: int, asked: ArmSettings) 
         beta, its_beta = plain.beta, beta_of(source.resolve())
         place = None if beta is None or its_beta is None else beta / its_beta
         lambdas = asked.lambdas or (1.0,)
-    return Arm(asked.label, source, mixing, lambdas, asked.adapter is None, place, _run(config, source, mixing))
+    return Arm(
+        asked.label,
+        source,
+        mixing,
+        lambdas,
+        asked.adapter is None,
+        place,
+        _run(config, source, mixing),
+        config.prompts_differ,
+    )
 
 
 def _other_source(plain: Arm, adapter: str, argument: str) -> ModelSource:
@@ -157,7 +171,13 @@ def _check_loaded(config: SweepConfig) -> None:
 
 def _run(config: SweepConfig, source: ModelSource, mixing: str) -> str:
     return settings_fingerprint(
-        {**source.fingerprint(), "mixing": mixing, "chat": config.chat, "sampling": asdict(config.sampling)}
+        {
+            **source.fingerprint(),
+            "mixing": mixing,
+            "chat": config.chat,
+            "sampling": asdict(config.sampling),
+            **config.system_prompts(),
+        }
     )
 
 

@@ -53,12 +53,14 @@ class Check:
     Attributes:
         lambdas: ascending.
         prompts, tokens: how many were used, and the longest that a completion could become.
+        prompts_differ: whether the branches have prompts of their own.
         kl_per_token: KL(π_1 ‖ π_ref) in nats: how far apart the branches are.
     """
 
     lambdas: list[CheckedLambda]
     prompts: int
     tokens: int
+    prompts_differ: bool = False
 
     @property
     def kl_per_token(self) -> float:
@@ -72,15 +74,14 @@ class Check:
         """Plain sentences, one a line."""
         kl = f"{self.kl_per_token:.2g} nats a token (KL)"
         apart = f"at λ=1 its next-token distributions are {kl} from the reference's"
+        what = "model" if self.prompts_differ else "adapter"
         if not self.responds:
-            return (
-                f"The adapter does not respond to λ: {apart}. Every λ writes what the reference writes; is it the "
-                "right adapter, and was it trained?"
-            )
+            asks = "do the prompts differ?" if self.prompts_differ else "is it the right adapter, and was it trained?"
+            return f"The {what} does not respond to λ: {apart}. Every λ writes what the reference writes; {asks}"
         if self.kl_per_token < WEAK_RESPONSE:
-            lines = [f"The adapter hardly responds to λ: {apart}. A sweep needs large λ, or many samples, to see it."]
+            lines = [f"The {what} hardly responds to λ: {apart}. A sweep needs large λ, or many samples, to see it."]
         else:
-            lines = [f"The adapter responds to λ: {apart}."]
+            lines = [f"The {what} responds to λ: {apart}."]
         up = [each.lam for each in self.lambdas if each.falls_apart and each.lam > 0]
         down = [each.lam for each in self.lambdas if each.falls_apart and each.lam < 0]
         if up:
@@ -113,13 +114,15 @@ def check(config: SweepConfig, progress: Progress = no_progress) -> Check | None
     config = replace(config, arms=(), max_new_tokens=min(TOKENS, config.max_new_tokens))
     (arm,) = make_arms(config)
     prompts = read_prompts(config.prompts, config.prompt_column, config.split, config.subset, limit)
-    tokenizer, tokens = encode_prompts(config, arm, prompts)
+    tokenizer, tokens, reference_tokens = encode_prompts(config, arm, prompts)
     model = arm.load(device_map_of(config.device_map, processes))
     lambdas = sorted({*config.lambdas, *LAMBDAS})
     requests = [Request(prompt.index, lam) for lam in lambdas for prompt in prompts]
     completions_at: dict[Lambda | None, list[Completion]] = defaultdict(list)
     with progress("checking", 2 * len(requests), 0) as advance:
-        for batch in decode(model, tokenizer, tokens, requests, config.sampling, config.batch_size):
+        for batch in decode(
+            model, tokenizer, tokens, requests, config.sampling, config.batch_size, reference_prompts=reference_tokens
+        ):
             for each in batch:
                 completions_at[each.request.lam].append(each)
             advance(len(batch))
@@ -128,7 +131,8 @@ def check(config: SweepConfig, progress: Progress = no_progress) -> Check | None
         for lam in lambdas:
             completions = completions_at[lam]
             inputs = [tokens[each.request.index] for each in completions], [each.tokens for each in completions]
-            scored = [each for _, each in score_each(model, *inputs, [0.0, lam])]
+            own = None if reference_tokens is None else [reference_tokens[each.request.index] for each in completions]
+            scored = [each for _, each in score_each(model, *inputs, [0.0, lam], reference_prompts=own)]
             count = max(1, sum(len(each.tokens) for each in completions))
             checked.append(
                 CheckedLambda(
@@ -140,7 +144,7 @@ def check(config: SweepConfig, progress: Progress = no_progress) -> Check | None
                 )
             )
             advance(len(completions))
-    return Check(_mark_fallen_apart(checked), len(prompts), config.max_new_tokens)
+    return Check(_mark_fallen_apart(checked), len(prompts), config.max_new_tokens, config.prompts_differ)
 
 
 def _mark_fallen_apart(checked: Sequence[CheckedLambda]) -> list[CheckedLambda]:

@@ -11,6 +11,7 @@ from dera_peft.decoding.batch_size import batch_size_setting
 from dera_peft.decoding.lambdas import is_lambda, lambdas_setting
 from dera_peft.decoding.prompt_settings import PromptSettings
 from dera_peft.decoding.sampling import Sampling
+from dera_peft.decoding.system_settings import SystemSettings
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate.arm_settings import ArmSettings, parse_arms, read_arms
 from dera_peft.files import check_exists, check_file
@@ -20,7 +21,7 @@ PROMPTS, SAMPLING, MEASURING = "Prompts", "Sampling", "Measuring"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(Sampling, ModelSource):
+class SweepConfig(SystemSettings, Sampling, ModelSource):
     """
     The keys of `sweep.yaml`, and the arguments of `dera_peft.evaluate.sweep`.
 

@@ -11,7 +11,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dera_peft.checkpoint.devices import device_map_of, join_processes
-from dera_peft.decoding.prompts import Prompt, column_names, encode, read_prompts
+from dera_peft.decoding.prompts import Prompt, column_names, read_prompts
+from dera_peft.decoding.system_settings import Tokens
 from dera_peft.engine.names import LOGITS
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate.analysis.curve import Curve, estimate_curve, reason_off
@@ -89,7 +90,7 @@ def sweep(
     if judge is not None and not set(AGAINST) & set(config.lambdas):
         raise DeRaError(f"judge={judge.name!r} compares with λ=0 and λ=1, and lambdas has neither: add one of them.")
     prompts = _read_prompts(config, rewards, warns=processes.is_main_process)
-    ready_tokenizer, tokens = encode_prompts(config, arms[0], prompts)
+    ready_tokenizer, tokens, reference_tokens = encode_prompts(config, arms[0], prompts)
     folder = Path(config.output_dir)
     with hold(folder if processes.is_main_process else None, "output_dir", is_folder=True):
         processes.wait_for_everyone()  # none touches a file before the folder is held
@@ -98,6 +99,7 @@ def sweep(
             arms,
             prompts,
             tokens,
+            reference_tokens,
             ready_tokenizer,
             own_indices=_own_indices(tokens, processes.process_index, processes.num_processes),
             device_map=device_map,
@@ -136,10 +138,10 @@ def _warn(config: SweepConfig, reused: int, count: int) -> None:
         logger.info(f"{config.output_dir}: {some} {count} completions are there already")
 
 
-def encode_prompts(config: SweepConfig, arm: Arm, prompts: Sequence[Prompt]) -> tuple[Any, list[list[int]]]:
-    """The tokenizer, and each prompt's token ids."""
+def encode_prompts(config: SweepConfig, arm: Arm, prompts: Sequence[Prompt]) -> tuple[Any, Tokens, Tokens | None]:
+    """The tokenizer, and each prompt's token ids, as `SystemSettings.encode` gives them."""
     base_config, tokenizer = arm.source.config, arm.source.tokenizer()
-    return tokenizer, encode(prompts, tokenizer, base_config, config.max_new_tokens, config.chat)
+    return tokenizer, *config.encode(prompts, tokenizer, base_config, config.max_new_tokens, config.chat)
 
 
 def _check_rewards(rewards: Sequence[NamedReward]) -> None:
@@ -202,7 +204,9 @@ def _finish(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJud
     recommendation, reason = None, f"the reward {names[0]!r} has no value at any λ."
     if any(row["rewards"][names[0]] is not None for row in rows if row["arm"] == LOGITS):
         try:
-            recommendation = recommend(summaries, curve, config.rule, names[0], config.kl_budget, first.beta)
+            recommendation = recommend(
+                summaries, curve, config.rule, names[0], config.kl_budget, first.beta, config.prompts_differ
+            )
             reason = None
         except DeRaError as error:  # there is still all that was measured to be shown
             reason = str(error)
@@ -221,7 +225,7 @@ def _finish(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJud
     write_atomically(folder / "samples.jsonl", "".join(written))
     write_csv(summaries, folder / "summary.csv")
     facts = _facts(worker, rewards, judge)
-    title = f"How strong should {facts['adapter']} be?"
+    title = f"How strong should {worker.arms[0].adapter if 'adapter' in facts else 'the principle'} be?"
     inputs = summaries, curve, recommendation, rows, command, models
     write_report(folder / "report.html", title, facts, *inputs, reason=reason)
     failed = sum("errors" in row for row in rows)
@@ -287,6 +291,17 @@ def _join_rows(worker: SweepWorker, rewards: Sequence[NamedReward], judge: Named
     return rows
 
 
+def _branch_facts(config: SweepConfig, arm: Arm) -> dict[str, str]:
+    """What the aligned branch and the reference differ by."""
+    facts = {"adapter": arm.adapter} if arm.record.branches_differ else {}
+    if not config.prompts_differ:
+        return facts | {"β of its training": "not known" if arm.beta is None else f"{arm.beta:g}"}
+    return facts | {
+        "system prompt, aligned": config.principle or "the prompt's own, if any",
+        "system prompt, reference": config.reference_system or "the prompt's own, if any",
+    }
+
+
 def _facts(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJudge | None) -> dict[str, str]:
     """What was swept, for the report."""
     config, first = worker.config, worker.arms[0]
@@ -300,8 +315,7 @@ def _facts(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJudg
         changed = "greedy"
     facts = {
         "base": first.record.base,
-        "adapter": first.adapter,
-        "β of its training": "not known" if first.beta is None else f"{first.beta:g}",
+        **_branch_facts(config, first),
         "quantization": first.source.quantized_to()[0] or "none",
         "prompts": f"{len(worker.prompts)} of {config.prompts if isinstance(config.prompts, str) else 'a list'}",
         "samples": f"{config.samples} per prompt and λ",

@@ -42,6 +42,7 @@ class SweepWorker:
     Attributes:
         arms, prompts: all of the sweep's.
         tokens: token ids of each prompt, by its index.
+        reference_tokens: of those that the reference reads, where they are others.
         own_indices: of the prompts that this process works on.
         rank: of this process, which has files of its own.
     """
@@ -50,6 +51,7 @@ class SweepWorker:
     arms: Sequence[Arm]
     prompts: Sequence[Prompt]
     tokens: Sequence[Sequence[int]]
+    reference_tokens: Sequence[Sequence[int]] | None
     tokenizer: PreTrainedTokenizerBase
     own_indices: Sequence[int]
     device_map: Any
@@ -116,8 +118,9 @@ class SweepWorker:
         total = len(self.keys(arm, self.own_indices))
         with self.progress(f"decoding, {arm.name}", total, total - len(todo)) as advance:
             for completions in decode(
-                model, self.tokenizer, self.tokens, requests, self.config.sampling, self.config.batch_size
-            ):
+                model, self.tokenizer, self.tokens, requests, self.config.sampling, self.config.batch_size,
+                reference_prompts=self.reference_tokens,
+            ):  # fmt: skip
                 rows = [
                     CompletionRow(
                         run=arm.run,
@@ -180,12 +183,15 @@ class SweepWorker:
         self, arm: Arm, model: DeRaModel, keys: list[Key], lam: tuple[float, ...], with_views: bool
     ) -> Iterator[tuple[Key, dict]]:
         inputs = [self.tokens[key.index] for key in keys], [self.completions[key].token_ids for key in keys]
+        own: dict[str, Any] = {}
+        if self.reference_tokens is not None:
+            own["reference_prompts"] = [self.reference_tokens[key.index] for key in keys]
         on_grid = arm.name == LOGITS and self.reads_grid
         temperature = self.config.temperature if on_grid else 1.0
         at_temperature_1 = {}
         if temperature != 1:
-            at_temperature_1 = {index: scored.total for index, scored in score_each(model, *inputs, [0.0, 1.0])}
-        for index, scored in score_each(model, *inputs, list(lam), temperature, TOP if with_views else 0):
+            at_temperature_1 = {index: scored.total for index, scored in score_each(model, *inputs, [0.0, 1.0], **own)}
+        for index, scored in score_each(model, *inputs, list(lam), temperature, TOP if with_views else 0, **own):
             key, total, kl = keys[index], scored.total, scored.kl.sum(-1)
             ends = at_temperature_1[index] if at_temperature_1 else total[[lam.index(0.0), lam.index(1.0)]]
             values: dict[str, Any] = {

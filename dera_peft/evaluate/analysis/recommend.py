@@ -63,6 +63,7 @@ class Recommendation:
     measured: tuple[float, ...]
     trained_beta: float | None
     notes: tuple[str, ...]
+    prompts_differ: bool = False
 
     @property
     def distinguishable(self) -> bool | None:
@@ -114,11 +115,15 @@ class Recommendation:
         if math.isnan(self.difference.low):
             return [f"Against λ=1 that is {by}: a single prompt does not tell whether they differ."]
         if self.distinguishable:
-            return [f"Against λ=1, the adapter as trained, that is {by}: a difference that these prompts show."]
-        return [f"Against λ=1, the adapter as trained, that is {by}: these prompts can't tell the two apart."]
+            return [f"Against {self._at_one}, that is {by}: a difference that these prompts show."]
+        return [f"Against {self._at_one}, that is {by}: these prompts can't tell the two apart."]
+
+    @property
+    def _at_one(self) -> str:
+        return "λ=1, the model with its own prompt" if self.prompts_differ else "λ=1, the adapter as trained"
 
     def _retraining(self) -> list[str]:
-        if self.lam == 1:
+        if self.lam == 1 or self.prompts_differ:
             return []
         if self.lam == 0:
             return ["At λ=0 the reference is used alone: there is no β to retrain at."]
@@ -171,6 +176,7 @@ def recommend(
     reward: str,
     kl_budget: float | None = None,
     beta: float | None = None,
+    prompts_differ: bool = False,
 ) -> Recommendation:
     """
     λ* among the measured λ of the arm "logits" and those that the curve knows between them; never beyond.
@@ -186,6 +192,7 @@ def recommend(
         reward: name of the reward that the rule looks at.
         kl_budget: of the rule "kl_budget": KL(π_λ ‖ π_ref) per sequence, in nats, not to be exceeded by the mean.
         beta: β of the adapter, if its record has it.
+        prompts_differ: whether the branches have prompts of their own: λ then stands for no training.
 
     Raises:
         DeRaError: no such rule or reward; a rule without what it needs; no λ that fits.
@@ -244,6 +251,7 @@ def recommend(
         measured=measured,
         trained_beta=beta,
         notes=_notes(own, curve, best, rule, reward, beyond=at_edge and not indifferent),
+        prompts_differ=prompts_differ,
     )
 
 
