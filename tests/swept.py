@@ -2,6 +2,8 @@
 
 import math
 
+from dera_peft.evaluate.analysis.best import best_arm
+from dera_peft.evaluate.analysis.choice import Rule
 from dera_peft.evaluate.analysis.curve import Curve, Gap, Point
 from dera_peft.evaluate.analysis.recommend import recommend
 from dera_peft.evaluate.analysis.summary import Estimate, summarise
@@ -14,13 +16,16 @@ TOKENS += ["\u202eabc\u202c", " \x07", " مرحبا", "", "", "", "🎉", "\n", 
 CHAT = [{"role": "system", "content": "Be <b>brief</b>."}, {"role": "user", "content": "مرحبا"}]
 PROMPTS = ["Say </textarea><script>alert(1)</script>.", CHAT, "plain"]
 LAMBDAS = (-0.5, 0.0, 0.5, 1.0)
+RULE, RULE_REWARD = "falling", 2.0  # an arm that knows no λ of its own, a schedule, and is the best
 
 
-def row(arm: str, index: int, lam: float, sample: int, reward: float | None) -> dict:
+def row(arm: str, index: int, lam: float | None, sample: int, reward: float | None) -> dict:
+    strength = 1.0 if lam is None else lam
     made = {
         "arm": arm, "prompt_index": index, "prompt": PROMPTS[index], "lambda": lam, "sample": sample,
         "columns": {"group": "<i>g</i>"},
-        "completion": f"λ={lam:g} of {index}, {sample}", "num_tokens": 3, "finish_reason": "eos", "kl": lam**2,
+        "completion": f"λ={strength:g} of {index}, {sample}", "num_tokens": 3, "finish_reason": "eos",
+        "kl": strength**2,
         "rewards": {"$fun$": reward, "length": 3.0},
     }  # fmt: skip
     if reward is None:
@@ -31,20 +36,23 @@ def row(arm: str, index: int, lam: float, sample: int, reward: float | None) -> 
 def rows(views: bool = True, arms: tuple[str, ...] = ("logits",)) -> list[dict]:
     """Three prompts of two samples at four λ; one row failed, and one completion is `HOSTILE`."""
     made = [
-        row(arm, index, lam, sample, index / 4 + lam)
+        row(arm, index, lam, sample, index / 4 + (RULE_REWARD if lam is None else lam))
         for arm in arms
         for index in range(3)
-        for lam in (LAMBDAS if arm in ("logits", "weights") else (1.0,))
+        for lam in (LAMBDAS if arm in ("logits", "weights") else (None,) if arm == RULE else (1.0,))
         for sample in range(2)
     ]
+    for r in made:
+        if r["arm"] == RULE:
+            r["token_lambda"] = [2.0, 0.25, 0.0]  # λ of each token
     failed = next(r for r in made if (r["arm"], r["prompt_index"], r["lambda"], r["sample"]) == ("logits", 2, 1.0, 1))
     failed["rewards"]["$fun$"], failed["errors"] = None, {"$fun$": "ValueError: <b>no</b>"}
     hostile = next(r for r in made if (r["prompt_index"], r["lambda"], r["sample"]) == (0, 1.0, 0))
     hostile["completion"] = HOSTILE + "🎉\n"
     if views:
         for r in made:
-            if r["arm"] == "logits":
-                texts = TOKENS if r is hostile else [" one", f" λ={r['lambda']:g}", "</s>"]
+            if r["arm"] in ("logits", RULE):
+                texts = TOKENS if r is hostile else [" one", f" λ={r['lambda'] or 0:g}", "</s>"]
                 r["token_views"] = [
                     {
                         "token": text,
@@ -81,4 +89,5 @@ def swept(views: bool = True, arms: tuple[str, ...] = ("logits",)) -> dict:
         "summaries": summaries,
         "curve": curve(),
         "recommendation": recommend(summaries, None, "reward", "$fun$", beta=0.5),
+        "best": best_arm(summaries, None, Rule("reward"), "$fun$"),
     }

@@ -55,6 +55,7 @@ def sweep(settings: SweepSettings) -> None:
 
     from dera_peft.cli.console import printable
     from dera_peft.cli.sweep_tables import further_columns, main_columns, show_samples, tables, tell, tell_failures
+    from dera_peft.evaluate.analysis.summary import lambda_text
     from dera_peft.evaluate.run import sweep as run_sweep
     from dera_peft.progress import show_progress
 
@@ -70,7 +71,7 @@ def sweep(settings: SweepSettings) -> None:
         if len(arms) > 1:
             console.print(printable(arm), style="bold cyan")
         for columns in (main_columns(summaries), further_columns(summaries)):
-            for table in tables([f"{s.lam:g}" for s in summaries], columns, console.width):
+            for table in tables([lambda_text(s.lam) for s in summaries], columns, console.width):
                 console.print(table)
                 console.print()
     show_samples(console, [row for row in result.rows if row["arm"] == LOGITS])
@@ -80,6 +81,11 @@ def sweep(settings: SweepSettings) -> None:
         tell(console, result.recommendation.text())
     if result.no_recommendation is not None:
         tell(console, f"No λ is recommended: {result.no_recommendation}")
+    if result.best is not None:
+        console.print()
+        tell(console, result.best.text())
+        if result.best.use is not None:
+            tell(console, f"To decode like that: {result.best.use}")
     if result.command is not None:
         tell(console, f"To train there: {result.command}")
     console.print()

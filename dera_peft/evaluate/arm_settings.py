@@ -6,11 +6,12 @@ from typing import Any, ClassVar, Literal
 
 from dera_peft.decoding.lambdas import lambdas_setting
 from dera_peft.engine.names import LOGITS
+from dera_peft.engine.rules import LINEAR, Rule, read_rule, read_schedule
 from dera_peft.errors import DeRaError
 from dera_peft.settings import COUNT, Settings, nearest, setting, setting_of
 
-LINEAR = "linear"  # DeRa's own rule, that of the arm "logits"
-WAYS = ("combine", "mixing", "adapter", "particles")  # an arm has one of these at least
+WAYS = ("combine", "lambda_schedule", "mixing", "adapter", "particles")  # an arm has one of these at least
+APART = (("combine", "mixing", "particles"), ("lambda_schedule", "mixing", "particles"), ("lambda_schedule", "lambdas"))
 
 
 def _read_count(texts: Sequence[str]) -> int | str:
@@ -30,7 +31,16 @@ class ArmSettings(Settings):
     called: ClassVar[str] = "an arm"
 
     combine: str | None = setting(
-        None, "The rule that joins the branches at each token, as aad:0.1 or plausible:0.1.", metavar="RULE"
+        None,
+        "The rule at each token, as aad:0.1 or plausible:0.1.",
+        metavar="RULE",
+        normalize=lambda value: None if value is None else str(read_rule(value)),
+    )
+    lambda_schedule: Any = setting(
+        None,
+        "λ by the position of a new token, as {0: 2.0, 20: 1.0}; 0:2.0,20:1.0 on the command line.",
+        metavar="POSITION:λ[,…]",
+        normalize=lambda value: None if value is None else read_schedule(value),
     )
     mixing: Literal["weights"] | None = setting(
         None, "weights: the adapter's weights are scaled by λ, and no logits are mixed.", metavar="KIND"
@@ -50,19 +60,37 @@ class ArmSettings(Settings):
         super().__post_init__()
         if not any(getattr(self, way) is not None for way in WAYS):
             raise DeRaError(f"it says no way to decode: give one of {', '.join(WAYS)}.")
-        if self.combine == LINEAR and self.adapter is None and self.particles is None:
-            raise DeRaError(f"combine={LINEAR!r} is the arm {LOGITS!r}, which is always there; leave it out.")
-        given = [name for name in ("combine", "mixing", "particles") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise DeRaError(f"{' and '.join(given)} exclude each other: make an arm of each.")
+        given = [each.name for each in fields(self) if getattr(self, each.name) not in (None, ())]
+        if self.combine == LINEAR:
+            raise DeRaError(
+                f"combine={LINEAR!r} is plain λ, which is always there as the arm {LOGITS!r}: leave it out."
+            )
+        for group in APART:
+            if len(both := [name for name in group if name in given]) > 1:
+                raise DeRaError(f"{' and '.join(both)} exclude each other: make an arm of each.")
+        if not self.rule.has_lambda and (both := [name for name in ("lambdas", "lambda_schedule") if name in given]):
+            raise DeRaError(f"combine={self.combine!r} knows no λ: leave {both[0]} out.")
+
+    @property
+    def rule(self) -> Rule:
+        return Rule() if self.combine is None else read_rule(self.combine)
+
+    @property
+    def has_lambda(self) -> bool:
+        """Whether it is decoded at several λ: neither a rule without one nor a schedule is."""
+        return self.rule.has_lambda and self.lambda_schedule is None
 
     @property
     def label(self) -> str:
         """Its name, or one that tells how it decodes: "aad:0.1", "weights", "runs/dpo-2", "16 particles"."""
         if self.name is not None:
             return self.name
-        particles = None if self.particles is None else f"{self.particles} particles"
-        return ", ".join(part for part in (self.adapter, self.mixing, self.combine, particles) if part is not None)
+        parts = [self.adapter, self.mixing, self.combine]
+        if self.lambda_schedule is not None:
+            parts.append("λ " + ",".join(f"{position}:{lam:g}" for position, lam in self.lambda_schedule))
+        if self.particles is not None:
+            parts.append(f"{self.particles} particles")
+        return ", ".join(part for part in parts if part is not None)
 
 
 def read_arms(values: Any) -> tuple[ArmSettings, ...]:

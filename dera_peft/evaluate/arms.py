@@ -1,6 +1,7 @@
 """The arms of a sweep: the ways to decode that it compares, all over one reference."""
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
@@ -14,11 +15,14 @@ from dera_peft.checkpoint.fingerprint import (
 from dera_peft.checkpoint.loading import check
 from dera_peft.checkpoint.record import Record
 from dera_peft.checkpoint.source import ModelSource
+from dera_peft.decoding.requests import Request, rule_fields
 from dera_peft.engine.names import LOGITS, REFERENCE, WEIGHTS
+from dera_peft.engine.rules import LINEAR, Schedule
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate.arm_settings import ArmSettings
 from dera_peft.evaluate.config import SweepConfig
 from dera_peft.evaluate.loaded import LoadedModel
+from dera_peft.evaluate.rows import Key
 from dera_peft.model import DeRaModel
 
 GRID_STEPS = 4  # points of the fine grid between two λ of the sweep
@@ -36,7 +40,9 @@ class Arm:
         name: "logits" (DeRa's plain λ), or that of its settings.
         source: its base and adapter.
         mixing: "logits" or "weights".
-        lambdas: the λ to decode at; of a rule that knows no λ, None alone.
+        combine, schedule: the rule at each token, and λ over positions, as in `Request`.
+        particles: with which the exact mixture is sampled; None where it is not.
+        lambdas: the λ to decode at; of a rule that knows no λ, or of a schedule, None alone.
         is_own: whether it is of the sweep's adapter, and not of another one.
         place: the λ that another adapter stands for, β of the sweep's adapter over its own; None where one of them is
             not known.
@@ -47,6 +53,9 @@ class Arm:
     name: str
     source: ModelSource
     mixing: str
+    combine: str
+    schedule: Schedule
+    particles: int | None
     lambdas: tuple[float | None, ...]
     is_own: bool
     place: float | None
@@ -66,14 +75,59 @@ class Arm:
     def beta(self) -> float | None:
         return None if self.prompts_differ else beta_of(self.record)  # λ stands for no training then
 
+    @property
+    def has_rule(self) -> bool:
+        """Whether something else than λ alone says what each token is drawn from."""
+        return self.combine != LINEAR or bool(self.schedule)
+
     def shares_model(self, other: "Arm") -> bool:
         """Whether one model that is loaded can decode for both."""
         return (self.source, self.mixing) == (other.source, other.mixing)
+
+    def request(self, key: Key) -> Request:
+        lam = self.schedule[0][1] if self.schedule else 1.0 if key.lam is None else key.lam
+        return Request(key.index, lam, key.sample, self.combine, self.schedule)
+
+    def key(self, request: Request) -> Key:
+        """Of a request that `request` made."""
+        return Key(self.name, request.index, None if self.lambdas == (None,) else request.lam, request.sample)
+
+    @property
+    def ways(self) -> str:
+        """What differs from plain λ, and at which λ, for the report."""
+        what = [f"adapter {self.adapter}"] if not self.is_own else []
+        what += [f"mixing {self.mixing}"] if self.mixing != LOGITS else []
+        what += [f"combine {self.combine}"] if self.combine != LINEAR else []
+        what += [f"λ by position {_schedule_text(self.schedule)}"] if self.schedule else []
+        what += [f"the exact mixture, {self.particles} particles"] if self.particles is not None else []
+        strengths = ", ".join(f"{lam:g}" for lam in self.lambdas if lam is not None)
+        return ", ".join(what) + (f"; λ {strengths}" if strengths else "")
+
+    def use(self, lam: float | None) -> str:
+        """The command that decodes like that; of a model in memory the call."""
+        schedule = _schedule_text(self.schedule)
+        if isinstance(self.source, LoadedModel):
+            named = {"lam": lam, "combine": self.combine if self.combine != LINEAR else None}
+            named |= {"lambda_schedule": schedule or None, "particles": self.particles}
+            arguments = ", ".join(f"{name}={value!r}" for name, value in named.items() if value is not None)
+            return f"model.{'generate' if self.particles is None else 'sample_exact'}(**inputs, {arguments})"
+        options = {"--base": self.source.base, "--adapter": self.adapter}
+        options |= {
+            "--combine": self.combine if self.combine != LINEAR else None,
+            "--lambda-schedule": schedule or None,
+        }
+        options |= {"--particles": self.particles, "--lambda": None if lam is None else f"{lam:g}"}
+        text = " ".join(f"{option} {shlex.quote(str(value))}" for option, value in options.items() if value is not None)
+        return f"dera export {text} --output DIR" if self.mixing == WEIGHTS else f"dera generate {text}"
 
     def load(self, device_map: Any) -> DeRaModel:
         if isinstance(self.source, LoadedModel):
             return self.source.model
         return DeRaModel.from_source(replace(self.source, device_map=device_map), mixing=self.mixing)
+
+
+def _schedule_text(schedule: Schedule) -> str:
+    return ",".join(f"{position}:{lam:g}" for position, lam in schedule)
 
 
 def by_model(arms: Sequence[Arm]) -> list[list[Arm]]:
@@ -110,7 +164,8 @@ def make_arms(config: SweepConfig, loaded: LoadedModel | None = None) -> list[Ar
         _check_loaded(config)
     source = config.source if loaded is None else loaded
     source.resolve_one(COMMAND, WAY_OUT, config.prompts_differ)
-    plain = Arm(LOGITS, source, LOGITS, config.lambdas, True, None, _run(config, source, LOGITS), config.prompts_differ)
+    run, differ = _run(config, source, LOGITS), config.prompts_differ
+    plain = Arm(LOGITS, source, LOGITS, LINEAR, (), None, config.lambdas, True, None, run, differ)
     return [plain, *(_make_arm(config, plain, number, asked) for number, asked in enumerate(config.arms))]
 
 
@@ -120,6 +175,9 @@ def _make_arm(config: SweepConfig, plain: Arm, number: int, asked: ArmSettings) 
         raise DeRaError(f"arms[{number}]: {way} does not go together with prompts that differ (principle).")
     source, place = plain.source, None
     mixing = asked.mixing or LOGITS
+    combine, schedule, particles = str(asked.rule), asked.lambda_schedule or (), asked.particles
+    if particles is not None:
+        config.sampling.check_exact()
     lambdas = asked.lambdas or config.lambdas
     if asked.adapter is not None:
         source = _other_source(plain, asked.adapter, f"arms[{number}]")
@@ -127,15 +185,10 @@ def _make_arm(config: SweepConfig, plain: Arm, number: int, asked: ArmSettings) 
         place = None if beta is None or its_beta is None else beta / its_beta
         lambdas = asked.lambdas or (1.0,)
     return Arm(
-        asked.label,
-        source,
-        mixing,
-        lambdas,
-        asked.adapter is None,
-        place,
-        _run(config, source, mixing),
+        asked.label, source, mixing, combine, schedule, particles, lambdas if asked.has_lambda else (None,),
+        asked.adapter is None, place, _run(config, source, mixing, combine, schedule, particles),
         config.prompts_differ,
-    )
+    )  # fmt: skip
 
 
 def _other_source(plain: Arm, adapter: str, argument: str) -> ModelSource:
@@ -169,7 +222,16 @@ def _check_loaded(config: SweepConfig) -> None:
                 )
 
 
-def _run(config: SweepConfig, source: ModelSource, mixing: str) -> str:
+def _run(
+    config: SweepConfig,
+    source: ModelSource,
+    mixing: str,
+    combine: str = LINEAR,
+    schedule: Schedule = (),
+    particles: int | None = None,
+) -> str:
+    further = {name: value for name, value in rule_fields(combine, schedule).items() if value is not None}
+    further |= {} if particles is None else {"particles": particles}
     return settings_fingerprint(
         {
             **source.fingerprint(),
@@ -177,6 +239,7 @@ def _run(config: SweepConfig, source: ModelSource, mixing: str) -> str:
             "chat": config.chat,
             "sampling": asdict(config.sampling),
             **config.system_prompts(),
+            **further,
         }
     )
 

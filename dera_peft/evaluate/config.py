@@ -17,6 +17,7 @@ from dera_peft.evaluate.arm_settings import ArmSettings, parse_arms, read_arms
 from dera_peft.files import check_exists, check_file
 from dera_peft.settings import COUNT, Check, part, plain, setting, setting_like
 
+RADIUS = 1.0  # nats
 PROMPTS, SAMPLING, MEASURING = "Prompts", "Sampling", "Measuring"
 
 
@@ -85,16 +86,25 @@ class SweepConfig(SystemSettings, Sampling, ModelSource):
     group: str | None = setting(
         None, "A column of the prompts: results for each of its values.", metavar="COLUMN", panel=MEASURING
     )
-    rule: Literal["reward", "lower_bound", "kl_budget", "worst_group"] = setting(
+    rule: Literal["reward", "lower_bound", "kl_budget", "worst_group", "robust"] = setting(
         "reward",
         "How λ is recommended: reward (the highest mean), lower_bound (the highest lower end of its interval), "
-        "kl_budget (the highest mean within --kl-budget), worst_group (the highest mean of the worst group).",
+        "kl_budget (the highest mean within --kl-budget), worst_group (the highest mean of the worst group), robust "
+        "(the highest mean under the worst reweighting of the prompts within --radius).",
         metavar="RULE",
         panel=MEASURING,
     )
     kl_budget: float | None = setting(
         None,
         "KL to the reference, a completion, at most.",
+        check=Check(lambda value: value >= 0, "a number of nats, 0 or more", names_type=True),
+        metavar="NATS",
+        panel=MEASURING,
+    )
+    radius: float | None = setting(
+        None,
+        f"Of the rule robust: how far the prompts are reweighted, as a KL, at most; {RADIUS:g} unless given, which "
+        "covers every part of 37 % of the prompts or more (a part of the share s is covered from -log s on).",
         check=Check(lambda value: value >= 0, "a number of nats, 0 or more", names_type=True),
         metavar="NATS",
         panel=MEASURING,
@@ -123,6 +133,10 @@ class SweepConfig(SystemSettings, Sampling, ModelSource):
                 f"kl_budget={self.kl_budget:g} has no effect on rule={self.rule!r}: set rule='kl_budget', or leave it "
                 "out."
             )
+        if self.rule != "robust" and self.radius is not None:
+            raise DeRaError(
+                f"radius={self.radius:g} has no effect on rule={self.rule!r}: set rule='robust', or leave it out."
+            )
         if self.rule == "worst_group" and self.group is None:
             raise DeRaError("rule='worst_group' needs the column that tells the groups: set group.")
 
@@ -145,11 +159,17 @@ class SweepConfig(SystemSettings, Sampling, ModelSource):
     def source(self) -> ModelSource:
         return part(self, ModelSource)
 
+    @property
+    def effective_radius(self) -> float | None:
+        """That of the rule "robust"; None by another rule."""
+        return (RADIUS if self.radius is None else self.radius) if self.rule == "robust" else None
+
     @classmethod
     def merge(cls, values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-        """A rule that knows no budget takes the place of the file's rule with its budget."""
-        if given.get("rule") not in (None, "kl_budget") and "kl_budget" not in given:
-            values = {name: value for name, value in values.items() if name != "kl_budget"}
+        """A rule takes the place of the file's rule with what belongs to that: a budget, a radius."""
+        for name, of in (("kl_budget", "kl_budget"), ("radius", "robust")):
+            if given.get("rule") not in (None, of) and name not in given:
+                values = {key: value for key, value in values.items() if key != name}
         return super().merge(values, given)
 
 

@@ -10,6 +10,7 @@ from dera_peft.formatting import short_repr
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from dera_peft.evaluate.analysis.best import BestArm
     from dera_peft.evaluate.analysis.curve import Curve
     from dera_peft.evaluate.analysis.recommend import Recommendation
     from dera_peft.evaluate.analysis.summary import LambdaSummary
@@ -27,8 +28,9 @@ class SweepResult:
     Attributes:
         summaries: by arm, then by ascending λ.
         curve: reward and KL between the sweep's λ.
-        recommendation: None where there is none to make.
+        recommendation: of plain λ, from which β* comes; None where there is none to make.
         no_recommendation: why there is none.
+        best: of all arms, by the rule of the recommendation; None where there is plain λ alone.
         command: retrains at the recommended strength; None where that is unknown.
         rows: as in samples.jsonl, by arm, prompt, λ and sample.
         reused: how many of the completions an earlier run had made.
@@ -42,6 +44,7 @@ class SweepResult:
     curve: "Curve"
     recommendation: "Recommendation | None"
     no_recommendation: str | None
+    best: "BestArm | None"
     command: str | None
     rows: list[dict]
     reused: int

@@ -27,11 +27,6 @@ class Key(NamedTuple):
     sample: int
 
 
-def strength(key: Key) -> Lambda:
-    """The λ that a model is given for a key: 1, the adapter as trained, where its arm knows none."""
-    return 1.0 if key.lam is None else key.lam
-
-
 @dataclass(frozen=True)
 class SweepRow:
     """What all rows of a sweep have: a fingerprint, and which completion they are of."""
@@ -56,7 +51,8 @@ class CompletionRow(SweepRow):
 
     Attributes:
         token_ids: with the end token if the model gave one.
-        finish_reason: "eos" or "length", as in `Completion`.
+        finish_reason, token_lambda: as in `Completion`.
+        log_z: of a sample of the exact mixture, as in `ExactSample`.
     """
 
     kind: ClassVar[str] = "completions"
@@ -66,6 +62,8 @@ class CompletionRow(SweepRow):
     completion: str
     token_ids: list[int]
     finish_reason: str
+    token_lambda: list[float] | None = None
+    log_z: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class ScoreRow(SweepRow):
     What a completion is worth, in nats.
 
     Attributes:
-        kl: KL(π_λ ‖ π_ref) along it, at the λ that it was decoded at.
+        kl: KL(π ‖ π_ref) along it, π being what it was decoded from at temperature 1: at its λ, by its arm's rule.
         log_ref, log_aligned: its log-probabilities at temperature 1; the latter of the sweep's own adapter alone.
         log_p, kl_grid: at each λ of the fine grid, where the curve is estimated.
         token_views: of `token_views`, where the report may show them.

@@ -15,6 +15,8 @@ from dera_peft.decoding.prompts import Prompt, column_names, read_prompts
 from dera_peft.decoding.system_settings import Tokens
 from dera_peft.engine.names import LOGITS
 from dera_peft.errors import DeRaError
+from dera_peft.evaluate.analysis.best import best_arm
+from dera_peft.evaluate.analysis.choice import Rule
 from dera_peft.evaluate.analysis.curve import Curve, estimate_curve, reason_off
 from dera_peft.evaluate.analysis.recommend import recommend
 from dera_peft.evaluate.analysis.summary import AGAINST, summarise
@@ -196,7 +198,8 @@ def _finish(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJud
     config, folder, first = worker.config, worker.folder, worker.arms[0]
     rows = _join_rows(worker, rewards, judge)
     names = [reward.name for reward in rewards]
-    summaries = summarise(rows, config.group, config.seed)
+    rule = Rule(config.rule, config.kl_budget, config.effective_radius)
+    summaries = summarise(rows, config.group, config.seed, rule.radius)
     if worker.reads_grid:
         curve = estimate_curve(rows, worker.grid, names, config.seed)
     else:
@@ -205,7 +208,7 @@ def _finish(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJud
     if any(row["rewards"][names[0]] is not None for row in rows if row["arm"] == LOGITS):
         try:
             recommendation = recommend(
-                summaries, curve, config.rule, names[0], config.kl_budget, first.beta, config.prompts_differ
+                summaries, curve, rule.name, names[0], rule.kl_budget, first.beta, rule.radius, config.prompts_differ
             )
             reason = None
         except DeRaError as error:  # there is still all that was measured to be shown
@@ -214,12 +217,17 @@ def _finish(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJud
     if recommendation is not None and recommendation.beta is not None and recommendation.lam != 1:
         command = retrain_command(first.adapter, first.record, recommendation.beta, folder)
 
+    best = best_arm(summaries, curve, rule, names[0], config.seed)
+    if best is not None:
+        arm = next(arm for arm in worker.arms if arm.name == best.best.arm)
+        best = replace(best, use=arm.use(best.best.lam))
+
     models = {arm.name: arm.place for arm in worker.arms if not arm.is_own}
     title = f"{len(worker.prompts)} prompts, {config.samples} samples each; bars: 95 % over prompts"
     for ending in ("png", "svg"):
         inputs = summaries, curve, recommendation, names[0]
-        plot_sweep(*inputs, folder / f"sweep.{ending}", title, models)
-        plot_pareto(*inputs, folder / f"pareto.{ending}", title, models)
+        plot_sweep(*inputs, folder / f"sweep.{ending}", title, models, best)
+        plot_pareto(*inputs, folder / f"pareto.{ending}", title, models, best)
     lines = ({name: value for name, value in row.items() if name not in IN_MEMORY} for row in rows)
     written = (json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
     write_atomically(folder / "samples.jsonl", "".join(written))
@@ -227,10 +235,10 @@ def _finish(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJud
     facts = _facts(worker, rewards, judge)
     title = f"How strong should {worker.arms[0].adapter if 'adapter' in facts else 'the principle'} be?"
     inputs = summaries, curve, recommendation, rows, command, models
-    write_report(folder / "report.html", title, facts, *inputs, reason=reason)
+    write_report(folder / "report.html", title, facts, *inputs, reason=reason, best=best)
     failed = sum("errors" in row for row in rows)
     files = [*FILES, RETRAIN] if command is not None and RETRAIN in command else list(FILES)
-    return SweepResult(summaries, curve, recommendation, reason, command, rows, reused, failed, files)
+    return SweepResult(summaries, curve, recommendation, reason, best, command, rows, reused, failed, files)
 
 
 def _join_rows(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJudge | None) -> list[dict]:
@@ -279,6 +287,7 @@ def _join_rows(worker: SweepWorker, rewards: Sequence[NamedReward], judge: Named
             "finish_reason": completion.finish_reason,
             "token_ids": ids,
             "end_token_id": ids[-1] if has_end else None,
+            **({} if completion.token_lambda is None else {"token_lambda": completion.token_lambda}),
             "kl": score.kl,
             "rewards": values,
         }
@@ -324,10 +333,9 @@ def _facts(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJudg
     }
     if judge is not None:
         facts["judge"] = judge.name
-    for arm in worker.arms:
-        if not arm.is_own:
-            beta = "" if arm.beta is None else f" (β = {arm.beta:g})"
-            facts[arm.name] = f"{arm.adapter}{beta}"
+    for arm in worker.arms[1:]:
+        beta = "" if arm.is_own or arm.beta is None else f" (β = {arm.beta:g})"
+        facts[f"arm {arm.name}"] = f"{arm.ways}{beta}"
     if sampling.temperature not in (0, 1):
         facts["KL and perplexity"] = "at temperature 1, along samples that were drawn at the temperature above"
     return facts | {

@@ -1,6 +1,6 @@
 """One process of a sweep: decodes, scores and rewards its prompts, and keeps every row in the sweep's folder."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,15 @@ from dera_peft.checkpoint.devices import free_memory
 from dera_peft.checkpoint.fingerprint import settings_fingerprint
 from dera_peft.decoding.batching import decode
 from dera_peft.decoding.prompts import Prompt, column_names
-from dera_peft.decoding.requests import Request
 from dera_peft.decoding.rows import Expected
-from dera_peft.decoding.scoring import score_each
 from dera_peft.engine.names import LOGITS
 from dera_peft.evaluate.analysis.curve import reason_off
 from dera_peft.evaluate.analysis.summary import AGAINST
 from dera_peft.evaluate.arms import Arm, fine_grid
 from dera_peft.evaluate.config import SweepConfig
 from dera_peft.evaluate.report.samples import sample_rows
-from dera_peft.evaluate.report.token_views import token_views
-from dera_peft.evaluate.rows import CompletionRow, Key, RewardRow, ScoreRow, open_log, strength
+from dera_peft.evaluate.rows import CompletionRow, Key, RewardRow, ScoreRow, open_log
+from dera_peft.evaluate.scorer import Scorer
 from dera_peft.model import DeRaModel
 from dera_peft.progress import Progress
 from dera_peft.rewards.calls import Failures
@@ -29,8 +27,6 @@ from dera_peft.rewards.functions import NamedReward, call_reward_or_mark, column
 from dera_peft.rewards.judges import NamedJudge, judge_or_mark
 from dera_peft.rewards.models import RewardModel
 
-TOP = 3  # tokens of each branch that the report names
-DIGITS = 6  # of what is kept: nats
 CALLED_AT_ONCE = 32  # completions that a reward or a judge gets in one call, where no batch size is given
 
 
@@ -62,8 +58,9 @@ class SweepWorker:
     def __post_init__(self):
         self.grid = fine_grid(self.config.lambdas)
         self.reads_grid = reason_off(self.config.sampling) is None
+        grid = self.grid if self.reads_grid else None
+        self.scorer = Scorer(self.tokens, self.reference_tokens, self.tokenizer, grid, self.config.temperature)
         self.columns = column_names(self.prompts)
-        self.token_texts: dict[tuple[int | None, int], str] = {}  # a cache for `token_views`
         self.read_files()
 
     def read_files(self) -> None:
@@ -114,24 +111,29 @@ class SweepWorker:
         return [key for key in self.keys(arm, self.own_indices) if key not in self.completions]
 
     def _decode(self, arm: Arm, model: DeRaModel, todo: Sequence[Key]) -> None:
-        requests = [Request(key.index, strength(key), key.sample) for key in todo]
+        requests = [arm.request(key) for key in todo]
         total = len(self.keys(arm, self.own_indices))
         with self.progress(f"decoding, {arm.name}", total, total - len(todo)) as advance:
             for completions in decode(
-                model, self.tokenizer, self.tokens, requests, self.config.sampling, self.config.batch_size,
+                model,
+                self.tokenizer,
+                self.tokens,
+                requests,
+                self.config.sampling,
+                self.config.batch_size,
                 reference_prompts=self.reference_tokens,
-            ):  # fmt: skip
+                particles=arm.particles,
+            ):
                 rows = [
                     CompletionRow(
-                        run=arm.run,
-                        arm=arm.name,
-                        prompt_index=each.request.index,
-                        lam=None if arm.lambdas == (None,) else each.request.lam,
-                        sample=each.request.sample,
+                        arm.run,
+                        *arm.key(each.request),
                         prompt=self.prompts[each.request.index].content,
                         completion=each.text,
                         token_ids=each.tokens,
                         finish_reason=each.finish_reason,
+                        token_lambda=each.token_lambda,
+                        log_z=None if each.exact is None else each.exact.log_z,
                     )
                     for each in completions
                 ]
@@ -165,50 +167,12 @@ class SweepWorker:
         }
 
     def _score(self, arm: Arm, model: DeRaModel, todo: Mapping[Key, bool]) -> None:
-        """KL and log-probabilities: at all λ of the grid in one pass where the curve needs them, else at the own λ."""
-        if arm.name == LOGITS and self.reads_grid:
-            strengths = {key: tuple(sorted({*self.grid, 0.0, 1.0})) for key in todo}
-        else:
-            strengths = {key: tuple(sorted({0.0, strength(key), 1.0})) for key in todo}
-        jobs: dict[tuple, list[Key]] = {}
-        for key, with_views in todo.items():
-            jobs.setdefault((strengths[key], with_views), []).append(key)
         with self.progress(f"scoring, {arm.name}", len(todo), 0) as advance:
-            for (lam, with_views), keys in jobs.items():
-                for key, values in self._score_each(arm, model, keys, lam, with_views):
+            for with_views in (True, False):
+                rows = [self.completions[key] for key, is_shown in todo.items() if is_shown == with_views]
+                for key, values in self.scorer.score(arm, model, rows, with_views):
                     self.score_log.append([ScoreRow(self.score_run(key), *key, **values)])
                     advance(1)
-
-    def _score_each(
-        self, arm: Arm, model: DeRaModel, keys: list[Key], lam: tuple[float, ...], with_views: bool
-    ) -> Iterator[tuple[Key, dict]]:
-        inputs = [self.tokens[key.index] for key in keys], [self.completions[key].token_ids for key in keys]
-        own: dict[str, Any] = {}
-        if self.reference_tokens is not None:
-            own["reference_prompts"] = [self.reference_tokens[key.index] for key in keys]
-        on_grid = arm.name == LOGITS and self.reads_grid
-        temperature = self.config.temperature if on_grid else 1.0
-        at_temperature_1 = {}
-        if temperature != 1:
-            at_temperature_1 = {index: scored.total for index, scored in score_each(model, *inputs, [0.0, 1.0], **own)}
-        for index, scored in score_each(model, *inputs, list(lam), temperature, TOP if with_views else 0, **own):
-            key, total, kl = keys[index], scored.total, scored.kl.sum(-1)
-            ends = at_temperature_1[index] if at_temperature_1 else total[[lam.index(0.0), lam.index(1.0)]]
-            values: dict[str, Any] = {
-                "kl": round(kl[lam.index(strength(key))].item(), DIGITS),
-                "log_ref": round(ends[0].item(), DIGITS),
-            }
-            if arm.is_own:  # of a further model it would be another reward
-                values["log_aligned"] = round(ends[1].item(), DIGITS)
-            if on_grid:
-                places = [lam.index(strength) for strength in self.grid]
-                values["log_p"] = [round(value, DIGITS) for value in total[places].tolist()]
-                values["kl_grid"] = [round(value, DIGITS) for value in kl[places].tolist()]
-            if with_views:
-                values["token_views"] = _rounded(
-                    token_views(scored, inputs[0][index], inputs[1][index], self.tokenizer, self.token_texts)
-                )
-            yield key, values
 
     # -- rewards and verdicts -------------------------------------------------------------------------------------
 
@@ -308,18 +272,3 @@ class SweepWorker:
                     for (name, key, run), (value, error) in zip(batch, values, strict=True)
                 )
                 advance(len(batch))
-
-
-def _rounded(tokens: list[dict]) -> list[dict]:
-    """Token views with no more digits than the report needs."""
-    return [
-        {
-            name: round(value, DIGITS)
-            if name == "js"
-            else value
-            if name == "token"
-            else [[text, round(chance, 4)] for text, chance in value]
-            for name, value in token.items()
-        }
-        for token in tokens
-    ]

@@ -101,6 +101,7 @@ def test_why_there_is_no_curve_and_no_recommendation(summaries, monkeypatch, cap
         curve=Curve(reason="greedy decoding draws no samples"),
         recommendation=None,
         no_recommendation="the reward '[/x]' has no value at any λ.",
+        best=None,
         command=None,
         rows=[{"arm": "logits", "prompt_index": 0, "prompt": "p", "lambda": 0.0, "sample": 0, "completion": "c"}],
         reused=0,

@@ -32,9 +32,15 @@ REQUIRED = {"prompts": "p.txt", "rewards": ["r.py:reward"], "output_dir": "out"}
         ({"arms": {"mixing": "weights"}}, r"arms=\{'mixing': 'weights'\} must be a list of arms"),
         ({"arms": ["aad:0.1"]}, r"arms\[0\]: 'aad:0.1' is not an arm, which is keys with values"),
         ({"arms": [{"combin": "aad:0.1"}]}, r"arms\[0\]: 'combin' is not a key of an arm; do you mean 'combine'\?"),
-        ({"arms": [{"lambdas": [2]}]}, r"arms\[0\]: it says no way to decode: give one of combine, mixing, adapter"),
+        (
+            {"arms": [{"lambdas": [2]}]},
+            r"arms\[0\]: it says no way to decode: give one of combine, lambda_schedule, mixing, adapter",
+        ),
         ({"arms": [{"mixing": "logits"}]}, r"arms\[0\]: mixing='logits' is not known; choose one of weights"),
-        ({"arms": [{"combine": "linear"}]}, r"arms\[0\]: combine='linear' is the arm 'logits', which is always there"),
+        (
+            {"arms": [{"combine": "linear"}]},
+            r"arms\[0\]: combine='linear' is plain λ, which is always there as the arm 'logits'",
+        ),
         ({"arms": [{"particles": 0}]}, r"arms\[0\]: particles=0 must be an integer of at least 1"),
         (
             {"arms": [{"adapter": "a"}, {"particles": 4, "mixing": "weights"}]},

@@ -9,6 +9,7 @@ import numpy
 
 from dera_peft.engine.names import LOGITS
 from dera_peft.errors import DeRaError
+from dera_peft.evaluate.analysis.robust import worst_mean
 
 AGAINST = (0.0, 1.0)  # the λ of DeRa that each λ is compared with: the reference, and the adapter as trained
 RESAMPLES = 1000
@@ -90,12 +91,18 @@ class RewardSummary:
         level: its mean.
         versus: by λ (0.0 and 1.0, where the arm "logits" has them), the comparison with that arm at that λ.
         groups: by the value of the column that names groups, the mean over that group's prompts.
+        robust: the worst mean over reweightings of the prompts (`robust.worst_mean`), of the first reward where a
+            radius is given.
+        by_prompt: the mean over each prompt's samples, `[P]`; NaN for a prompt without any. All summaries of a run have
+            the same prompts.
         failed: samples without a value; they are left out of all the numbers here, and of a pair both.
     """
 
     level: Estimate
     versus: dict[float, Paired] = field(default_factory=dict)
     groups: dict[str, Estimate] = field(default_factory=dict)
+    robust: Estimate | None = None
+    by_prompt: numpy.ndarray | None = field(default=None, repr=False, compare=False)
     failed: int = 0
 
     @property
@@ -111,8 +118,8 @@ class LambdaSummary:
     One λ of one arm.
 
     Attributes:
-        arm: "logits" (DeRa), "weights", or the name that the user gave to a further model.
-        lam: λ.
+        arm: "logits" (DeRa's plain λ), or the name of another arm.
+        lam: λ; None in an arm that knows none.
         prompts, samples: how many.
         kl: KL(π_λ ‖ π_ref) per sequence, in nats.
         kl_per_token: total KL over total tokens, in nats.
@@ -123,7 +130,7 @@ class LambdaSummary:
     """
 
     arm: str
-    lam: float
+    lam: float | None
     prompts: int
     samples: int
     kl: Estimate
@@ -180,8 +187,19 @@ class Resamples:
         estimates = self.ratios(numpy.where(there, values, 0.0), there.astype(float))
         return dict(zip(columns, estimates, strict=True))
 
+    def worst_mean(self, values: numpy.ndarray, radius: float) -> Estimate:
+        """The worst mean over reweightings of the prompts, of one value per prompt as in `means`."""
+        mean = float(worst_mean(values, numpy.ones((1, len(values))), radius)[0])
+        if (~numpy.isnan(values)).sum() < 2:
+            return Estimate(mean, math.nan, math.nan, math.nan)
+        draws = worst_mean(values, self.counts, radius)
+        low, high = numpy.nanpercentile(draws, INTERVAL)
+        return Estimate(mean, float(numpy.nanstd(draws, ddof=1)), float(low), float(high), draws)
 
-def summarise(rows: Sequence[dict], group: str | None = None, seed: int = 0) -> list[LambdaSummary]:
+
+def summarise(
+    rows: Sequence[dict], group: str | None = None, seed: int = 0, radius: float | None = None
+) -> list[LambdaSummary]:
     """
     One summary per arm and λ: arms as they appear, each by ascending λ.
 
@@ -189,6 +207,7 @@ def summarise(rows: Sequence[dict], group: str | None = None, seed: int = 0) -> 
         rows: with the keys of `samples.jsonl`.
         group: a column of the prompts that names their groups.
         seed: of the bootstrap.
+        radius: of the reweightings of the prompts whose worst mean of the first reward is wanted, in nats.
 
     Raises:
         DeRaError: a row has no such column.
@@ -197,7 +216,7 @@ def summarise(rows: Sequence[dict], group: str | None = None, seed: int = 0) -> 
         return []
     positions = prompt_positions(rows)
     shape = (len(positions), 1 + max(row["sample"] for row in rows))
-    by_cell: dict[tuple[str, float], list[dict]] = defaultdict(list)
+    by_cell: dict[tuple[str, float | None], list[dict]] = defaultdict(list)
     for row in rows:
         by_cell[row["arm"], row["lambda"]].append(row)
     names = reward_names(rows)
@@ -207,7 +226,7 @@ def summarise(rows: Sequence[dict], group: str | None = None, seed: int = 0) -> 
     arms = list(dict.fromkeys(arm for arm, _ in cells))
     order = sorted(cells, key=lambda key: (arms.index(key[0]), key[1]))
     against = {lam: cells[LOGITS, lam] for lam in AGAINST if (LOGITS, lam) in cells}
-    return [_summary(key, cells[key], against, groups, resamples) for key in order]
+    return [_summary(key, cells[key], against, groups, resamples, radius) for key in order]
 
 
 def reward_names(rows: Sequence[dict]) -> list[str]:
@@ -259,11 +278,12 @@ def _per_prompt(table: numpy.ndarray) -> numpy.ndarray:
 
 
 def _summary(
-    key: tuple[str, float],
+    key: tuple[str, float | None],
     cell: _Cell,
     against: dict[float, _Cell],
     groups: dict[str, numpy.ndarray],
     resamples: Resamples,
+    radius: float | None,
 ) -> LambdaSummary:
     rows = cell.rows
     verdicts = {lam: [row.get("judged", {}).get(f"{lam:g}") for row in rows] for lam in AGAINST}
@@ -293,7 +313,7 @@ def _summary(
     def shares(pair: Hashable) -> list[float]:
         return [estimates[pair, outcome].mean for outcome in (1, 0, -1)]
 
-    tokens = sum(row["num_tokens"] for row in rows)
+    tokens, first = sum(row["num_tokens"] for row in rows), next(iter(cell.rewards), None)
     return LambdaSummary(
         arm=key[0],
         lam=key[1],
@@ -308,6 +328,10 @@ def _summary(
                 level=estimates["level", name],
                 versus={lam: Paired(estimates["versus", name, lam], *shares(("versus", name, lam))) for lam in against},
                 groups={group: estimates["group", name, group] for group in groups},
+                robust=None
+                if radius is None or name != first
+                else resamples.worst_mean(columns["level", name], radius),
+                by_prompt=columns["level", name],
                 failed=failed,
             )
             for name, failed in cell.failed.items()
@@ -322,3 +346,8 @@ def _summary(
 def number(value: float, form: str = ".3f") -> str:
     """For a table or a sentence: what is unknown is "-"."""
     return "-" if math.isnan(value) else format(value, form)
+
+
+def lambda_text(lam: float | None) -> str:
+    """For a table; "–" in an arm that knows none."""
+    return "–" if lam is None else f"{lam:g}"

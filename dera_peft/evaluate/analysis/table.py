@@ -13,7 +13,7 @@ from dera_peft.files import write_atomically
 
 COLUMNS = ("arm", "lambda", "prompts", "samples", "kl", "kl_per_token", "tokens", "ended")  # of summary.csv
 # what stands behind a name in the further columns of its estimates and comparisons
-OWN = "_(se|low|high|failed|group_.*|(minus|win|tie|loss)_lambda_.*)"
+OWN = "_(se|low|high|failed|group_.*|robust.*|(minus|win|tie|loss)_lambda_.*)"
 
 
 def check_names(rewards: Sequence[str]) -> None:
@@ -44,20 +44,21 @@ def write_csv(summaries: Sequence[LambdaSummary], file: str | os.PathLike) -> No
     write_atomically(file, stream.getvalue())
 
 
-def summary_rows(summaries: Sequence[LambdaSummary]) -> list[dict[str, str | int | float]]:
+def summary_rows(summaries: Sequence[LambdaSummary]) -> list[dict[str, str | int | float | None]]:
     """
-    One row per arm and λ. An estimate has the columns NAME, NAME_se, NAME_low and NAME_high; what is
-    unknown is NaN.
+    One row per arm and λ, which is None in an arm that knows none. An estimate has the columns NAME, NAME_se, NAME_low
+    and NAME_high; what is unknown is NaN.
 
-    A reward has those of its level under its own name, NAME_failed, NAME_group_GROUP for each group's mean, and for
+    A reward has those of its level under its own name, NAME_failed, NAME_group_GROUP for each group's mean,
+    NAME_robust for the worst reweighting of the prompts where that was asked for, and for
     the comparison with λ=0 those of NAME_minus_lambda_0, and NAME_win_lambda_0, NAME_tie_…, NAME_loss_…; with λ=1 the
     same. A judge has judge_lambda_0 (the win rate), judge_win_lambda_0, ….
     """
     return [_flat(summary) for summary in summaries]
 
 
-def _flat(summary: LambdaSummary) -> dict[str, str | int | float]:
-    row: dict[str, str | int | float] = {
+def _flat(summary: LambdaSummary) -> dict[str, str | int | float | None]:
+    row: dict[str, str | int | float | None] = {
         "arm": summary.arm,
         "lambda": summary.lam,
         "prompts": summary.prompts,
@@ -74,6 +75,8 @@ def _flat(summary: LambdaSummary) -> dict[str, str | int | float]:
             row |= {f"{name}_{share}_lambda_{other:g}": getattr(paired, share) for share in ("win", "tie", "loss")}
         for own, level in reward.groups.items():
             row |= _columns(f"{name}_group_{own}", level)
+        if reward.robust is not None:
+            row |= _columns(f"{name}_robust", reward.robust)
     for other, judged in summary.judged.items():
         row |= _columns(f"judge_lambda_{other:g}", judged.rate)
         row |= {f"judge_{share}_lambda_{other:g}": getattr(judged, share) for share in ("win", "tie", "loss", "failed")}

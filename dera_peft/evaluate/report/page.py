@@ -13,14 +13,18 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from dera_peft.engine.names import LOGITS
+from dera_peft.evaluate.analysis.best import BestArm
 from dera_peft.evaluate.analysis.curve import Curve
 from dera_peft.evaluate.analysis.recommend import Recommendation
-from dera_peft.evaluate.analysis.summary import Estimate, LambdaSummary
-from dera_peft.evaluate.report.plots import COLORS, INK, MUTED, NAMES, PAPER, pareto_picture, sweep_picture
+from dera_peft.evaluate.analysis.summary import Estimate, LambdaSummary, lambda_text
+from dera_peft.evaluate.report.marks import COLORS, INK, LABELLED, MUTED, NAMES, PAPER
+from dera_peft.evaluate.report.plots import pareto_picture, sweep_picture
 from dera_peft.evaluate.report.samples import sample_rows, samples_data, script_json
 from dera_peft.files import write_atomically
 
 LISTED_FAILURES = 20
+KL = "KL (nats)"
 MINUS = "\N{MINUS SIGN}"
 # what a browser would obey rather than show: control characters, and those that turn the direction of text
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -56,6 +60,7 @@ def write_report(
     command: str | None = None,
     models: Mapping[str, float | None] | None = None,
     reason: str | None = None,
+    best: BestArm | None = None,
 ) -> None:
     """
     Writes the page.
@@ -67,8 +72,9 @@ def write_report(
         recommendation: None where there is none to make.
         rows: all rows; those of `sample_rows` with their `token_views`, where the tokens are to be coloured.
         command: retrains at the recommended strength.
-        models: further models among the arms, and the λ that each stands for, as in `plots.sweep_picture`.
+        models: the arms of other adapters, as in `plots.sweep_picture`.
         reason: why there is no recommendation.
+        best: of all arms, if there are several.
     """
     loader = PackageLoader("dera_peft.evaluate.report", "template")
     environment = Environment(
@@ -84,7 +90,8 @@ def write_report(
     rewards = list(dict.fromkeys(name for summary in summaries for name in summary.rewards))
     if recommendation:  # the reward that λ was chosen by comes first
         rewards.sort(key=lambda name: name != recommendation.reward)
-    samples = sample_rows(rows)
+    samples, arms = sample_rows(rows), {summary.arm for summary in summaries}
+    recommended = _recommended(recommendation, best)
     page = environment.get_template("report.html").render(
         title=title,
         facts=facts,
@@ -93,21 +100,32 @@ def write_report(
         script=Markup(script),
         style=Markup(style),
         recommendation=recommendation,
+        best=best,
         reason=reason,
         command=command,
         curve=curve,
-        figures=_figures(summaries, curve, recommendation, rewards, models),
+        figures=_figures(summaries, curve, recommendation, rewards, models, best),
         tables=[
-            _levels(summaries, rewards, recommendation),
-            *_comparisons(summaries, rewards, recommendation),
-            *_groups(summaries, rewards, recommendation),
+            _levels(summaries, rewards, recommended),
+            *_comparisons(summaries, rewards, recommended),
+            *_groups(summaries, rewards, recommended),
         ],
         failures=_failures(rows, rewards),
-        data=Markup(script_json(samples_data(samples, NAMES) | {"recommended": recommendation and recommendation.lam})),
+        data=Markup(script_json(samples_data(samples, NAMES) | {"recommended": recommended})),
+        several_arms=len(arms) > 1,
+        crowded=len(arms) > LABELLED,
+        estimated=best.best.estimated if best else bool(recommendation and recommendation.estimated),
         pairs=(len(_pairs(samples)), len(_pairs(rows))),
         has_token_views=any(row.get("token_views") for row in samples),
     )
     write_atomically(file, page)
+
+
+def _recommended(recommendation: Recommendation | None, best: BestArm | None) -> tuple[str, float | None] | None:
+    """Arm and λ."""
+    if best is not None:
+        return best.best.arm, best.best.lam
+    return None if recommendation is None else (LOGITS, recommendation.lam)
 
 
 def _seen(value: Any) -> Any:
@@ -124,14 +142,15 @@ def _figures(
     recommendation: Recommendation | None,
     rewards: Sequence[str],
     models: Mapping[str, float | None] | None,
+    best: BestArm | None,
 ) -> list[list[Markup]]:
     """Two pictures for each reward; where there is none, one of the KL alone."""
     figures = []
     for number, reward in enumerate(rewards or [None]):
-        over_lam = sweep_picture(summaries, curve, recommendation, reward, models=models)
+        over_lam = sweep_picture(summaries, curve, recommendation, reward, models=models, best=best)
         pictures = [_inline(over_lam, f"lambda-{number}-", f"{reward} and KL against λ" if reward else "KL against λ")]
         if reward is not None:
-            pareto = pareto_picture(summaries, curve, recommendation, reward, models=models)
+            pareto = pareto_picture(summaries, curve, recommendation, reward, models=models, best=best)
             pictures.append(_inline(pareto, f"pareto-{number}-", f"{reward} against KL"))
         figures.append(pictures)
     return figures
@@ -149,10 +168,13 @@ def _inline(svg: bytes, prefix: str, label: str) -> Markup:
     return Markup(text.replace("<svg", Markup('<svg role="img" aria-label="{}"').format(_seen(label)), 1))
 
 
-def _levels(summaries: Sequence[LambdaSummary], rewards: Sequence[str], recommendation: Recommendation | None) -> Table:
+def _levels(summaries: Sequence[LambdaSummary], rewards: Sequence[str], recommended: tuple | None) -> Table:
     columns = {name: [s.rewards[name].level if name in s.rewards else None for s in summaries] for name in rewards}
-    columns["KL (nats)"] = [s.kl for s in summaries]
-    cells = [_estimates(values, signed=name in rewards) for name, values in columns.items()]
+    if any(s.rewards[name].robust for s in summaries for name in rewards[:1] if name in s.rewards):
+        (first, *_) = rewards
+        columns[f"{first}: worst reweighting"] = [s.rewards[first].robust for s in summaries]
+    columns[KL] = [s.kl for s in summaries]
+    cells = [_estimates(values, signed=name != KL) for name, values in columns.items()]
     failed = {name: [s.rewards[name].failed if name in s.rewards else 0 for s in summaries] for name in rewards}
     failed = {name: counts for name, counts in failed.items() if any(counts)}
     return Table(
@@ -170,13 +192,11 @@ def _levels(summaries: Sequence[LambdaSummary], rewards: Sequence[str], recommen
             ]
             for place, (s, row) in enumerate(zip(summaries, zip(*cells, strict=True), strict=True))
         ],
-        _marked(summaries, recommendation),
+        _marked(summaries, recommended),
     )  # fmt: skip
 
 
-def _comparisons(
-    summaries: Sequence[LambdaSummary], rewards: Sequence[str], recommendation: Recommendation | None
-) -> list[Table]:
+def _comparisons(summaries: Sequence[LambdaSummary], rewards: Sequence[str], recommended: tuple | None) -> list[Table]:
     """One table for each λ that all others are compared with."""
     tables = []
     for other, name in ((0.0, "the reference (λ=0)"), (1.0, "the adapter as trained (λ=1)")):
@@ -202,15 +222,13 @@ def _comparisons(
                         [*_keys(summaries, s), *row]
                         for s, row in zip(summaries, zip(*columns.values(), strict=True), strict=True)
                     ],
-                    _marked(summaries, recommendation),
+                    _marked(summaries, recommended),
                 )
             )
     return tables
 
 
-def _groups(
-    summaries: Sequence[LambdaSummary], rewards: Sequence[str], recommendation: Recommendation | None
-) -> list[Table]:
+def _groups(summaries: Sequence[LambdaSummary], rewards: Sequence[str], recommended: tuple | None) -> list[Table]:
     """One table for each reward, with a column for each group of prompts."""
     tables = []
     for reward in rewards:
@@ -228,7 +246,7 @@ def _groups(
                     [*_keys(summaries, s), *row, s.rewards[reward].worst_group or "–"]
                     for s, row in zip(with_groups, zip(*columns, strict=True), strict=True)
                 ],
-                _marked(with_groups, recommendation),
+                _marked(with_groups, recommended),
             )
         )
     return tables
@@ -240,7 +258,7 @@ def _failures(rows: Sequence[dict], rewards: Sequence[str]) -> dict[str, Any] | 
     for row in rows:
         errors = {name: "no value" for name in rewards if row["rewards"].get(name) is None} | row.get("errors", {})
         failed += [
-            [name, row["arm"], f"{row['lambda']:g}", str(row["prompt_index"]), str(row["sample"]), message]
+            [name, row["arm"], lambda_text(row["lambda"]), str(row["prompt_index"]), str(row["sample"]), message]
             for name, message in errors.items()
         ]
     if not failed:
@@ -261,14 +279,12 @@ def _heads(summaries: Sequence[LambdaSummary]) -> list[str]:
 
 
 def _keys(summaries: Sequence[LambdaSummary], summary: LambdaSummary) -> list[str]:
-    keys = [NAMES.get(summary.arm, summary.arm), f"{summary.lam:g}".replace("-", MINUS)]
+    keys = [NAMES.get(summary.arm, summary.arm), lambda_text(summary.lam).replace("-", MINUS)]
     return keys[-len(_heads(summaries)) :]
 
 
-def _marked(summaries: Sequence[LambdaSummary], recommendation: Recommendation | None) -> set[int]:
-    if recommendation is None:
-        return set()
-    return {n for n, s in enumerate(summaries) if s.arm == summaries[0].arm and s.lam == recommendation.lam}
+def _marked(summaries: Sequence[LambdaSummary], recommended: tuple | None) -> set[int]:
+    return {n for n, s in enumerate(summaries) if (s.arm, s.lam) == recommended}
 
 
 def _estimates(estimates: Sequence[Estimate | None], signed: bool) -> list[str]:

@@ -3,10 +3,8 @@
 import io
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -17,25 +15,31 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.typing import LineStyleType
 
-from dera_peft.engine.names import LOGITS, WEIGHTS
-from dera_peft.evaluate.analysis.curve import Curve, through_points
+from dera_peft.evaluate.analysis.best import BestArm
+from dera_peft.evaluate.analysis.curve import Curve
 from dera_peft.evaluate.analysis.recommend import Recommendation
 from dera_peft.evaluate.analysis.summary import Estimate, LambdaSummary
+from dera_peft.evaluate.report.marks import (
+    DASHES,
+    INK,
+    LABELLED,
+    LEVEL,
+    MUTED,
+    PAPER,
+    POINT,
+    bars,
+    color_of,
+    draw_front,
+    label,
+    legend_of,
+    mark_ends,
+    point_style,
+    stars_of,
+)
+from dera_peft.evaluate.report.quantities import Quantity, kl_of, reward_of
 from dera_peft.files import write_atomically
 
-INK, MUTED, PAPER = "#1f2328", "#6e7681", "#ffffff"
-# Okabe and Ito's palette (jfly.uni-koeln.de/color), which the colour-blind can tell apart; each arm has a marker too.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-MARKERS = ("o", "s", "D", "^", "v", "P")
-STAR: dict[str, Any] = {
-    "marker": "*",
-    "markersize": 15,
-    "color": "#f0e442",
-    "markeredgecolor": INK,
-    "linestyle": "none",
-}
-DASHES: LineStyleType = (0, (4, 2.5))
-NAMES = {LOGITS: "DeRa (logits mixed)", WEIGHTS: "adapter's weights scaled by λ"}
+USUAL_ROWS = 3  # of the legend
 STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -54,7 +58,6 @@ STYLE = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "dera",  # the same picture is the same file
 }
-STEPS = 400  # in which the lines between measured points are drawn
 
 
 def plot_sweep(
@@ -65,9 +68,10 @@ def plot_sweep(
     file: str | os.PathLike,
     title: str = "",
     models: Mapping[str, float | None] | None = None,
+    best: BestArm | None = None,
 ) -> None:
     """Writes `sweep_picture` into a file, in the format that its ending tells, as .png or .svg."""
-    picture = sweep_picture(summaries, curve, recommendation, reward, title, models, Path(file).suffix[1:])
+    picture = sweep_picture(summaries, curve, recommendation, reward, title, models, best, Path(file).suffix[1:])
     write_atomically(file, picture)
 
 
@@ -79,9 +83,10 @@ def plot_pareto(
     file: str | os.PathLike,
     title: str = "",
     models: Mapping[str, float | None] | None = None,
+    best: BestArm | None = None,
 ) -> None:
     """Writes `pareto_picture` into a file, in the format that its ending tells, as .png or .svg."""
-    picture = pareto_picture(summaries, curve, recommendation, reward, title, models, Path(file).suffix[1:])
+    picture = pareto_picture(summaries, curve, recommendation, reward, title, models, best, Path(file).suffix[1:])
     write_atomically(file, picture)
 
 
@@ -92,17 +97,20 @@ def sweep_picture(
     reward: str | None,
     title: str = "",
     models: Mapping[str, float | None] | None = None,
+    best: BestArm | None = None,
     format: str = "svg",
 ) -> bytes:
     """
-    A reward and the KL against λ: each arm's measured points with their intervals, and what is between them.
+    A reward and the KL against λ: each arm's measured points with their intervals, and what is between them. An arm
+    that knows no λ is a level line.
 
     Args:
         curve: what was estimated between the measured λ of DeRa; None or an empty one where that is off.
         recommendation: is marked if it is of this reward.
         reward: its name; None draws the KL alone.
-        models: further models among the arms: the λ that each stands for, or None where that isn't known; those are
+        models: the arms of other adapters: the λ that their λ=1 stands for, or None where that isn't known; those are
             left to the other picture.
+        best: of all arms, if there are several; is marked likewise.
     """
     models = models or {}
     with matplotlib.rc_context(STYLE):
@@ -111,20 +119,27 @@ def sweep_picture(
         panels[0].set_ylabel(f"mean reward: {reward}")
         panels[-1].set_ylabel("KL to the reference (nats)")
         arms = _by_arm(summaries)
-        legend = _legend({arm: models.get(arm, 0.0) is not None for arm in arms}, models)
+        scales = {arm: models.get(arm, 1.0) for arm in arms}
+        lines = _lines(arms, models, level=LEVEL)
+        legend = legend_of({arm: lines[arm] for arm, scale in scales.items() if scale is not None}, _numbers(arms))
         for number, (arm, points) in enumerate(arms.items()):
-            if models.get(arm, 0.0) is None:
+            if (scale := scales[arm]) is None:
                 continue
-            quantities = [_reward(points, curve, reward), _kl(points, curve)] if reward else [_kl(points, curve)]
+            quantities = [reward_of(points, curve, reward), kl_of(points, curve)] if reward else [kl_of(points, curve)]
             for panel, quantity in zip(panels, quantities, strict=True):
-                _draw_over_lam(panel, quantity, number, legend, shift=models.get(arm))
-        if recommendation and recommendation.reward == reward:
-            for panel, at_best in zip(panels, (recommendation.value, recommendation.kl), strict=True):
-                _draw_star(panel, recommendation.lam, at_best.mean, recommendation, legend)
+                if None in quantity.measured:
+                    _draw_level(panel, quantity.measured[None], number)
+                else:
+                    _draw_over_lam(panel, quantity, number, legend, scale)
+        for star in stars_of(recommendation, best, reward):
+            scale = scales.get(star.arm, 1.0)
+            x = None if star.lam is None or scale is None else star.lam * scale
+            for panel, y in zip(panels, (star.value, star.kl), strict=True):
+                star.draw(panel, x, y, legend)
         for panel in panels:
             panel.set_xlabel("λ")
             panel.margins(y=0.12)
-            _mark_ends(panel)
+            mark_ends(panel)
         return _drawn(figure, legend, title, format, columns=3)
 
 
@@ -135,104 +150,58 @@ def pareto_picture(
     reward: str,
     title: str = "",
     models: Mapping[str, float | None] | None = None,
+    best: BestArm | None = None,
     format: str = "svg",
 ) -> bytes:
     """
     A reward against the KL that it costs, on a square-root scale (a KL grows as the square of what moves it), with λ at
-    the points; further models are marks of their own. Arguments as in `sweep_picture`.
+    the points, and of several arms the Pareto front. Arguments as in `sweep_picture`.
     """
     models = models or {}
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.4, 4), layout="constrained")
+        arms = _by_arm(summaries)
+        is_crowded = len(arms) > LABELLED
+        figure = Figure(figsize=(9, 5) if is_crowded else (5.4, 4), layout="constrained")
         panel = figure.subplots()
         panel.set_xscale("function", functions=(_root, _square))
-        arms = _by_arm(summaries)
-        legend = _legend(dict.fromkeys(arms, True), models)
-        star = recommendation if recommendation and recommendation.reward == reward else None
+        lines = _lines(arms, models, level=POINT)
+        legend = legend_of(lines, _numbers(arms))
+        stars = stars_of(recommendation, best, reward)
         labels: list[tuple[int, float, tuple[float, float]]] = []  # arm, λ, place
+        measured: list[tuple[float, float]] = []
         for number, (arm, points) in enumerate(arms.items()):
             drawn = [point for point in points if math.isfinite(point.kl.mean)]
-            y = _reward(drawn, curve, reward)
-            x = _kl([point for point in drawn if point.lam in y.measured], curve)
-            color = COLORS[number % len(COLORS)]
-            if arm not in models:
+            y = reward_of(drawn, curve, reward)
+            x = kl_of([point for point in drawn if point.lam in y.measured], curve)
+            places = {lam: (x.measured[lam].mean, y.measured[lam].mean) for lam in y.measured}
+            measured += places.values()
+            if lines[arm] != POINT:
                 estimated = np.isfinite(x.estimated) & np.isfinite(y.estimated)
-                _draw_pieces(panel, x.value, y.value, estimated, color, legend)
+                _draw_pieces(panel, x.value, y.value, estimated, color_of(number), legend)
                 labels += [
-                    (number, lam, (x.measured[lam].mean, y.measured[lam].mean))
-                    for lam in y.measured
-                    if lam != 0 or number == 0  # all arms begin at the reference
+                    (number, lam, place)
+                    for lam, place in places.items()
+                    if lam is not None and (lam != 0 or number == 0)  # all arms begin at the reference
                 ]
             panel.errorbar(
-                [x.measured[lam].mean for lam in y.measured], [level.mean for level in y.measured.values()],
-                xerr=_bars(x.measured[lam] for lam in y.measured), yerr=_bars(y.measured.values()),
-                **_point_style(number),
+                [kl for kl, _ in places.values()], [value for _, value in places.values()],
+                xerr=bars(x.measured[lam] for lam in y.measured), yerr=bars(y.measured.values()),
+                **point_style(number),
             )  # fmt: skip
-        if star:
-            _draw_star(panel, star.kl.mean, star.value.mean, star, legend)
+        if len(arms) > 1:
+            front = draw_front(panel, measured, legend)
+            if is_crowded:
+                last = {number: place for number, _, place in labels}
+                labels = [each for each in labels if each[2] in front or each[2] == last[each[0]]]
+        for star in stars:
+            star.draw(panel, star.kl, star.value, legend)
         panel.set_xlim(left=-0.005 * panel.get_xlim()[1])  # room beside the axis for what is near 0
         panel.set_xticks(ticks := _root_ticks(panel.get_xlim()[1]), [f"{tick:g}" for tick in ticks])
         panel.set_xlabel("KL to the reference (nats, square-root scale)")
         panel.set_ylabel(f"mean reward: {reward}")
         panel.margins(y=0.12)
-        _label(panel, labels, (star.kl.mean, star.value.mean) if star else None)
-        return _drawn(figure, legend, title, format, columns=2)
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """
-    One arm's reward or KL.
-
-    Attributes:
-        measured: by λ, those that are known.
-        lam: fine steps of λ from the least to the greatest measured one, `[N]`.
-        smooth: a line through the measured points, `[N]`.
-        estimated, low, high: the curve's estimate and its interval, NaN where there is none, `[N]`.
-    """
-
-    measured: dict[float, Estimate]
-    lam: np.ndarray
-    smooth: np.ndarray
-    estimated: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-
-    @classmethod
-    def of(cls, measured: Mapping[float, Estimate], between: Mapping[float, Estimate | None]) -> "Quantity":
-        known = {lam: value for lam, value in measured.items() if math.isfinite(value.mean)}
-        if not known:
-            return cls({}, *[np.empty(0)] * 5)
-        means = [value.mean for value in known.values()]
-        if len(known) == 1:
-            unknown = np.full(1, math.nan)
-            return cls(known, np.array(list(known)), np.array(means), unknown, unknown, unknown)
-        lam = np.union1d(np.linspace(min(known), max(known), STEPS + 1), list(known))
-        smooth = np.asarray(through_points(list(known), means, lam))
-        estimates = [
-            np.interp(lam, list(between), [math.nan if e is None else getattr(e, name) for e in between.values()])
-            if between
-            else np.full(len(lam), math.nan)
-            for name in ("mean", "low", "high")
-        ]
-        return cls(known, lam, smooth, *estimates)
-
-    @property
-    def value(self) -> np.ndarray:
-        return np.where(np.isfinite(self.estimated), self.estimated, self.smooth)
-
-
-def _kl(points: Sequence[LambdaSummary], curve: Curve | None) -> Quantity:
-    between = curve.points if curve and points and points[0].arm == LOGITS else []
-    return Quantity.of({p.lam: p.kl for p in points}, {p.lam: p.kl for p in between})
-
-
-def _reward(points: Sequence[LambdaSummary], curve: Curve | None, reward: str) -> Quantity:
-    between = curve.points if curve and points and points[0].arm == LOGITS else []
-    return Quantity.of(
-        {p.lam: p.rewards[reward].level for p in points if reward in p.rewards},
-        {p.lam: p.rewards.get(reward) for p in between},
-    )
+        label(panel, labels, [(star.kl, star.value) for star in stars])
+        return _drawn(figure, legend, title, format, columns=3 if is_crowded else 2)
 
 
 def _by_arm(summaries: Sequence[LambdaSummary]) -> dict[str, list[LambdaSummary]]:
@@ -242,22 +211,41 @@ def _by_arm(summaries: Sequence[LambdaSummary]) -> dict[str, list[LambdaSummary]
     return arms
 
 
-def _draw_over_lam(
-    panel: Axes, quantity: Quantity, number: int, legend: dict[str, Artist], shift: float | None
-) -> None:
-    """An arm, or the one point of a further model, which stands at the λ `shift`."""
-    color = COLORS[number % len(COLORS)]
+def _lines(
+    arms: Mapping[str, Sequence[LambdaSummary]], models: Mapping[str, float | None], level: LineStyleType
+) -> dict[str, LineStyleType]:
+    """The kind of each arm's line: `level` without λ, none where it is a point, as another adapter as trained is."""
+    return {
+        arm: level if points[0].lam is None else POINT if arm in models and len(points) == 1 else "-"
+        for arm, points in arms.items()
+    }
+
+
+def _numbers(arms: Mapping[str, Sequence[LambdaSummary]]) -> dict[str, int]:
+    return {arm: number for number, arm in enumerate(arms)}
+
+
+def _draw_over_lam(panel: Axes, quantity: Quantity, number: int, legend: dict[str, Artist], scale: float) -> None:
+    """An arm, whose λ stand for others by a factor where it is of another adapter."""
+    color, lam = color_of(number), quantity.lam * scale
     estimated = np.isfinite(quantity.estimated)
     if estimated.any():
-        panel.fill_between(quantity.lam, quantity.low, quantity.high, color=color, alpha=0.2, linewidth=0)
+        panel.fill_between(lam, quantity.low, quantity.high, color=color, alpha=0.2, linewidth=0)
         legend["95 % band of the estimate"] = Patch(color=MUTED, alpha=0.3)
-    _draw_pieces(panel, quantity.lam, quantity.value, estimated, color, legend)
+    _draw_pieces(panel, lam, quantity.value, estimated, color, legend)
     panel.errorbar(
-        [lam if shift is None else shift for lam in quantity.measured],
+        [value * scale for value in quantity.measured if value is not None],
         [value.mean for value in quantity.measured.values()],
-        yerr=_bars(quantity.measured.values()),
-        **_point_style(number),
+        yerr=bars(quantity.measured.values()),
+        **point_style(number),
     )
+
+
+def _draw_level(panel: Axes, level: Estimate, number: int) -> None:
+    """An arm that knows no λ, over the whole width, with its interval."""
+    panel.axhline(level.mean, color=color_of(number), linewidth=1.6, linestyle=LEVEL, zorder=2)
+    if math.isfinite(level.low) and math.isfinite(level.high):
+        panel.axhspan(level.low, level.high, color=color_of(number), alpha=0.12, linewidth=0, zorder=0)
 
 
 def _draw_pieces(
@@ -273,67 +261,6 @@ def _draw_pieces(
             joined = there | np.append(there[1:], False) | np.append(False, there[:-1])  # one step on: no gap is seen
             panel.plot(np.where(joined, x, math.nan), np.where(joined, y, math.nan), color, linewidth=1.6, ls=dashes)
             legend[name] = Line2D([], [], color=MUTED, linewidth=1.6, linestyle=dashes)
-
-
-def _draw_star(panel: Axes, x: float, y: float, recommendation: Recommendation, legend: dict[str, Artist]) -> None:
-    """At the recommendation's own numbers, also where the line passes by: that is made from all samples and groups."""
-    panel.plot([x], [y], zorder=5, **STAR)
-    legend["recommended" if recommendation.group is None else "recommended (its worst group)"] = Line2D([], [], **STAR)
-
-
-def _label(
-    panel: Axes, labels: Sequence[tuple[int, float, tuple[float, float]]], star: tuple[float, float] | None
-) -> None:
-    """Names the λ of points. The arms' labels stand on either side, as their points may lie close together."""
-    panel.get_xlim(), panel.get_ylim()  # brings the limits, and with them the transform, up to date
-    to_panel = (panel.transScale + panel.transLimits).transform  # from 0 to 1 over the panel
-    for number, lam, place in labels:
-        offset: dict[str, Any] = {"xytext": (8, -3 if lam == 0 else -11)}
-        right, up = to_panel(star) - to_panel(place) if star else (math.inf, math.inf)
-        if number % 2 or (-0.03 < right < 0.12 and abs(up) < 0.08):  # the star would lie on a label to the right
-            offset = {"xytext": (-3, 7), "ha": "right"}
-        panel.annotate(
-            f"λ={lam:g}", place, textcoords="offset points", fontsize=8, color=COLORS[number % len(COLORS)], **offset
-        )
-
-
-def _bars(estimates: Iterable[Estimate]) -> np.ndarray:
-    """How far the intervals reach below and above the means, `[2, N]`; nowhere, where they are unknown."""
-    reach = np.array([(e.mean - e.low, e.high - e.mean) for e in estimates]).reshape(-1, 2).T
-    return np.maximum(np.nan_to_num(reach), 0.0)
-
-
-def _point_style(number: int) -> dict:
-    return {
-        "color": COLORS[number % len(COLORS)],
-        "marker": MARKERS[number % len(MARKERS)],
-        "linestyle": "none",
-        "markersize": 5,
-        "capsize": 2.5,
-        "elinewidth": 1.2,
-        "zorder": 4 - 0.01 * number,  # the first arm lies above the others
-    }
-
-
-def _legend(arms: Mapping[str, bool], models: Mapping[str, float | None]) -> dict[str, Artist]:
-    """The entries of the arms, if they are drawn; what else is there adds its own."""
-    legend: dict[str, Artist] = {}
-    for number, (arm, drawn) in enumerate(arms.items()):
-        if drawn:
-            style = {name: _point_style(number)[name] for name in ("color", "marker", "markersize")}
-            legend[NAMES.get(arm, arm)] = Line2D([], [], linestyle="none" if arm in models else "-", **style)
-    return legend
-
-
-def _mark_ends(panel: Axes) -> None:
-    left, right = panel.get_xlim()
-    for lam, name in ((0.0, "reference"), (1.0, "as trained")):
-        if left <= lam <= right:
-            panel.axvline(lam, color=MUTED, alpha=0.6, linewidth=0.9, linestyle=":", zorder=0)
-            panel.annotate(
-                name, (lam, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points",
-                va="bottom", ha="center", fontsize=8, color=MUTED,
-            )  # fmt: skip
 
 
 def _root(x: np.ndarray) -> np.ndarray:
@@ -354,6 +281,9 @@ def _root_ticks(largest: float) -> list[float]:
 
 
 def _drawn(figure: Figure, legend: dict[str, Artist], title: str, format: str, columns: int) -> bytes:
+    rows = -(-len(legend) // columns)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.2 * max(0, rows - USUAL_ROWS))  # the panels keep their size
     figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=columns, fontsize=9)
     if title:
         figure.suptitle(title, fontsize=11)

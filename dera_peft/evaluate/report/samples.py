@@ -41,13 +41,14 @@ def samples_data(rows: Sequence[dict], names: Mapping[str, str]) -> dict[str, An
         `arms` ([{arm, name, lambdas}]); `branches` (names); `texts`; and `pairs`, each with `index`, `sample`,
         `prompt` ([[role or null, text], …]) and `rows` (by arm, one per λ). A row has `lambda`, `text`, `num_tokens`,
         `finish_reason`, `kl`, `rewards`, `judged`, `errors`, and `token_views`: null, or per token [text, JS, then text
-        and probability of each of a branch's best, branch by branch].
+        and probability of each of a branch's best, branch by branch]; and of a rule `token_lambda`, the λ of
+        each token.
     """
     texts: dict[str, int] = {}
     branches = next(
         ([key for key in row["token_views"][0] if key not in OWN_KEYS] for row in rows if row.get("token_views")), []
     )
-    lambdas: dict[str, set[float]] = {}
+    lambdas: dict[str, set[float | None]] = {}
     pairs: dict[tuple[int, int], dict[str, Any]] = {}
     for row in rows:
         lambdas.setdefault(row["arm"], set()).add(row["lambda"])
@@ -68,11 +69,13 @@ def samples_data(rows: Sequence[dict], names: Mapping[str, str]) -> dict[str, An
                 "token_views": [_short(view, branches, texts) for view in row["token_views"]]
                 if row.get("token_views")
                 else None,
+                **({"token_lambda": row["token_lambda"]} if row.get("token_lambda") else {}),
             }
         )
     return {
         "arms": [
-            {"arm": arm, "name": names.get(arm, arm), "lambdas": sorted(values)} for arm, values in lambdas.items()
+            {"arm": arm, "name": names.get(arm, arm), "lambdas": sorted(values, key=lambda lam: (lam is not None, lam))}
+            for arm, values in lambdas.items()
         ],
         "branches": branches,
         "texts": list(texts),

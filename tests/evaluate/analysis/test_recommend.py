@@ -239,10 +239,15 @@ def test_little_to_go_by():
 @pytest.mark.parametrize(
     ("rule", "reward", "message"),
     [
-        ("best", "r", r"rule='best' is not a rule; there are \['reward', 'lower_bound', 'kl_budget', 'worst_group'\]"),
+        (
+            "best",
+            "r",
+            r"rule='best' is not a rule; there are \['reward', 'lower_bound', 'kl_budget', 'worst_group', 'robust'\]",
+        ),
         ("reward", "s", r"reward='s' is not a reward of this sweep; there are \['r'\]"),
         ("kl_budget", "r", "kl_budget=None: the rule 'kl_budget' needs a number of nats"),
         ("worst_group", "r", "group=None: the rule 'worst_group' needs the column that names the groups"),
+        ("robust", "r", "radius=None: the rule 'robust' needs summaries that were made with a radius"),
     ],
 )
 def test_what_a_rule_needs(rule, reward, message):

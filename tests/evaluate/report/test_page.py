@@ -4,10 +4,11 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from swept import HOSTILE, LN2, PROMPTS, TOKENS, rows, swept
+from swept import HOSTILE, LN2, PROMPTS, RULE, TOKENS, rows, swept
 
 from dera_peft.evaluate.analysis.curve import Curve
 from dera_peft.evaluate.analysis.summary import summarise
@@ -99,7 +100,7 @@ def test_only_the_script_of_the_page_may_run(page):
 def test_samples_reach_the_script_as_they_are(page):
     data = page.data
     assert [arm["lambdas"] for arm in data["arms"]] == [[-0.5, 0.0, 0.5, 1.0]]
-    assert data["recommended"] == 1.0
+    assert data["recommended"] == ["logits", 1.0]
     pairs = {(pair["index"], pair["sample"]): pair for pair in data["pairs"]}
     assert len(pairs) == 6
     assert pairs[0, 0]["prompt"] == [[None, PROMPTS[0]]]
@@ -166,6 +167,27 @@ def test_several_arms(tmp_path):
     assert [arm["arm"] for arm in page.data["arms"]] == list(arms)
     assert page.data["pairs"][0]["rows"]["retrained"][0]["lambda"] == 1.0
     assert page.text.count("adapter's weights scaled by λ") >= 4
+
+
+def test_the_best_of_all_arms_and_how_it_is_decoded(tmp_path):
+    made = swept(arms=("logits", "weights", RULE))
+    made["best"] = replace(made["best"], use="dera generate --lambda-schedule 0:2,20:1")
+    page = written(tmp_path, **made)
+    assert page.data["recommended"] == [RULE, None]
+    assert [arm["lambdas"] for arm in page.data["arms"] if arm["arm"] == RULE] == [[None]]
+    assert page.data["pairs"][0]["rows"][RULE][0]["token_lambda"] == [2.0, 0.25, 0.0]
+    for text in (
+        f"Of all arms {RULE} is the best by the rule 'reward'",
+        "a difference that these prompts show",
+        "To decode like that:",
+        "dera generate --lambda-schedule 0:2,20:1",
+        "Of plain λ",
+        "β* = 0.5",
+    ):
+        assert text in page.text
+    without = written(tmp_path, **swept())
+    assert "Of all arms" not in without.text
+    assert "Pareto" not in without.text
 
 
 def test_the_page_is_bounded_and_says_so(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from browser import BINARY, Browser
-from swept import TOKENS, swept
+from swept import RULE, TOKENS, swept
 
 from dera_peft.evaluate.report.page import write_report
 
@@ -128,6 +128,23 @@ def test_it_fits_a_phone_and_follows_the_colour_scheme(browser, report, dark):
     assert paper == ("rgb(13, 17, 23)" if dark else "rgb(255, 255, 255)")
     ink = browser.js("getComputedStyle(document.querySelector('figure svg text')).fill")
     assert ink == ("rgb(230, 237, 243)" if dark else "rgb(31, 35, 40)"), "pictures follow too"
+
+
+def test_an_arm_that_knows_no_lambda(browser, tmp_path):
+    """It is the best one, and stands there first; its tokens tell which λ they were decoded at."""
+    write_report(tmp_path / "report.html", "arms", {}, **swept(arms=("logits", RULE)))
+    browser.errors.clear()
+    browser.open(tmp_path / "report.html", width=390)
+    assert (browser.text("#moving-name"), browser.text("#strength")) == (RULE, "–")
+    assert browser.text("#fixed-name option:checked") == "λ = 0 · DeRa (logits mixed)"
+    assert browser.text("#ticks").startswith("–★")
+    assert "λ of its tokens: mean 0.75" in browser.text("#moving-figures")
+    browser.point(token(2))
+    assert "decoded at λ = 0.250" in browser.text("#detail .of")
+    browser.point("#fixed-text .token")
+    assert "decoded at" not in browser.text("#detail .of")
+    assert browser.js("document.documentElement.scrollWidth") == 390
+    assert browser.errors == []
 
 
 def test_a_page_without_views(browser, tmp_path):

@@ -7,18 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from swept import curve, swept
+from swept import RULE, curve, swept
 
 from dera_peft.evaluate.analysis.summary import Estimate
-from dera_peft.evaluate.report.plots import (
-    Quantity,
-    _label,
-    _root_ticks,
-    pareto_picture,
-    plot_pareto,
-    plot_sweep,
-    sweep_picture,
-)
+from dera_peft.evaluate.report.marks import Star, draw_front, label, point_style
+from dera_peft.evaluate.report.plots import _root_ticks, pareto_picture, plot_pareto, plot_sweep, sweep_picture
+from dera_peft.evaluate.report.quantities import Quantity
 
 ARMS = ("logits", "weights", "retrained at <β=1>", "of unknown β")
 MODELS = {"retrained at <β=1>": 0.5, "of unknown β": None}
@@ -72,7 +66,7 @@ def test_without_an_estimate_or_a_recommendation(sweep):
 def test_the_star_is_at_the_recommended_value(sweep, monkeypatch):
     """Which the curve, from all samples, may miss; and that of a worst group is off the line of means."""
     drawn = []
-    monkeypatch.setattr("dera_peft.evaluate.report.plots._draw_star", lambda panel, x, y, *_: drawn.append((x, y)))
+    monkeypatch.setattr(Star, "draw", lambda star, panel, x, y, legend: drawn.append((x, y)))
     best = sweep["recommendation"]
     best = replace(best, lam=0.5, value=replace(best.value, mean=7.0), kl=replace(best.kl, mean=3.0))
     sweep_picture(sweep["summaries"], sweep["curve"], best, "$fun$", models=MODELS)
@@ -92,12 +86,44 @@ def test_a_label_makes_room_for_the_star():
     def side(star) -> list[str]:
         panel = Figure().subplots()
         panel.set(xlim=(0, 1), ylim=(0, 1))
-        _label(panel, [(0, 0.0, (0.1, 0.5)), (0, 1.0, (0.2, 0.5))], star)
+        label(panel, [(0, 0.0, (0.1, 0.5)), (0, 1.0, (0.2, 0.5))], [star] if star else [])
         return [text.get_ha() for text in panel.texts]
 
     assert side(None) == side((0.9, 0.5)) == side((0.15, 0.9)) == ["left", "left"]
     assert side((0.1, 0.5)) == ["right", "left"]
     assert side((0.2, 0.5)) == ["right", "right"]
+
+
+def test_an_arm_that_knows_no_lambda_is_a_level_line(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Star, "draw", lambda star, panel, x, y, legend: drawn.append((star.name, x, y)))
+    made = swept(arms=("logits", RULE))
+    inputs = {name: made[name] for name in ("summaries", "curve", "recommendation", "best")}
+    svg = sweep_picture(**inputs, reward="$fun$")
+    level = re.findall(r'd="M ([\d.]+) ([\d.]+) \nL ([\d.]+) ([\d.]+) \n"[^>]*stroke: #d55e00', svg.decode())
+    across = [line for line in level if line[1] == line[3] and float(line[2]) - float(line[0]) > 200]
+    assert len(across) == 2, "one in each panel"
+    assert RULE in texts(svg)
+    best, plain = made["best"].best, made["recommendation"]
+    assert drawn == [
+        ("best plain λ", 1.0, plain.value.mean), ("best plain λ", 1.0, plain.kl.mean),
+        ("recommended", None, best.value.mean), ("recommended", None, best.kl.mean),
+    ]  # fmt: skip
+    pareto = texts(pareto_picture(**inputs, reward="$fun$"))
+    assert {RULE, "Pareto front"} <= {*pareto}
+    assert "Pareto front" not in texts(pareto_picture(**{**inputs, "summaries": swept()["summaries"]}, reward="$fun$"))
+
+
+def test_the_front_is_what_no_point_beats_in_both():
+    legend, panel = {}, Figure().subplots()
+    places = [(2.0, 1.0), (0.0, 0.0), (1.0, 1.0), (3.0, 0.5), (1.0, 0.4), (4.0, 1.5)]
+    assert draw_front(panel, places, legend) == [(0.0, 0.0), (1.0, 1.0), (4.0, 1.5)]
+    assert list(legend) == ["Pareto front"]
+
+
+def test_each_arm_has_a_mark_of_its_own():
+    styles = [point_style(number) for number in range(24)]
+    assert len({(style["color"], style["marker"]) for style in styles}) == 24
 
 
 def test_a_line_is_estimated_where_the_curve_is_and_smooth_elsewhere():

@@ -7,7 +7,7 @@
   const byId = (id) => document.getElementById(id);
   const number = (value, digits = 3) => (value === null ? "–" : value.toFixed(digits).replace("-", "−"));
   const short = (value) => number(value, Math.abs(value) < 10 ? 3 : Math.abs(value) < 100 ? 1 : 0);
-  const lam = (value) => String(value).replace("-", "−");
+  const lam = (value) => (value === null ? "–" : String(value).replace("-", "−")); // an arm may know no λ
   const most = Math.log(Math.max(2, data.branches.length)); // of a Jensen-Shannon divergence, nats
   const depth = (js) => Math.min(1, Math.sqrt(Math.max(0, js) / most)).toFixed(3);
 
@@ -47,7 +47,12 @@
   let held = null; // the token that was clicked
 
   const rowAt = (of, at) => (pair.rows[of.arm] || []).find((row) => row.lambda === of.lambdas[at]);
-  const nameOf = (of, at) => (data.arms.length > 1 ? `λ = ${lam(of.lambdas[at])} · ${of.name}` : `λ = ${lam(of.lambdas[at])}`);
+  const nameOf = (of, at) => {
+    const strength = of.lambdas[at] === null ? [] : [`λ = ${lam(of.lambdas[at])}`];
+    return [...strength, ...(data.arms.length > 1 ? [of.name] : [])].join(" · ");
+  };
+  const [bestArm, bestLambda] = data.recommended || [null, null];
+  const isBest = (of, value) => of.arm === bestArm && value === bestLambda;
 
   function showPair() {
     byId("pair").value = String(data.pairs.indexOf(pair));
@@ -72,10 +77,10 @@
     const every = Math.ceil(arm.lambdas.length / (window.innerWidth < 600 ? 8 : 16));
     byId("ticks").replaceChildren(
       ...arm.lambdas.flatMap((value, at) => {
-        if (at % every && at !== place && value !== data.recommended) return [];
+        if (at % every && at !== place && !isBest(arm, value)) return [];
         const row = rowAt(arm, at);
         const reward = row && row.rewards[first];
-        const star = value === data.recommended && arm === data.arms[0] ? "★" : "";
+        const star = isBest(arm, value) ? "★" : "";
         const tick = element("span", at === place ? "now" : "", `${lam(value)}${star}`);
         if (typeof reward === "number" && last < 16) tick.append(`\n${short(reward)}`);
         tick.style.left = `${last ? (100 * at) / last : 50}%`;
@@ -97,7 +102,7 @@
     const text = byId(`${pane}-text`);
     byId(`${pane}-figures`).replaceChildren(...(row ? figuresOf(row) : []));
     if (held && text.contains(held)) hold(null);
-    text.replaceChildren(!row ? "not sampled" : row.token_views ? tokens(row.token_views) : written(row.text));
+    text.replaceChildren(!row ? "not sampled" : row.token_views ? tokens(row.token_views, row.token_lambda) : written(row.text));
     const first = text.querySelector(".token");
     if (first) first.tabIndex = 0;
   }
@@ -109,7 +114,9 @@
       ([against, verdict]) => `judge: ${verdict === null ? "no verdict" : outcome[verdict]} against λ=${against}`,
     );
     const how = row.finish_reason === "length" ? "cut at the limit" : "ended";
-    const all = [...rewards, `KL ${number(row.kl, 2)} nats`, ...judged, `${row.num_tokens} tokens, ${how}`];
+    const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
+    const strength = row.token_lambda ? [`λ of its tokens: mean ${number(mean(row.token_lambda), 2)}`] : [];
+    const all = [...rewards, `KL ${number(row.kl, 2)} nats`, ...strength, ...judged, `${row.num_tokens} tokens, ${how}`];
     const errors = Object.entries(row.errors).map(([name, message]) =>
       element("span", "error", ` · ${seen(name)} failed: ${seen(message)}`),
     );
@@ -118,9 +125,10 @@
 
   // ---- tokens
 
-  function tokens(views) {
+  // strengths: the λ that a rule or a schedule gave each token, if one did
+  function tokens(views, strengths) {
     const parts = document.createDocumentFragment();
-    for (const view of views) {
+    for (const [at, view] of views.entries()) {
       const token = element("span", "token");
       const text = data.texts[view[0]];
       token.append(text === "" ? element("span", "unseen", "·") : written(text));
@@ -128,7 +136,8 @@
       token.tabIndex = -1;
       token.setAttribute("role", "button");
       token.setAttribute("aria-pressed", "false");
-      token.setAttribute("aria-label", `${quoted(text)}: disagreement ${number(view[1])} nats`);
+      token.strength = strengths ? `, decoded at λ = ${number(strengths[at])}` : "";
+      token.setAttribute("aria-label", `${quoted(text)}: disagreement ${number(view[1])} nats${token.strength}`);
       token.view = view;
       parts.append(token);
     }
@@ -153,7 +162,7 @@
     });
     const shown = element("b", "", quoted(data.texts[text]));
     shown.style.setProperty("--depth", depth(js));
-    const of = element("p", "of", shown, ` disagreement ${number(js)} of at most ${number(most)} nats`);
+    const of = element("p", "of", shown, ` disagreement ${number(js)} of at most ${number(most)} nats${token.strength}`);
     byId("detail").replaceChildren(of, element("div", "branches", ...branches));
   }
 
@@ -281,20 +290,22 @@
     window.addEventListener("resize", showTicks);
     byId("viewer").hidden = false;
     showPair();
-    chooseArm(0);
-    moveTo(nearest(arm, data.recommended === null ? 1 : data.recommended));
+    const first = data.arms.findIndex((of) => of.arm === bestArm);
+    byId("arm").value = String(Math.max(0, first));
+    chooseArm(Math.max(0, first));
+    moveTo(nearest(arm, first < 0 ? 1 : bestLambda));
   }
 
-  function copyCommand() {
-    const command = byId("command");
+  function copy(button) {
+    const command = byId(button.dataset.of);
     const select = () => {
       getSelection().selectAllChildren(command);
-      byId("copy").textContent = "Selected";
+      button.textContent = "Selected";
     };
     if (!navigator.clipboard) return select();
-    navigator.clipboard.writeText(command.textContent).then(() => (byId("copy").textContent = "Copied"), select);
+    navigator.clipboard.writeText(command.textContent).then(() => (button.textContent = "Copied"), select);
   }
 
-  if (byId("copy")) byId("copy").addEventListener("click", copyCommand);
+  for (const button of document.querySelectorAll(".copy")) button.addEventListener("click", () => copy(button));
   if (data.pairs.length) start();
 })();
