@@ -42,6 +42,9 @@ def sweep(settings: SweepSettings) -> None:
     `dera sweep --adapter ./dpo --prompts org/dataset --split test --reward org/reward-model --judge judge.py:judge
     --rule kl_budget --kl-budget 5 --lambda 0,0.5,1,2 --arm combine=plausible:0.1
     --arm adapter=./dpo-2,name=retrained --output-dir runs/sweep`
+
+    `dera sweep --adapters helpful=./a --adapters harmless=./b --prompts test.jsonl --reward reward.py:both --simplex 4
+    --lambda helpful=0 --lambda helpful=1.5 --output-dir runs/both`
     """
     settings.check_paths()
     config = part(settings, SweepConfig)

@@ -11,7 +11,9 @@ from rich.table import Table
 
 from dera_peft.cli.console import printable, side_by_side
 from dera_peft.decoding.chats import text_of
+from dera_peft.decoding.lambdas import Lambda, values_of
 from dera_peft.evaluate.analysis.summary import LambdaSummary, RewardSummary, number
+from dera_peft.evaluate.points import anchors, is_of_several
 from dera_peft.evaluate.result import SweepResult
 
 SHOWN_PROMPTS = 2
@@ -103,13 +105,19 @@ def _short(value: float) -> str:
 
 
 def show_samples(console: Console, rows: Sequence[dict]) -> None:
-    """The first sample of two prompts at a few λ: the least, 0, 1 and the greatest where they are there."""
-    lambdas = sorted({row["lambda"] for row in rows})
-    wanted = sorted({lam for lam in (0.0, 0.5, 1.0) if lam in lambdas} | {lambdas[-1]} | {lambdas[0]})
-    texts: dict[int, dict[float, list[str]]] = defaultdict(dict)
+    """
+    The first sample of two prompts at a few λ: the least, 0, 1 and the greatest where they are there; of several
+    adapters the reference and each adapter alone.
+    """
+    lambdas = sorted({row["lambda"] for row in rows}, key=values_of)
+    if is_of_several(lambdas):
+        wanted = anchors(lambdas) or [lambdas[0], lambdas[-1]]
+    else:
+        wanted = sorted({lam for lam in (0.0, 0.5, 1.0) if lam in lambdas} | {lambdas[-1]} | {lambdas[0]})
+    texts: dict[int, dict[Lambda, list[str]]] = defaultdict(dict)
     for row in rows:
         if row["sample"] == 0 and row["lambda"] in wanted:
             texts[row["prompt_index"]][row["lambda"]] = [row["completion"]]
     titles = {row["prompt_index"]: row["prompt"] for row in rows}
     for index in list(texts)[:SHOWN_PROMPTS]:
-        side_by_side(console, text_of(titles[index]), dict(sorted(texts[index].items())))
+        side_by_side(console, text_of(titles[index]), {lam: texts[index][lam] for lam in wanted if lam in texts[index]})

@@ -181,6 +181,14 @@ def values_of(lam: Lambda) -> tuple[float, ...]:
     return tuple(lam.values()) if isinstance(lam, NamedLambda) else (lam,)
 
 
+def with_values(lam: Lambda, values: Iterable[float]) -> Lambda:
+    """Of the same adapters."""
+    if isinstance(lam, NamedLambda):
+        return NamedLambda(dict(zip(lam, values, strict=True)))
+    (value,) = values
+    return value
+
+
 def covering(lambdas: Sequence[Lambda]) -> Lambda:
     """A λ that needs every branch that any of these needs, and none beside; of one λ that itself."""
     if len(set(lambdas)) == 1:
@@ -189,6 +197,4 @@ def covering(lambdas: Sequence[Lambda]) -> Lambda:
     used = [any(column) for column in columns]
     needs_reference = any(sum(values_of(lam)) != 1 for lam in lambdas)
     share = 1 / (sum(used) + needs_reference)
-    values = [share if is_used else 0.0 for is_used in used]
-    first = lambdas[0]
-    return NamedLambda(dict(zip(first, values, strict=True))) if isinstance(first, NamedLambda) else values[0]
+    return with_values(lambdas[0], (share if is_used else 0.0 for is_used in used))

@@ -53,7 +53,9 @@ class ArmSettings(Settings):
         metavar="N",
         parse=_read_count,
     )
-    lambdas: tuple[float, ...] = lambdas_setting((), "Its own strengths; those of the sweep unless given.", "")
+    lambdas: tuple[float | Mapping[str, Any], ...] = lambdas_setting(
+        (), "Its own strengths; those of the sweep unless given.", ""
+    )
     name: str | None = setting(None, "What it is called; made of the above unless given.", metavar="NAME")
 
     def __post_init__(self):

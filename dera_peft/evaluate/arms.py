@@ -4,7 +4,6 @@ import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import pairwise
 from typing import Any
 
 from dera_peft.checkpoint.fingerprint import (
@@ -15,6 +14,7 @@ from dera_peft.checkpoint.fingerprint import (
 from dera_peft.checkpoint.loading import check
 from dera_peft.checkpoint.record import Record
 from dera_peft.checkpoint.source import ModelSource
+from dera_peft.decoding.lambdas import Lambda, for_adapters
 from dera_peft.decoding.requests import Request, rule_fields
 from dera_peft.engine.names import LOGITS, REFERENCE, WEIGHTS
 from dera_peft.engine.rules import LINEAR, Schedule
@@ -22,13 +22,11 @@ from dera_peft.errors import DeRaError
 from dera_peft.evaluate.arm_settings import ArmSettings
 from dera_peft.evaluate.config import SweepConfig
 from dera_peft.evaluate.loaded import LoadedModel
+from dera_peft.evaluate.points import sweep_lambdas
 from dera_peft.evaluate.rows import Key
 from dera_peft.model import DeRaModel
 
-GRID_STEPS = 4  # points of the fine grid between two λ of the sweep
-MAX_GRID = 81  # points in all
-
-COMMAND, WAY_OUT = "dera sweep", "sweep one of their adapters, or a mixture of them (dera export)."
+COMMAND, WAY_OUT = "an arm's adapter", "name one of their adapters, or a mixture of them (dera export)."
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,8 @@ class Arm:
         mixing: "logits" or "weights".
         combine, schedule: the rule at each token, and λ over positions, as in `Request`.
         particles: with which the exact mixture is sampled; None where it is not.
-        lambdas: the λ to decode at; of a rule that knows no λ, or of a schedule, None alone.
+        lambdas: the λ to decode at, of several adapters all of them by name; of a rule that knows no λ, or of a
+            schedule, None alone.
         is_own: whether it is of the sweep's adapter, and not of another one.
         place: the λ that another adapter stands for, β of the sweep's adapter over its own; None where one of them is
             not known.
@@ -56,7 +55,7 @@ class Arm:
     combine: str
     schedule: Schedule
     particles: int | None
-    lambdas: tuple[float | None, ...]
+    lambdas: tuple[Lambda | None, ...]
     is_own: bool
     place: float | None
     run: str
@@ -68,8 +67,14 @@ class Arm:
 
     @property
     def adapter(self) -> str:
-        """The folder or hub id that the user named."""
-        return self.source.name
+        """The folder or hub id that the user named; of several adapters their names, with the folders."""
+        aligned = self.record.aligned
+        if len(aligned) == 1:
+            return self.source.name
+        folders = [self.record.adapters.get(name) for name in aligned]
+        return ", ".join(
+            name if folder is None else f"{name} ({folder})" for name, folder in zip(aligned, folders, strict=True)
+        )
 
     @property
     def beta(self) -> float | None:
@@ -103,7 +108,7 @@ class Arm:
         strengths = ", ".join(f"{lam:g}" for lam in self.lambdas if lam is not None)
         return ", ".join(what) + (f"; λ {strengths}" if strengths else "")
 
-    def use(self, lam: float | None) -> str:
+    def use(self, lam: Lambda | None) -> str:
         """The command that decodes like that; of a model in memory the call."""
         schedule = _schedule_text(self.schedule)
         if isinstance(self.source, LoadedModel):
@@ -111,13 +116,15 @@ class Arm:
             named |= {"lambda_schedule": schedule or None, "particles": self.particles}
             arguments = ", ".join(f"{name}={value!r}" for name, value in named.items() if value is not None)
             return f"model.{'generate' if self.particles is None else 'sample_exact'}(**inputs, {arguments})"
-        options = {"--base": self.source.base, "--adapter": self.adapter}
+        named_adapters = [f"{name}={adapter}" for name, adapter in (self.source.adapters or {}).items()]
+        options = {"--base": self.source.base, "--adapter": None if named_adapters else self.source.name}
         options |= {
             "--combine": self.combine if self.combine != LINEAR else None,
             "--lambda-schedule": schedule or None,
         }
         options |= {"--particles": self.particles, "--lambda": None if lam is None else f"{lam:g}"}
         text = " ".join(f"{option} {shlex.quote(str(value))}" for option, value in options.items() if value is not None)
+        text = "".join(f"--adapters {shlex.quote(each)} " for each in named_adapters) + text
         return f"dera export {text} --output DIR" if self.mixing == WEIGHTS else f"dera generate {text}"
 
     def load(self, device_map: Any) -> DeRaModel:
@@ -146,7 +153,7 @@ def beta_of(record: Record) -> float | None:
     """β that the adapter was trained with, if its record knows one that β/λ can be said of."""
     beta = record.training.get("beta")
     is_number = isinstance(beta, (int, float)) and not isinstance(beta, bool)
-    return float(beta) if is_number and 0 < beta < math.inf else None
+    return float(beta) if is_number and 0 < beta < math.inf and len(record.aligned) == 1 else None
 
 
 def make_arms(config: SweepConfig, loaded: LoadedModel | None = None) -> list[Arm]:
@@ -163,9 +170,10 @@ def make_arms(config: SweepConfig, loaded: LoadedModel | None = None) -> list[Ar
     if loaded is not None:
         _check_loaded(config)
     source = config.source if loaded is None else loaded
-    source.resolve_one(COMMAND, WAY_OUT, config.prompts_differ)
+    source.check_has_adapter(COMMAND, config.prompts_differ)
+    lambdas = sweep_lambdas(source.resolve().aligned, config.lambdas, config.simplex, config.simplex_total)
     run, differ = _run(config, source, LOGITS), config.prompts_differ
-    plain = Arm(LOGITS, source, LOGITS, LINEAR, (), None, config.lambdas, True, None, run, differ)
+    plain = Arm(LOGITS, source, LOGITS, LINEAR, (), None, lambdas, True, None, run, differ)
     return [plain, *(_make_arm(config, plain, number, asked) for number, asked in enumerate(config.arms))]
 
 
@@ -178,12 +186,17 @@ def _make_arm(config: SweepConfig, plain: Arm, number: int, asked: ArmSettings) 
     combine, schedule, particles = str(asked.rule), asked.lambda_schedule or (), asked.particles
     if particles is not None:
         config.sampling.check_exact()
-    lambdas = asked.lambdas or config.lambdas
+    lambdas: tuple[Lambda | None, ...] = plain.lambdas
+    if len(plain.record.aligned) > 1 and asked.adapter is None and (combine != LINEAR or schedule or particles):
+        what = f"combine={combine!r}" if combine != LINEAR else "lambda_schedule" if schedule else "particles"
+        raise DeRaError(f"arms[{number}]: {what} is for one aligned adapter, and the sweep has several.")
     if asked.adapter is not None:
         source = _other_source(plain, asked.adapter, f"arms[{number}]")
         beta, its_beta = plain.beta, beta_of(source.resolve())
         place = None if beta is None or its_beta is None else beta / its_beta
-        lambdas = asked.lambdas or (1.0,)
+        lambdas = (1.0,)
+    if asked.lambdas:
+        lambdas = for_adapters(asked.lambdas, source.resolve().aligned, f"arms[{number}], lambdas")
     return Arm(
         asked.label, source, mixing, combine, schedule, particles, lambdas if asked.has_lambda else (None,),
         asked.adapter is None, place, _run(config, source, mixing, combine, schedule, particles),
@@ -249,14 +262,3 @@ def reference_of(record: Record) -> tuple:
     folders = [record.adapters[name] for name in record.branches[REFERENCE]]
     base = record.base_fingerprint or base_fingerprint(record.base, record.base_revision) or record.base
     return (base, *(weights_fingerprint(folder) or folder for folder in folders))
-
-
-def fine_grid(lambdas: Sequence[float]) -> list[float]:
-    """The λ and points evenly between them, as many as MAX_GRID allows; ascending, never beyond the λ themselves."""
-    lambdas = sorted(lambdas)
-    intervals = max(1, len(lambdas) - 1)
-    between = max(0, min(GRID_STEPS, (MAX_GRID - len(lambdas)) // intervals))
-    grid = []
-    for low, high in pairwise(lambdas):
-        grid += [low, *(round(low + (high - low) * step / (between + 1), 9) for step in range(1, between + 1))]
-    return [*grid, lambdas[-1]]

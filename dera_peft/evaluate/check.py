@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 
 from dera_peft.checkpoint.devices import device_map_of, join_processes
 from dera_peft.decoding.batching import decode
-from dera_peft.decoding.lambdas import Lambda
+from dera_peft.decoding.lambdas import Lambda, NamedLambda, values_of, with_values
 from dera_peft.decoding.prompts import read_prompts
 from dera_peft.decoding.requests import Completion, Request
 from dera_peft.decoding.scoring import score_each
 from dera_peft.evaluate.arms import make_arms
 from dera_peft.evaluate.config import SweepConfig
+from dera_peft.evaluate.points import ends, is_as_trained, is_reference
 from dera_peft.evaluate.run import encode_prompts
 from dera_peft.progress import Progress, no_progress
 from dera_peft.rewards.metrics import perplexity_of, repetition
@@ -37,7 +38,7 @@ class CheckedLambda:
         falls_apart: whether they are much less fluent, or repeat themselves much more, than at λ=0 and λ=1.
     """
 
-    lam: float
+    lam: Lambda
     kl_per_token: float
     perplexity: float
     repetition: float
@@ -51,10 +52,10 @@ class Check:
     What the check showed.
 
     Attributes:
-        lambdas: ascending.
+        lambdas: ascending; of several adapters also each alone.
         prompts, tokens: how many were used, and the longest that a completion could become.
         prompts_differ: whether the branches have prompts of their own.
-        kl_per_token: KL(π_1 ‖ π_ref) in nats: how far apart the branches are.
+        kl_per_token: KL(π_1 ‖ π_ref) in nats: how far apart the branches are; of several adapters the least one's.
     """
 
     lambdas: list[CheckedLambda]
@@ -64,40 +65,70 @@ class Check:
 
     @property
     def kl_per_token(self) -> float:
-        return next(each.kl_per_token for each in self.lambdas if each.lam == 1)
+        return min(_at_1(ray).kl_per_token for ray in self.rays().values())
 
     @property
     def responds(self) -> bool:
         return self.kl_per_token >= NO_RESPONSE
 
+    def rays(self) -> dict[str, dict[float, CheckedLambda]]:
+        """Adapter -> its λ, ascending, where every other adapter's is 0; a single adapter is called ""."""
+        rays: dict[str, dict[float, CheckedLambda]] = {}
+        for each in self.lambdas:
+            if not isinstance(each.lam, NamedLambda):
+                rays.setdefault("", {})[each.lam] = each
+                continue
+            for name, value in each.lam.items():
+                if is_reference(NamedLambda({**each.lam, name: 0.0})):
+                    rays.setdefault(name, {})[value] = each
+        return {name: dict(sorted(ray.items())) for name, ray in rays.items()}
+
     def text(self) -> str:
         """Plain sentences, one a line."""
-        kl = f"{self.kl_per_token:.2g} nats a token (KL)"
-        apart = f"at λ=1 its next-token distributions are {kl} from the reference's"
-        what = "model" if self.prompts_differ else "adapter"
-        if not self.responds:
-            asks = "do the prompts differ?" if self.prompts_differ else "is it the right adapter, and was it trained?"
-            return f"The {what} does not respond to λ: {apart}. Every λ writes what the reference writes; {asks}"
-        if self.kl_per_token < WEAK_RESPONSE:
-            lines = [f"The {what} hardly responds to λ: {apart}. A sweep needs large λ, or many samples, to see it."]
-        else:
-            lines = [f"The {what} responds to λ: {apart}."]
-        up = [each.lam for each in self.lambdas if each.falls_apart and each.lam > 0]
-        down = [each.lam for each in self.lambdas if each.falls_apart and each.lam < 0]
-        if up:
-            holds = max(each.lam for each in self.lambdas if each.lam < min(up))
-            lines.append(f"Text falls apart from λ={min(up):g} on: sweep up to about λ={holds:g}.")
-        if down:
-            lines.append(f"Below 0 it falls apart from λ={max(down):g} on.")
-        if not up and not down:
-            least, greatest = self.lambdas[0].lam, self.lambdas[-1].lam
-            lines.append(f"Text holds together at every λ that was tried, from {least:g} to {greatest:g}.")
-        lines.append(
-            f"(Falling apart: a perplexity under the reference more than {PERPLEXITY_FACTOR:g} times, or a repetition "
-            f"more than {ADDED_REPETITION:g} above, the higher one of λ=0 and λ=1. {self.prompts} prompts, at most "
-            f"{self.tokens} tokens each: a first look, no measurement.)"
-        )
+        lines = [
+            line
+            for name, ray in self.rays().items()
+            for line in _told(f"The adapter {name!r}" if name else "The adapter", ray, self.prompts_differ)
+        ]
+        mixed = [each for each in self.lambdas if sum(map(bool, values_of(each.lam))) > 1]
+        if mixed:
+            broken = "; ".join(f"{each.lam:g}" for each in mixed if each.falls_apart)
+            lines.append(f"Of the points of several adapters text falls apart at {broken or 'none'}.")
+        if self.responds or len(lines) > 1:
+            lines.append(
+                f"(Falling apart: a perplexity under the reference more than {PERPLEXITY_FACTOR:g} times, or a "
+                f"repetition more than {ADDED_REPETITION:g} above, the highest one of λ=0 and λ=1. {self.prompts} "
+                f"prompts, at most {self.tokens} tokens each: a first look, no measurement.)"
+            )
         return "\n".join(lines)
+
+
+def _at_1(ray: dict[float, CheckedLambda]) -> CheckedLambda:
+    return ray[1.0]
+
+
+def _told(adapter: str, ray: dict[float, CheckedLambda], prompts_differ: bool) -> list[str]:
+    """Whether an adapter responds to its λ, and where text falls apart."""
+    distance = _at_1(ray).kl_per_token
+    apart = f"at λ=1 its next-token distributions are {distance:.2g} nats a token (KL) from the reference's"
+    adapter = "The model" if prompts_differ else adapter
+    if distance < NO_RESPONSE:
+        asks = "do the prompts differ?" if prompts_differ else "is it the right adapter, and was it trained?"
+        return [f"{adapter} does not respond to λ: {apart}. Every λ writes what the reference writes; {asks}"]
+    if distance < WEAK_RESPONSE:
+        lines = [f"{adapter} hardly responds to λ: {apart}. A sweep needs large λ, or many samples, to see it."]
+    else:
+        lines = [f"{adapter} responds to λ: {apart}."]
+    up = [lam for lam, each in ray.items() if each.falls_apart and lam > 0]
+    down = [lam for lam, each in ray.items() if each.falls_apart and lam < 0]
+    if up:
+        holds = max(lam for lam in ray if lam < min(up))
+        lines.append(f"Text falls apart from λ={min(up):g} on: sweep up to about λ={holds:g}.")
+    if down:
+        lines.append(f"Below 0 it falls apart from λ={max(down):g} on.")
+    if not up and not down:
+        lines.append(f"Text holds together at every λ that was tried, from {min(ray):g} to {max(ray):g}.")
+    return lines
 
 
 def check(config: SweepConfig, progress: Progress = no_progress) -> Check | None:
@@ -116,7 +147,9 @@ def check(config: SweepConfig, progress: Progress = no_progress) -> Check | None
     prompts = read_prompts(config.prompts, config.prompt_column, config.split, config.subset, limit)
     tokenizer, tokens, reference_tokens = encode_prompts(config, arm, prompts)
     model = arm.load(device_map_of(config.device_map, processes))
-    lambdas = sorted({*config.lambdas, *LAMBDAS})
+    own = [lam for lam in arm.lambdas if lam is not None]
+    alone = [with_values(end, (lam * value for value in values_of(end))) for end in ends(own[0])[1:] for lam in LAMBDAS]
+    lambdas = sorted({*own, *alone}, key=values_of)
     requests = [Request(prompt.index, lam) for lam in lambdas for prompt in prompts]
     completions_at: dict[Lambda | None, list[Completion]] = defaultdict(list)
     with progress("checking", 2 * len(requests), 0) as advance:
@@ -126,13 +159,14 @@ def check(config: SweepConfig, progress: Progress = no_progress) -> Check | None
             for each in batch:
                 completions_at[each.request.lam].append(each)
             advance(len(batch))
-        reference = {each.request.index: each.tokens for each in completions_at[0.0]}
+        zero, *_ = ends(own[0])
+        reference = {each.request.index: each.tokens for each in completions_at[zero]}
         checked = []
         for lam in lambdas:
             completions = completions_at[lam]
             inputs = [tokens[each.request.index] for each in completions], [each.tokens for each in completions]
             own = None if reference_tokens is None else [reference_tokens[each.request.index] for each in completions]
-            scored = [each for _, each in score_each(model, *inputs, [0.0, lam], reference_prompts=own)]
+            scored = [each for _, each in score_each(model, *inputs, [zero, lam], reference_prompts=own)]
             count = max(1, sum(len(each.tokens) for each in completions))
             checked.append(
                 CheckedLambda(
@@ -148,8 +182,8 @@ def check(config: SweepConfig, progress: Progress = no_progress) -> Check | None
 
 
 def _mark_fallen_apart(checked: Sequence[CheckedLambda]) -> list[CheckedLambda]:
-    ends = [each for each in checked if each.lam in (0, 1)]
-    perplexity, repeated = max(each.perplexity for each in ends), max(each.repetition for each in ends)
+    known = [each for each in checked if is_reference(each.lam) or is_as_trained(each.lam)]
+    perplexity, repeated = max(each.perplexity for each in known), max(each.repetition for each in known)
     return [
         replace(
             each,

@@ -2,13 +2,13 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from dera_peft.checkpoint.source import ModelSource
 from dera_peft.decoding.batch_size import batch_size_setting
-from dera_peft.decoding.lambdas import is_lambda, lambdas_setting
+from dera_peft.decoding.lambdas import LAMBDAS, is_lambda, lambdas_setting
 from dera_peft.decoding.prompt_settings import PromptSettings
 from dera_peft.decoding.sampling import Sampling
 from dera_peft.decoding.system_settings import SystemSettings
@@ -51,8 +51,26 @@ class SweepConfig(SystemSettings, Sampling, ModelSource):
     )
     max_prompts: int | None = setting(None, "Use the first so many.", check=COUNT, metavar="N", panel=PROMPTS)
     chat: bool = setting_like(PromptSettings, "chat")
-    lambdas: tuple[float, ...] = lambdas_setting(
-        (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), "Strengths to decode at.", SAMPLING
+    lambdas: tuple[float | Mapping[str, Any], ...] = lambdas_setting(
+        (),
+        "Strengths to decode at; 0,0.25,0.5,0.75,1,1.5,2 unless given. Of several adapters a point is name=λ,name=λ, "
+        "and in a file a list for each adapter is for all combinations; the reference and --simplex 4 unless given.",
+        SAMPLING,
+    )
+    simplex: int | None = setting(
+        None,
+        "Of several adapters: all λ ≥ 0 that sum to --simplex-total, in so many steps; beside the lambdas that are "
+        "given, or else the reference.",
+        check=COUNT,
+        metavar="STEPS",
+        panel=SAMPLING,
+    )
+    simplex_total: float = setting(
+        1.0,
+        "What the λ of the simplex sum to.",
+        check=Check(lambda value: value > 0 and is_lambda(value), "more than 0"),
+        metavar="λ",
+        panel=SAMPLING,
     )
     samples: int = setting(4, "Completions per prompt and λ.", check=COUNT, metavar="N", panel=SAMPLING)
     arms: tuple[ArmSettings, ...] = setting(
@@ -118,14 +136,18 @@ class SweepConfig(SystemSettings, Sampling, ModelSource):
 
     def __post_init__(self):
         object.__setattr__(self, "prompts", _plain_prompts(self.prompts))
-        object.__setattr__(self, "lambdas", plain(self.lambdas))
-        is_list = isinstance(self.lambdas, (list, tuple, range))
-        if not is_list or not self.lambdas or not all(is_lambda(plain(lam)) for lam in self.lambdas):
-            raise DeRaError(f"lambdas={self.lambdas!r} must be a list of finite numbers, as [0, 0.5, 1].")
+        lambdas = plain(self.lambdas)
+        is_list = isinstance(lambdas, (list, tuple, range))
+        is_given = lambdas or lambdas == ()  # an empty tuple is the default
+        if not isinstance(lambdas, Mapping) and not (is_list and is_given and LAMBDAS.holds(list(map(plain, lambdas)))):
+            raise DeRaError(f"lambdas={lambdas!r} must be a list of {LAMBDAS.wanted}.")
+        object.__setattr__(self, "lambdas", lambdas)
         object.__setattr__(self, "arms", read_arms(self.arms))
         super().__post_init__()
         if twice := next((value for value in self.rewards if self.rewards.count(value) > 1), None):
             raise DeRaError(f"rewards: {twice!r} is there twice.")
+        if self.simplex is None and self.simplex_total != 1:
+            raise DeRaError(f"simplex_total={self.simplex_total:g} has no effect without a simplex: set simplex.")
         if self.rule == "kl_budget" and self.kl_budget is None:
             raise DeRaError("rule='kl_budget' needs the budget: set kl_budget, a number of nats.")
         if self.rule != "kl_budget" and self.kl_budget is not None:

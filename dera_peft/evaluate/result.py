@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dera_peft.decoding.lambdas import NamedLambda
 from dera_peft.errors import DeRaError
 from dera_peft.formatting import short_repr
 
@@ -55,7 +56,7 @@ class SweepResult:
         """
         The samples: a row for each completion, by arm, prompt, λ and number, as in samples.jsonl; a column for each
         reward by its name, for each verdict of a judge ("judge 0", "judge 1"), and for each column of the prompts
-        ("column NAME" where the name is taken).
+        ("column NAME" where the name is taken). λ of several adapters is a text, with a column "lambda NAME" for each.
 
         Raises:
             DeRaError: pandas is not installed.
@@ -63,6 +64,8 @@ class SweepResult:
         rows = []
         for row in self.rows:
             values = {name: row[name] for name in SAMPLE} | row["rewards"]
+            if isinstance(lam := row["lambda"], NamedLambda):
+                values |= {"lambda": f"{lam:g}"} | {f"lambda {name}": value for name, value in lam.items()}
             values |= {f"judge {lam}": verdict for lam, verdict in row.get("judged", {}).items()}
             columns = {(f"column {name}" if name in values else name): value for name, value in row["columns"].items()}
             rows.append(values | columns)

@@ -1,17 +1,18 @@
 """A sweep over λ: decode held-out prompts, score the completions, recommend a λ, and write the report."""
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from dera_peft.checkpoint.devices import device_map_of, join_processes
+from dera_peft.decoding.lambdas import Lambda
 from dera_peft.decoding.prompts import Prompt, column_names, read_prompts
+from dera_peft.decoding.rows import dumps
 from dera_peft.decoding.system_settings import Tokens
 from dera_peft.engine.names import LOGITS
 from dera_peft.errors import DeRaError
@@ -19,11 +20,12 @@ from dera_peft.evaluate.analysis.best import best_arm
 from dera_peft.evaluate.analysis.choice import Rule
 from dera_peft.evaluate.analysis.curve import Curve, estimate_curve, reason_off
 from dera_peft.evaluate.analysis.recommend import recommend
-from dera_peft.evaluate.analysis.summary import AGAINST, summarise
+from dera_peft.evaluate.analysis.summary import summarise
 from dera_peft.evaluate.analysis.table import check_names, write_csv
 from dera_peft.evaluate.arms import Arm, by_model, make_arms
 from dera_peft.evaluate.config import SweepConfig
 from dera_peft.evaluate.loaded import LoadedModel
+from dera_peft.evaluate.points import anchors, ends
 from dera_peft.evaluate.report.page import write_report
 from dera_peft.evaluate.report.plots import plot_pareto, plot_sweep
 from dera_peft.evaluate.result import SweepResult
@@ -86,11 +88,14 @@ def sweep(
     if config.output_dir is None:
         raise DeRaError("output_dir is missing: set it in the config or with --output-dir.")
     arms = make_arms(config, loaded)
+    if len(arms[0].record.aligned) > 1 and "implicit" in config.rewards:
+        raise DeRaError("rewards: 'implicit' is what one adapter itself rewards, and there are several; take another.")
     rewards = load_rewards(config.rewards, arms[0].beta, device_map)
     _check_rewards(rewards)
     judge = None if config.judge is None else load_judge(config.judge, device_map)
-    if judge is not None and not set(AGAINST) & set(config.lambdas):
-        raise DeRaError(f"judge={judge.name!r} compares with λ=0 and λ=1, and lambdas has neither: add one of them.")
+    if judge is not None and not anchors(arms[0].lambdas):
+        wanted = " and ".join(f"λ={lam:g}" for lam in ends(cast("Lambda", arms[0].lambdas[0])))
+        raise DeRaError(f"judge={judge.name!r} compares with {wanted}, and lambdas has none of them: add one.")
     prompts = _read_prompts(config, rewards, warns=processes.is_main_process)
     ready_tokenizer, tokens, reference_tokens = encode_prompts(config, arms[0], prompts)
     folder = Path(config.output_dir)
@@ -229,11 +234,13 @@ def _finish(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJud
         plot_sweep(*inputs, folder / f"sweep.{ending}", title, models, best)
         plot_pareto(*inputs, folder / f"pareto.{ending}", title, models, best)
     lines = ({name: value for name, value in row.items() if name not in IN_MEMORY} for row in rows)
-    written = (json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
+    written = (dumps(line) + "\n" for line in lines)
     write_atomically(folder / "samples.jsonl", "".join(written))
     write_csv(summaries, folder / "summary.csv")
     facts = _facts(worker, rewards, judge)
-    title = f"How strong should {worker.arms[0].adapter if 'adapter' in facts else 'the principle'} be?"
+    aligned = first.record.aligned
+    what = first.adapter if len(aligned) == 1 else " and ".join(aligned)
+    title = f"How strong should {what if first.record.branches_differ else 'the principle'} be?"
     inputs = summaries, curve, recommendation, rows, command, models
     write_report(folder / "report.html", title, facts, *inputs, reason=reason, best=best)
     failed = sum("errors" in row for row in rows)
@@ -302,6 +309,8 @@ def _join_rows(worker: SweepWorker, rewards: Sequence[NamedReward], judge: Named
 
 def _branch_facts(config: SweepConfig, arm: Arm) -> dict[str, str]:
     """What the aligned branch and the reference differ by."""
+    if len(arm.record.aligned) > 1 and not config.prompts_differ:
+        return {"adapters": arm.adapter}
     facts = {"adapter": arm.adapter} if arm.record.branches_differ else {}
     if not config.prompts_differ:
         return facts | {"β of its training": "not known" if arm.beta is None else f"{arm.beta:g}"}

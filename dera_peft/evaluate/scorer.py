@@ -8,10 +8,11 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dera_peft.decoding.lambdas import Lambda
+from dera_peft.decoding.lambdas import Lambda, values_of
 from dera_peft.decoding.scoring import Scored, score_each
 from dera_peft.engine.names import LOGITS
 from dera_peft.evaluate.arms import Arm
+from dera_peft.evaluate.points import ends
 from dera_peft.evaluate.report.token_views import token_views
 from dera_peft.evaluate.rows import CompletionRow, Key
 from dera_peft.model import DeRaModel
@@ -33,7 +34,7 @@ class Scorer:
     tokens: Sequence[Sequence[int]]
     reference_tokens: Sequence[Sequence[int]] | None
     tokenizer: PreTrainedTokenizerBase
-    grid: Sequence[float] | None
+    grid: Sequence[Lambda] | None
     temperature: float
     texts: dict[tuple[int | None, int], str] = field(default_factory=dict)  # a cache for `token_views`
 
@@ -51,20 +52,21 @@ class Scorer:
             yield from self._at_its_lambda(arm, model, alike, with_views)
 
     def _on_grid(
-        self, model: DeRaModel, rows: Sequence[CompletionRow], with_views: bool, grid: Sequence[float]
+        self, model: DeRaModel, rows: Sequence[CompletionRow], with_views: bool, grid: Sequence[Lambda]
     ) -> Iterator[tuple[Key, dict[str, Any]]]:
         """At all λ of the grid, in one pass, which the curve needs."""
-        lam = sorted({*grid, 0.0, 1.0})
+        known = ends(grid[0])
+        lam = sorted({*grid, *known}, key=values_of)
         inputs, at_temperature_1 = self._inputs(model, rows), {}
         if self.temperature != 1:
-            at_temperature_1 = {index: scored.total for index, scored in score_each(**inputs, lam=[0.0, 1.0])}
+            at_temperature_1 = {index: scored.total for index, scored in score_each(**inputs, lam=known)}
         top = TOP if with_views else 0
         for index, scored in score_each(**inputs, lam=lam, temperature=self.temperature, top=top):
             row, total, kl = rows[index], scored.total, scored.kl.sum(-1)
             places = [lam.index(strength) for strength in grid]
-            values = self._ends(at_temperature_1.get(index, total[[lam.index(0.0), lam.index(1.0)]]), is_own=True)
+            values = self._ends(at_temperature_1.get(index, total[list(map(lam.index, known))]), is_own=True)
             values |= {
-                "kl": _rounded(kl[lam.index(cast("float", row.lam))]),
+                "kl": _rounded(kl[lam.index(cast("Lambda", row.lam))]),
                 "log_p": [_rounded(value) for value in total[places]],
                 "kl_grid": [_rounded(value) for value in kl[places]],
             }
@@ -74,8 +76,9 @@ class Scorer:
         self, arm: Arm, model: DeRaModel, rows: Sequence[CompletionRow], with_views: bool
     ) -> Iterator[tuple[Key, dict[str, Any]]]:
         """At temperature 1, with the KL of what completions of one λ were decoded from."""
-        lam = cast("float", arm.request(rows[0].key).lam)  # of a key it is one
-        strengths, inputs = sorted({0.0, 1.0, lam}), self._inputs(model, rows)
+        lam = cast("Lambda", arm.request(rows[0].key).lam)  # of a key it is one
+        known, inputs = ends(lam), self._inputs(model, rows)
+        strengths = sorted({lam, *known}, key=values_of)
         by_rule: dict[int, float] = {}
         if arm.has_rule:
             rule = {"combine": arm.combine, "lambda_schedule": arm.schedule}
@@ -83,11 +86,11 @@ class Scorer:
             by_rule = {index: _rounded(scored.kl.sum()) for index, scored in of_rule}
         for index, scored in score_each(**inputs, lam=strengths, top=TOP if with_views else 0):
             row, total = rows[index], scored.total
-            log_ref, log_aligned = total[strengths.index(0.0)], total[strengths.index(1.0)]
-            values = self._ends(torch.stack([log_ref, log_aligned]), arm.is_own)
+            at_ends = total[list(map(strengths.index, known))]
+            values = self._ends(at_ends, arm.is_own)
             if row.log_z is not None:
                 # log π/π_ref of the whole text, whose mean is the KL; token by token there is no such distribution
-                values["kl"] = _rounded(lam * (log_aligned - log_ref) - row.log_z)
+                values["kl"] = _rounded(cast("float", lam) * (at_ends[1] - at_ends[0]) - row.log_z)
             else:
                 values["kl"] = by_rule.get(index, _rounded(scored.kl[strengths.index(lam)].sum()))
             yield row.key, values | (self._views(scored, row) if with_views else {})
@@ -104,9 +107,14 @@ class Scorer:
         return inputs
 
     def _ends(self, log_p: torch.Tensor, is_own: bool) -> dict[str, float]:
-        """`log_p`: at λ=0 and 1. That of another adapter would be another implicit reward."""
-        ends = {"log_ref": _rounded(log_p[0]), "log_aligned": _rounded(log_p[1])}
-        return ends if is_own else {"log_ref": ends["log_ref"]}
+        """
+        Args:
+            log_p: at each of `points.ends`. That of another adapter would be another implicit reward, and several have
+                none.
+        """
+        log_ref, *log_aligned = map(_rounded, log_p)
+        known = {"log_ref": log_ref}
+        return known | {"log_aligned": log_aligned[0]} if is_own and len(log_aligned) == 1 else known
 
     def _views(self, scored: Scored, row: CompletionRow) -> dict[str, Any]:
         prompt = self.tokens[row.prompt_index]

@@ -14,9 +14,9 @@ from dera_peft.decoding.prompts import Prompt, column_names
 from dera_peft.decoding.rows import Expected
 from dera_peft.engine.names import LOGITS
 from dera_peft.evaluate.analysis.curve import reason_off
-from dera_peft.evaluate.analysis.summary import AGAINST
-from dera_peft.evaluate.arms import Arm, fine_grid
+from dera_peft.evaluate.arms import Arm
 from dera_peft.evaluate.config import SweepConfig
+from dera_peft.evaluate.points import anchors, fine_grid
 from dera_peft.evaluate.report.samples import sample_rows
 from dera_peft.evaluate.rows import CompletionRow, Key, RewardRow, ScoreRow, open_log
 from dera_peft.evaluate.scorer import Scorer
@@ -56,7 +56,7 @@ class SweepWorker:
     progress: Progress
 
     def __post_init__(self):
-        self.grid = fine_grid(self.config.lambdas)
+        self.grid = fine_grid([lam for lam in self.arms[0].lambdas if lam is not None])
         self.reads_grid = reason_off(self.config.sampling) is None
         grid = self.grid if self.reads_grid else None
         self.scorer = Scorer(self.tokens, self.reference_tokens, self.tokenizer, grid, self.config.temperature)
@@ -222,12 +222,11 @@ class SweepWorker:
             function.free()
 
     def comparisons(self, keys: Iterable[Key]) -> list[tuple[str, Key, Key]]:
-        """(name, completion, the one that it is compared with): at λ=0 and at λ=1, of the same prompt and sample."""
+        """(name, completion, the one that it is compared with): at each of `anchors`, of the same prompt and sample."""
         pairs = []
-        for lam in AGAINST:
-            if lam in self.config.lambdas:
-                others = [(key, Key(LOGITS, key.index, lam, key.sample)) for key in keys]
-                pairs += [(f"judge {lam:g}", key, other) for key, other in others if key != other]
+        for lam in anchors(self.arms[0].lambdas):
+            others = [(key, Key(LOGITS, key.index, lam, key.sample)) for key in keys]
+            pairs += [(f"judge {lam:g}", key, other) for key, other in others if key != other]
         return pairs
 
     def call_judge(self, judge: NamedJudge) -> None:

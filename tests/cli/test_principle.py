@@ -159,4 +159,4 @@ def test_a_recommendation_does_not_speak_of_training():
     values = dict.fromkeys(Recommendation.__dataclass_fields__) | {"lam": 2.0, "notes": (), "prompts_differ": True}
     recommendation = Recommendation(**values)
     assert recommendation._retraining() == []
-    assert recommendation._at_one == "λ=1, the model with its own prompt"
+    assert recommendation._trained == "the model with its own prompt"

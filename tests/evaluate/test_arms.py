@@ -1,4 +1,4 @@
-"""The arms of a sweep: the grid of plain λ, rules against two whole models, and what an added arm makes anew."""
+"""The arms of a sweep: rules against two whole models, and what an added arm makes anew."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from two_models import load_two
 
 from dera_peft import DeRaError
 from dera_peft.evaluate import SweepConfig, run, sweep, worker
-from dera_peft.evaluate.arms import by_model, fine_grid, make_arms
+from dera_peft.evaluate.arms import by_model, make_arms
 from dera_peft.model import DeRaModel
 
 PROMPTS = ["Rain fell on the market", "A fox crossed"]
@@ -22,14 +22,6 @@ RULES = [
     {"lambda_schedule": {0: 2.0, 2: 0.5}, "name": "falling"},
     {"particles": 3, "lambdas": [0.5]},
 ]
-
-
-def test_the_fine_grid_holds_the_lambdas_and_points_between():
-    assert fine_grid([1, 0]) == [0, 0.2, 0.4, 0.6, 0.8, 1]
-    assert fine_grid([0.3]) == [0.3]
-    many = [index / 7 for index in range(40)]
-    assert set(many) < set(fine_grid(many))
-    assert len(fine_grid(many)) <= 81
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from dera_peft import DeRaError, DeRaModel
 from dera_peft.evaluate import SweepConfig, sweep
 
 ROWS = [{"prompt": "Rain fell", "kind": "a", "kl": 3}, {"prompt": "A fox crossed", "kind": "b", "kl": 4}]
-SETTINGS = {"lambdas": [0.0, 1.0], "samples": 2, "max_new_tokens": 4, "rewards": "length"}
+SETTINGS = {"lambdas": [0.0, 1.0], "samples": 2, "max_new_tokens": 4, "seed": 1, "rewards": "length"}
 KEY = ("arm", "prompt_index", "lambda", "sample")
 
 

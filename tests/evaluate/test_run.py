@@ -16,7 +16,7 @@ from two_models import load_two
 from dera_peft import DeRaError
 from dera_peft.checkpoint.record import Record
 from dera_peft.evaluate import SweepConfig, scorer, sweep, worker
-from dera_peft.evaluate.arms import fine_grid
+from dera_peft.evaluate.points import fine_grid
 from dera_peft.evaluate.rows import Key
 from dera_peft.evaluate.run import _own_indices
 
@@ -276,7 +276,7 @@ def test_where_the_first_reward_fails_everywhere_the_rest_is_still_shown(model, 
         ({"rewards": []}, "rewards is missing"),
         ({"rewards": ["perplexity"]}, "a high perplexity is no merit; put another one first"),
         ({"rewards": ["length", "implicit"]}, "'implicit' needs the β of the training"),
-        ({"judge": "{judge}", "lambdas": [0.5]}, "compares with λ=0 and λ=1, and lambdas has neither"),
+        ({"judge": "{judge}", "lambdas": [0.5]}, "compares with λ=0 and λ=1, and lambdas has none of them"),
         ({"rewards": ["exact_match:solution"]}, "no prompt has a column 'solution'"),
         (
             {"prompts": [{"prompt": "Rain", "kind": None}], "group": "kind"},
@@ -284,7 +284,10 @@ def test_where_the_first_reward_fails_everywhere_the_rest_is_still_shown(model, 
         ),
         ({"group": "topic"}, r"prompts, prompt 1: has no 'topic' to tell its group by; it has \['answer', 'kind'\]"),
         ({"arms": "{other}"}, "stands over another reference than the sweep's adapter"),
-        ({"adapter": "{both}", "base": None}, r"is a record of \['a', 'b'\]: sweep one of their adapters"),
+        (
+            {"adapter": "{both}", "base": None, "lambdas": [0, 1]},
+            r"λ=0 is one number, and the model has several .*\['a', 'b'\]",
+        ),
         ({"prompts": "./nowhere.csv"}, "there is no such file"),
         ({"prompts": "nowhere.py:prompts"}, "there is no file 'nowhere.py'"),
     ],

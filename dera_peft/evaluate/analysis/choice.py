@@ -3,10 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy
 
+from dera_peft.decoding.lambdas import Lambda, NamedLambda, values_of, with_values
 from dera_peft.engine.names import LOGITS
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate.analysis.curve import Curve
@@ -75,7 +76,7 @@ class Candidate:
     """
 
     arm: str
-    lam: float | None
+    lam: Lambda | None
     value: Estimate
     kl: Estimate
     group: str | None = None
@@ -91,23 +92,24 @@ def candidates(summaries: Sequence[LambdaSummary], curve: Curve | None, rule: Ru
     found = [_measured(summary, summary.rewards[reward], rule) for summary in summaries if reward in summary.rewards]
     plain = [each for each in found if each.arm == LOGITS]
     if curve is not None and plain and rule.name not in OF_PROMPTS:
-        measured = [_plain_lambda(each) for each in plain]
+        measured = [_values(each) for each in plain]
         plain += [
             Candidate(LOGITS, point.lam, value, point.kl, estimated=True)
             for point in curve.points
             if point.kl is not None
             and (value := point.rewards[reward]) is not None
-            and min(measured) < point.lam < max(measured)
-            and point.lam not in measured
+            # of several adapters all of its points lie between measured ones
+            and (isinstance(point.lam, NamedLambda) or min(measured) < values_of(point.lam) < max(measured))
+            and values_of(point.lam) not in measured
         ]
-    plain.sort(key=_plain_lambda)
+    plain.sort(key=_values)
     others = [each for each in found if each.arm != LOGITS]
     return [each for each in (*plain, *others) if not math.isnan(each.value.mean) and not math.isnan(each.kl.mean)]
 
 
-def _plain_lambda(candidate: Candidate) -> float:
+def _values(candidate: Candidate) -> tuple[float, ...]:
     assert candidate.lam is not None  # of plain λ
-    return candidate.lam
+    return values_of(candidate.lam)
 
 
 def _measured(summary: LambdaSummary, reward: RewardSummary, rule: Rule) -> Candidate:
@@ -167,10 +169,13 @@ def choose(among: Sequence[Candidate], rule: Rule, reward: str) -> Choice:
     return Choice(best, bool(known.sum() > 1 and _is_best(values)[known].all()))
 
 
-def other_choices(among: Sequence[Candidate], rule: Rule) -> tuple[float, float]:
-    """The λ of one arm that the rule takes in each resample of the prompts: 95 % of them."""
+def other_choices(among: Sequence[Candidate], rule: Rule) -> tuple[Lambda, Lambda] | None:
+    """
+    The least and the greatest plain λ that the rule takes in 95 % of the resamples of the prompts, of several adapters
+    each by itself; None where they are unknown.
+    """
     if any(math.isnan(c.value.low) for c in among):
-        return math.nan, math.nan
+        return None
     values = numpy.stack([draws_of(c.value) for c in among])  # [C, 1000]
     if rule.name == "lower_bound":  # as far below each resample's mean as it lies below the mean of all
         values = values - numpy.array([[c.value.mean - c.value.low] for c in among])
@@ -178,11 +183,12 @@ def other_choices(among: Sequence[Candidate], rule: Rule) -> tuple[float, float]
     values = _within(rule.budget, values, kl)
     there = ~numpy.isnan(values).all(0)
     if not there.any():
-        return math.nan, math.nan
-    chosen = numpy.array([c.lam for c in among])[_chosen(values[:, there], kl[:, there])]
+        return None
+    chosen = numpy.array([_values(c) for c in among])[_chosen(values[:, there], kl[:, there])]  # [N, K]
     # a λ that was chosen, not a number between two
-    low, high = numpy.percentile(chosen, INTERVAL, method="nearest")
-    return float(low), float(high)
+    low, high = numpy.percentile(chosen, INTERVAL, axis=0, method="nearest").tolist()
+    like = cast("Lambda", among[0].lam)
+    return with_values(like, low), with_values(like, high)
 
 
 def difference_of_draws(one: Estimate, other: Estimate) -> Estimate:

@@ -9,14 +9,15 @@ multiple importance sampling with the balance heuristic (Veach and Guibas, 1995)
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy
 
+from dera_peft.decoding.lambdas import Lambda, NamedLambda, values_of
 from dera_peft.decoding.sampling import Sampling
 from dera_peft.engine.names import LOGITS
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate.analysis.summary import Estimate, Resamples, prompt_positions
+from dera_peft.evaluate.points import is_between, neighbours
 
 # When a point is drawn. At a λ that was decoded n times the effective size is about n or more: no weight is above 1/n.
 # Between λ that are too far apart it falls, and it can't be trusted there: on models small enough to enumerate it was
@@ -38,14 +39,14 @@ class Point:
     One λ of the curve.
 
     Attributes:
-        lam: λ.
+        lam: λ; of several adapters by name.
         ess: the effective sample size (Σw)²/Σw² of all samples.
         mass: the mean weight, 1 where the samples reach all that π_λ writes.
         kl: KL(π_λ ‖ π_ref) per sequence, in nats; None where the samples don't carry an estimate.
         rewards: by name; None there as well, and for a reward that has no values.
     """
 
-    lam: float
+    lam: Lambda
     ess: float
     mass: float
     kl: Estimate | None
@@ -60,16 +61,16 @@ class Point:
 class Gap:
     """Two neighbours among the measured λ, between which the curve is not known everywhere; `lam` would help most."""
 
-    low: float
-    high: float
-    lam: float
+    low: Lambda
+    high: Lambda
+    lam: Lambda
 
 
 @dataclass(frozen=True)
 class Curve:
     """
     Attributes:
-        points: by ascending λ, one per λ of the grid.
+        points: one per λ of the grid, ascending where those are numbers.
         samples: how many all estimates are made from.
         needed: the effective sample size from which on a point is drawn.
         gaps: where another λ is needed.
@@ -98,14 +99,14 @@ def reason_off(sampling: Sampling) -> str | None:
     return None
 
 
-def estimate_curve(rows: Sequence[dict], grid: Sequence[float], rewards: Sequence[str], seed: int = 0) -> Curve:
+def estimate_curve(rows: Sequence[dict], grid: Sequence[Lambda], rewards: Sequence[str], seed: int = 0) -> Curve:
     """
     Reward and KL at every λ of `grid`, from the rows of the arm "logits".
 
     Args:
         rows: of the sweep, all arms'. Those of "logits" carry `log_p` (log p_λ(y|x) as it was sampled, in nats) and
             `kl_grid` (KL along y at λ, in nats), one number per λ of the grid.
-        grid: λ, ascending; those that were decoded are among them.
+        grid: λ, those that were decoded among them; numbers ascending, points of several adapters between decoded ones.
         rewards: names.
         seed: of the bootstrap; that of the summaries, so that draws are paired with theirs.
 
@@ -113,7 +114,7 @@ def estimate_curve(rows: Sequence[dict], grid: Sequence[float], rewards: Sequenc
         DeRaError: a decoded λ is not on the grid.
     """
     own = [row for row in rows if row["arm"] == LOGITS]
-    measured = sorted({row["lambda"] for row in own})
+    measured = sorted({row["lambda"] for row in own}, key=values_of)
     if len(measured) < 2:
         return Curve(reason="estimates between λ need at least two decoded ones")
     if missing := [lam for lam in measured if lam not in grid]:
@@ -128,7 +129,8 @@ def estimate_curve(rows: Sequence[dict], grid: Sequence[float], rewards: Sequenc
     with numpy.errstate(over="ignore"):
         mass = numpy.exp(peak) * weights.sum(0) / len(set(prompt))
     needed = max(MIN_SIZE, MIN_SHARE * len(own) / len(measured))
-    inside = [measured[0] <= lam <= measured[-1] for lam in grid]
+    least, greatest = values_of(measured[0]), values_of(measured[-1])
+    inside = [isinstance(lam, NamedLambda) or least <= values_of(lam) <= greatest for lam in grid]
 
     resamples = Resamples(len(positions), seed)
     starts = numpy.flatnonzero(numpy.diff(prompt, prepend=-1))
@@ -149,7 +151,7 @@ def estimate_curve(rows: Sequence[dict], grid: Sequence[float], rewards: Sequenc
         name: estimates(numpy.array([[row["rewards"].get(name)] for row in own], dtype=float)) for name in rewards
     }
     points = [
-        Point(float(lam), float(ess), float(share), kl[g], {name: found[g] for name, found in of_rewards.items()})
+        Point(lam, float(ess), float(share), kl[g], {name: found[g] for name, found in of_rewards.items()})
         for g, (lam, ess, share) in enumerate(zip(grid, _effective_size(weights), mass, strict=True))
     ]
     return Curve(points, len(own), needed, _gaps(points, measured))
@@ -171,10 +173,10 @@ def _effective_size(weights: numpy.ndarray) -> numpy.ndarray:
         return numpy.nan_to_num(weights.sum(0) ** 2 / (weights**2).sum(0))
 
 
-def _gaps(points: Sequence[Point], measured: Sequence[float]) -> list[Gap]:
+def _gaps(points: Sequence[Point], measured: Sequence[Lambda]) -> list[Gap]:
     gaps = []
-    for low, high in pairwise(measured):
-        if unknown := [point for point in points if low < point.lam < high and not point.drawn]:
+    for low, high in neighbours(measured):
+        if unknown := [point for point in points if not point.drawn and is_between(point.lam, low, high)]:
             gaps.append(Gap(low, high, min(unknown, key=lambda point: point.ess).lam))
     return gaps
 

@@ -4,14 +4,16 @@ import math
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy
 
+from dera_peft.decoding.lambdas import Lambda
 from dera_peft.engine.names import LOGITS
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate.analysis.robust import worst_mean
+from dera_peft.evaluate.points import anchors, ends
 
-AGAINST = (0.0, 1.0)  # the λ of DeRa that each λ is compared with: the reference, and the adapter as trained
 RESAMPLES = 1000
 INTERVAL = (2.5, 97.5)  # percentiles: 95 %
 
@@ -89,7 +91,8 @@ class RewardSummary:
 
     Attributes:
         level: its mean.
-        versus: by λ (0.0 and 1.0, where the arm "logits" has them), the comparison with that arm at that λ.
+        versus: by λ (those of `points.anchors` that the arm "logits" has: 0.0 and 1.0; of several adapters 0 for all,
+            and each alone at 1), the comparison with that arm at that λ.
         groups: by the value of the column that names groups, the mean over that group's prompts.
         robust: the worst mean over reweightings of the prompts (`robust.worst_mean`), of the first reward where a
             radius is given.
@@ -99,7 +102,7 @@ class RewardSummary:
     """
 
     level: Estimate
-    versus: dict[float, Paired] = field(default_factory=dict)
+    versus: dict[Lambda, Paired] = field(default_factory=dict)
     groups: dict[str, Estimate] = field(default_factory=dict)
     robust: Estimate | None = None
     by_prompt: numpy.ndarray | None = field(default=None, repr=False, compare=False)
@@ -119,18 +122,18 @@ class LambdaSummary:
 
     Attributes:
         arm: "logits" (DeRa's plain λ), or the name of another arm.
-        lam: λ; None in an arm that knows none.
+        lam: λ, of several adapters by name; None in an arm that knows none.
         prompts, samples: how many.
         kl: KL(π_λ ‖ π_ref) per sequence, in nats.
         kl_per_token: total KL over total tokens, in nats.
         tokens: mean length of a completion, in tokens.
         ended: share of the completions that the model ended itself, before the limit of tokens.
         rewards: by name.
-        judged: by λ (0.0 and 1.0), where there is a judge.
+        judged: by λ, as `RewardSummary.versus`, where there is a judge.
     """
 
     arm: str
-    lam: float | None
+    lam: Lambda | None
     prompts: int
     samples: int
     kl: Estimate
@@ -138,7 +141,7 @@ class LambdaSummary:
     tokens: float
     ended: float
     rewards: dict[str, RewardSummary] = field(default_factory=dict)
-    judged: dict[float, Judged] = field(default_factory=dict)
+    judged: dict[Lambda, Judged] = field(default_factory=dict)
 
 
 class Resamples:
@@ -216,7 +219,7 @@ def summarise(
         return []
     positions = prompt_positions(rows)
     shape = (len(positions), 1 + max(row["sample"] for row in rows))
-    by_cell: dict[tuple[str, float | None], list[dict]] = defaultdict(list)
+    by_cell: dict[tuple[str, Any], list[dict]] = defaultdict(list)
     for row in rows:
         by_cell[row["arm"], row["lambda"]].append(row)
     names = reward_names(rows)
@@ -225,8 +228,10 @@ def summarise(
     resamples = Resamples(len(positions), seed)
     arms = list(dict.fromkeys(arm for arm, _ in cells))
     order = sorted(cells, key=lambda key: (arms.index(key[0]), key[1]))
-    against = {lam: cells[LOGITS, lam] for lam in AGAINST if (LOGITS, lam) in cells}
-    return [_summary(key, cells[key], against, groups, resamples, radius) for key in order]
+    plain = [lam for arm, lam in cells if arm == LOGITS]
+    against = {lam: cells[LOGITS, lam] for lam in anchors(plain)}
+    judged = ends(plain[0]) if plain else []
+    return [_summary(key, cells[key], against, judged, groups, resamples, radius) for key in order]
 
 
 def reward_names(rows: Sequence[dict]) -> list[str]:
@@ -278,15 +283,16 @@ def _per_prompt(table: numpy.ndarray) -> numpy.ndarray:
 
 
 def _summary(
-    key: tuple[str, float | None],
+    key: tuple[str, Any],
     cell: _Cell,
-    against: dict[float, _Cell],
+    against: dict[Lambda, _Cell],
+    judged: Sequence[Lambda],
     groups: dict[str, numpy.ndarray],
     resamples: Resamples,
     radius: float | None,
 ) -> LambdaSummary:
     rows = cell.rows
-    verdicts = {lam: [row.get("judged", {}).get(f"{lam:g}") for row in rows] for lam in AGAINST}
+    verdicts = {lam: [row.get("judged", {}).get(f"{lam:g}") for row in rows] for lam in judged}
     verdicts = {
         lam: found for lam, found in verdicts.items() if any(f"{lam:g}" in row.get("judged", {}) for row in rows)
     }
@@ -348,6 +354,6 @@ def number(value: float, form: str = ".3f") -> str:
     return "-" if math.isnan(value) else format(value, form)
 
 
-def lambda_text(lam: float | None) -> str:
+def lambda_text(lam: Lambda | None) -> str:
     """For a table; "–" in an arm that knows none."""
     return "–" if lam is None else f"{lam:g}"

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 
+from dera_peft.decoding.lambdas import NamedLambda
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate.analysis.summary import Estimate, LambdaSummary
 from dera_peft.files import write_atomically
@@ -25,7 +26,7 @@ def check_names(rewards: Sequence[str]) -> None:
     """
     for name in rewards:
         others = [other for other in rewards if other != name and re.fullmatch(f"{re.escape(other)}{OWN}", name)]
-        if name in COLUMNS or re.fullmatch(f"kl{OWN}", name) or name.startswith("judge_") or others:
+        if name in COLUMNS or re.fullmatch(f"kl{OWN}", name) or name.startswith(("judge_", "lambda_")) or others:
             raise DeRaError(
                 f"rewards: {name!r} is the name of another column of summary.csv; give the function another name."
             )
@@ -46,8 +47,9 @@ def write_csv(summaries: Sequence[LambdaSummary], file: str | os.PathLike) -> No
 
 def summary_rows(summaries: Sequence[LambdaSummary]) -> list[dict[str, str | int | float | None]]:
     """
-    One row per arm and λ, which is None in an arm that knows none. An estimate has the columns NAME, NAME_se, NAME_low
-    and NAME_high; what is unknown is NaN.
+    One row per arm and λ, which is None in an arm that knows none. λ of several adapters is a text, and stands in
+    lambda_ADAPTER for each as well. An estimate has the columns NAME, NAME_se, NAME_low and NAME_high; what is unknown
+    is NaN.
 
     A reward has those of its level under its own name, NAME_failed, NAME_group_GROUP for each group's mean,
     NAME_robust for the worst reweighting of the prompts where that was asked for, and for
@@ -58,9 +60,11 @@ def summary_rows(summaries: Sequence[LambdaSummary]) -> list[dict[str, str | int
 
 
 def _flat(summary: LambdaSummary) -> dict[str, str | int | float | None]:
+    by_name = summary.lam if isinstance(summary.lam, NamedLambda) else {}
     row: dict[str, str | int | float | None] = {
         "arm": summary.arm,
-        "lambda": summary.lam,
+        "lambda": f"{summary.lam:g}" if isinstance(summary.lam, NamedLambda) else summary.lam,
+        **{f"lambda_{name}": value for name, value in by_name.items()},
         "prompts": summary.prompts,
         "samples": summary.samples,
         **_columns("kl", summary.kl),

@@ -1,5 +1,6 @@
 """How arms are marked in the pictures of a sweep: colours, markers, stars, labels, the legend, and the front."""
 
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,15 +8,36 @@ from typing import Any
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.typing import LineStyleType
 
+from dera_peft.decoding.lambdas import Lambda, NamedLambda
 from dera_peft.engine.names import LOGITS, WEIGHTS
 from dera_peft.evaluate.analysis.best import BestArm
 from dera_peft.evaluate.analysis.recommend import Recommendation
 from dera_peft.evaluate.analysis.summary import Estimate
 
 INK, MUTED, PAPER = "#1f2328", "#6e7681", "#ffffff"
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "figure.facecolor": PAPER,
+    "axes.facecolor": "none",
+    "legend.frameon": False,
+    "text.parse_math": False,  # a "$" in a name is a "$"
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "dera",  # the same picture is the same file
+}
+USUAL_ROWS = 3  # of the legend
 # Okabe and Ito's palette (jfly.uni-koeln.de/color), which the colour-blind can tell apart, and two of Tol's muted
 # colours (personal.sron.nl/~pault); each arm has a marker too.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#999933")
@@ -42,7 +64,7 @@ class Star:
 
     name: str  # in the legend
     arm: str
-    lam: float | None
+    lam: Lambda | None
     value: float
     kl: float
     style: Mapping[str, Any]
@@ -88,7 +110,7 @@ def draw_front(panel: Axes, places: Iterable[tuple[float, float]], legend: dict[
 
 
 def label(
-    panel: Axes, labels: Sequence[tuple[int, float, tuple[float, float]]], stars: Sequence[tuple[float, float]]
+    panel: Axes, labels: Sequence[tuple[int, Lambda, tuple[float, float]]], stars: Sequence[tuple[float, float]]
 ) -> None:
     """Names the λ of points. The arms' labels stand on either side, as their points may lie close together."""
     panel.get_xlim(), panel.get_ylim()  # brings the limits, and with them the transform, up to date
@@ -99,7 +121,8 @@ def label(
         # a star would lie on a label to the right
         if number % 2 or any(-0.03 < right < 0.12 and abs(up) < 0.08 for right, up in distances):
             offset = {"xytext": (-3, 7), "ha": "right"}
-        panel.annotate(f"λ={lam:g}", place, textcoords="offset points", fontsize=8, color=color_of(number), **offset)
+        text = ", ".join(f"{value:.2g}" for value in lam.values()) if isinstance(lam, NamedLambda) else f"λ={lam:g}"
+        panel.annotate(text, place, textcoords="offset points", fontsize=8, color=color_of(number), **offset)
 
 
 def color_of(number: int) -> str:
@@ -144,3 +167,16 @@ def mark_ends(panel: Axes) -> None:
                 name, (lam, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points",
                 va="bottom", ha="center", fontsize=8, color=MUTED,
             )  # fmt: skip
+
+
+def as_image(figure: Figure, legend: dict[str, Artist], title: str, format: str, columns: int) -> bytes:
+    """The finished figure, with its legend, as a file of a format."""
+    rows = -(-len(legend) // columns)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.2 * max(0, rows - USUAL_ROWS))  # the panels keep their size
+    figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=columns, fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    stream = io.BytesIO()
+    figure.savefig(stream, format=format, dpi=160, metadata={"Date": None} if format == "svg" else None)
+    return stream.getvalue()

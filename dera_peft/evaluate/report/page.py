@@ -13,17 +13,20 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from dera_peft.decoding.lambdas import Lambda
 from dera_peft.engine.names import LOGITS
 from dera_peft.evaluate.analysis.best import BestArm
 from dera_peft.evaluate.analysis.curve import Curve
 from dera_peft.evaluate.analysis.recommend import Recommendation
 from dera_peft.evaluate.analysis.summary import Estimate, LambdaSummary, lambda_text
+from dera_peft.evaluate.points import anchor_name, anchors, is_of_several
 from dera_peft.evaluate.report.marks import COLORS, INK, LABELLED, MUTED, NAMES, PAPER
 from dera_peft.evaluate.report.plots import pareto_picture, sweep_picture
-from dera_peft.evaluate.report.samples import sample_rows, samples_data, script_json
+from dera_peft.evaluate.report.samples import sample_rows, samples_data, script_json, script_lambda
 from dera_peft.files import write_atomically
 
 LISTED_FAILURES = 20
+SHOWN_GAPS = 8
 KL = "KL (nats)"
 MINUS = "\N{MINUS SIGN}"
 # what a browser would obey rather than show: control characters, and those that turn the direction of text
@@ -111,7 +114,14 @@ def write_report(
             *_groups(summaries, rewards, recommended),
         ],
         failures=_failures(rows, rewards),
-        data=Markup(script_json(samples_data(samples, NAMES) | {"recommended": recommended})),
+        data=Markup(
+            script_json(
+                samples_data(samples, NAMES)
+                | {"recommended": recommended and (recommended[0], script_lambda(recommended[1]))}
+            )
+        ),
+        several=is_of_several(summary.lam for summary in summaries),
+        shown_gaps=SHOWN_GAPS,
         several_arms=len(arms) > 1,
         crowded=len(arms) > LABELLED,
         estimated=best.best.estimated if best else bool(recommendation and recommendation.estimated),
@@ -121,7 +131,7 @@ def write_report(
     write_atomically(file, page)
 
 
-def _recommended(recommendation: Recommendation | None, best: BestArm | None) -> tuple[str, float | None] | None:
+def _recommended(recommendation: Recommendation | None, best: BestArm | None) -> tuple[str, Lambda | None] | None:
     """Arm and λ."""
     if best is not None:
         return best.best.arm, best.best.lam
@@ -199,7 +209,7 @@ def _levels(summaries: Sequence[LambdaSummary], rewards: Sequence[str], recommen
 def _comparisons(summaries: Sequence[LambdaSummary], rewards: Sequence[str], recommended: tuple | None) -> list[Table]:
     """One table for each λ that all others are compared with."""
     tables = []
-    for other, name in ((0.0, "the reference (λ=0)"), (1.0, "the adapter as trained (λ=1)")):
+    for other in anchors(s.lam for s in summaries if s.arm == LOGITS):
         columns: dict[str, list[str]] = {}
         for reward in rewards:
             pairs = [s.rewards[reward].versus.get(other) if reward in s.rewards else None for s in summaries]
@@ -215,7 +225,7 @@ def _comparisons(summaries: Sequence[LambdaSummary], rewards: Sequence[str], rec
         if columns:
             tables.append(
                 Table(
-                    f"Against {name}",
+                    f"Against {anchor_name(other)}",
                     "On the same prompts and samples, so that a difference is sharper than its two levels.",
                     [*_heads(summaries), *columns],
                     [
@@ -279,7 +289,8 @@ def _heads(summaries: Sequence[LambdaSummary]) -> list[str]:
 
 
 def _keys(summaries: Sequence[LambdaSummary], summary: LambdaSummary) -> list[str]:
-    keys = [NAMES.get(summary.arm, summary.arm), lambda_text(summary.lam).replace("-", MINUS)]
+    lam = lambda_text(summary.lam).replace("-", MINUS).replace(",", ", ")
+    keys = [NAMES.get(summary.arm, summary.arm), lam]
     return keys[-len(_heads(summaries)) :]
 
 

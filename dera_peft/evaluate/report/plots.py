@@ -1,10 +1,10 @@
 """The pictures of a sweep: reward and KL against λ, and reward against KL."""
 
-import io
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import matplotlib
 import numpy as np
@@ -15,18 +15,21 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.typing import LineStyleType
 
+from dera_peft.decoding.lambdas import Lambda, NamedLambda
 from dera_peft.evaluate.analysis.best import BestArm
 from dera_peft.evaluate.analysis.curve import Curve
 from dera_peft.evaluate.analysis.recommend import Recommendation
 from dera_peft.evaluate.analysis.summary import Estimate, LambdaSummary
+from dera_peft.evaluate.points import anchors, is_of_several
+from dera_peft.evaluate.report.maps import map_picture
 from dera_peft.evaluate.report.marks import (
     DASHES,
-    INK,
     LABELLED,
     LEVEL,
     MUTED,
-    PAPER,
     POINT,
+    STYLE,
+    as_image,
     bars,
     color_of,
     draw_front,
@@ -38,26 +41,6 @@ from dera_peft.evaluate.report.marks import (
 )
 from dera_peft.evaluate.report.quantities import Quantity, kl_of, reward_of
 from dera_peft.files import write_atomically
-
-USUAL_ROWS = 3  # of the legend
-STYLE = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "figure.facecolor": PAPER,
-    "axes.facecolor": "none",
-    "legend.frameon": False,
-    "text.parse_math": False,  # a "$" in a name is a "$"
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "dera",  # the same picture is the same file
-}
 
 
 def plot_sweep(
@@ -102,7 +85,7 @@ def sweep_picture(
 ) -> bytes:
     """
     A reward and the KL against λ: each arm's measured points with their intervals, and what is between them. An arm
-    that knows no λ is a level line.
+    that knows no λ is a level line. Of several adapters it is `maps.map_picture`.
 
     Args:
         curve: what was estimated between the measured λ of DeRa; None or an empty one where that is off.
@@ -113,6 +96,8 @@ def sweep_picture(
         best: of all arms, if there are several; is marked likewise.
     """
     models = models or {}
+    if is_of_several(summary.lam for summary in summaries):
+        return map_picture(summaries, curve, recommendation, reward, title, best, format)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 4) if reward else (5, 4), layout="constrained")
         panels = figure.subplots(1, 2 if reward else 1, squeeze=False)[0]
@@ -133,14 +118,14 @@ def sweep_picture(
                     _draw_over_lam(panel, quantity, number, legend, scale)
         for star in stars_of(recommendation, best, reward):
             scale = scales.get(star.arm, 1.0)
-            x = None if star.lam is None or scale is None else star.lam * scale
+            x = None if star.lam is None or scale is None else cast("float", star.lam) * scale
             for panel, y in zip(panels, (star.value, star.kl), strict=True):
                 star.draw(panel, x, y, legend)
         for panel in panels:
             panel.set_xlabel("λ")
             panel.margins(y=0.12)
             mark_ends(panel)
-        return _drawn(figure, legend, title, format, columns=3)
+        return as_image(figure, legend, title, format, columns=3)
 
 
 def pareto_picture(
@@ -155,7 +140,7 @@ def pareto_picture(
 ) -> bytes:
     """
     A reward against the KL that it costs, on a square-root scale (a KL grows as the square of what moves it), with λ at
-    the points, and of several arms the Pareto front. Arguments as in `sweep_picture`.
+    the points, and of several arms, or several adapters, the Pareto front. Arguments as in `sweep_picture`.
     """
     models = models or {}
     with matplotlib.rc_context(STYLE):
@@ -167,7 +152,7 @@ def pareto_picture(
         lines = _lines(arms, models, level=POINT)
         legend = legend_of(lines, _numbers(arms))
         stars = stars_of(recommendation, best, reward)
-        labels: list[tuple[int, float, tuple[float, float]]] = []  # arm, λ, place
+        labels: list[tuple[int, Lambda, tuple[float, float]]] = []  # arm, λ, place
         measured: list[tuple[float, float]] = []
         for number, (arm, points) in enumerate(arms.items()):
             drawn = [point for point in points if math.isfinite(point.kl.mean)]
@@ -188,9 +173,14 @@ def pareto_picture(
                 xerr=bars(x.measured[lam] for lam in y.measured), yerr=bars(y.measured.values()),
                 **point_style(number),
             )  # fmt: skip
-        if len(arms) > 1:
+        adapters = next((list(lam) for _, lam, _ in labels if isinstance(lam, NamedLambda)), None)
+        if len(arms) > 1 or adapters:
             front = draw_front(panel, measured, legend)
-            if is_crowded:
+            if adapters:
+                known = anchors(lam for _, lam, _ in labels)
+                labels = [each for each in labels if each[2] in front or (each[1] in known and each[0] == 0)]
+                legend[f"labels: λ of {', '.join(adapters)}"] = Line2D([], [], linestyle="none")
+            elif is_crowded:
                 last = {number: place for number, _, place in labels}
                 labels = [each for each in labels if each[2] in front or each[2] == last[each[0]]]
         for star in stars:
@@ -201,7 +191,7 @@ def pareto_picture(
         panel.set_ylabel(f"mean reward: {reward}")
         panel.margins(y=0.12)
         label(panel, labels, [(star.kl, star.value) for star in stars])
-        return _drawn(figure, legend, title, format, columns=3 if is_crowded else 2)
+        return as_image(figure, legend, title, format, columns=3 if is_crowded else 2)
 
 
 def _by_arm(summaries: Sequence[LambdaSummary]) -> dict[str, list[LambdaSummary]]:
@@ -278,15 +268,3 @@ def _root_ticks(largest: float) -> list[float]:
         if tick <= largest and math.sqrt(tick) - math.sqrt(ticks[-1]) >= 0.08 * math.sqrt(largest):
             ticks.append(tick)
     return ticks
-
-
-def _drawn(figure: Figure, legend: dict[str, Artist], title: str, format: str, columns: int) -> bytes:
-    rows = -(-len(legend) // columns)
-    width, height = figure.get_size_inches()
-    figure.set_size_inches(width, height + 0.2 * max(0, rows - USUAL_ROWS))  # the panels keep their size
-    figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=columns, fontsize=9)
-    if title:
-        figure.suptitle(title, fontsize=11)
-    stream = io.BytesIO()
-    figure.savefig(stream, format=format, dpi=160, metadata={"Date": None} if format == "svg" else None)
-    return stream.getvalue()

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from dera_peft.engine.names import LOGITS
 from dera_peft.evaluate.analysis.curve import Curve, through_points
 from dera_peft.evaluate.analysis.summary import Estimate, LambdaSummary
+from dera_peft.evaluate.points import is_of_several
 
 STEPS = 400  # in which the lines between measured points are drawn
 
@@ -19,13 +21,14 @@ class Quantity:
     One arm's reward or KL.
 
     Attributes:
-        measured: by λ, those that are known; by None in an arm without λ, which has no line.
+        measured: by λ, those that are known; by None in an arm without λ, which has no line, as points of several
+            adapters have none.
         lam: fine steps of λ from the least to the greatest measured one, `[N]`.
         smooth: a line through the measured points, `[N]`.
         estimated, low, high: the curve's estimate and its interval, NaN where there is none, `[N]`.
     """
 
-    measured: dict[float | None, Estimate]
+    measured: dict[Any, Estimate]
     lam: np.ndarray
     smooth: np.ndarray
     estimated: np.ndarray
@@ -33,10 +36,10 @@ class Quantity:
     high: np.ndarray
 
     @classmethod
-    def of(cls, measured: Mapping[float | None, Estimate], between: Mapping[float, Estimate | None]) -> "Quantity":
+    def of(cls, measured: Mapping[Any, Estimate], between: Mapping[Any, Estimate | None]) -> "Quantity":
         known = {lam: value for lam, value in measured.items() if math.isfinite(value.mean)}
-        if not known:
-            return cls({}, *[np.empty(0)] * 5)
+        if not known or is_of_several(known):
+            return cls(known, *[np.empty(0)] * 5)
         means = [value.mean for value in known.values()]
         lambdas = [math.nan if lam is None else lam for lam in known]
         if len(known) == 1:

@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dera_peft.decoding.lambdas import Lambda, NamedLambda, values_of
+
 # A token with its view takes about 70 bytes of the page.
 SAMPLE_PAIRS = 50
 SAMPLE_TOKENS = 100_000
@@ -48,7 +50,7 @@ def samples_data(rows: Sequence[dict], names: Mapping[str, str]) -> dict[str, An
     branches = next(
         ([key for key in row["token_views"][0] if key not in OWN_KEYS] for row in rows if row.get("token_views")), []
     )
-    lambdas: dict[str, set[float | None]] = {}
+    lambdas: dict[str, set[Lambda | None]] = {}
     pairs: dict[tuple[int, int], dict[str, Any]] = {}
     for row in rows:
         lambdas.setdefault(row["arm"], set()).add(row["lambda"])
@@ -58,7 +60,7 @@ def samples_data(rows: Sequence[dict], names: Mapping[str, str]) -> dict[str, An
         )
         place["rows"].setdefault(row["arm"], []).append(
             {
-                "lambda": row["lambda"],
+                "lambda": script_lambda(row["lambda"]),
                 "text": row["completion"],
                 "num_tokens": row["num_tokens"],
                 "finish_reason": row["finish_reason"],
@@ -74,13 +76,22 @@ def samples_data(rows: Sequence[dict], names: Mapping[str, str]) -> dict[str, An
         )
     return {
         "arms": [
-            {"arm": arm, "name": names.get(arm, arm), "lambdas": sorted(values, key=lambda lam: (lam is not None, lam))}
+            {
+                "arm": arm,
+                "name": names.get(arm, arm),
+                "lambdas": [*map(script_lambda, sorted(values, key=lambda lam: () if lam is None else values_of(lam)))],
+            }
             for arm, values in lambdas.items()
         ],
         "branches": branches,
         "texts": list(texts),
         "pairs": list(pairs.values()),
     }
+
+
+def script_lambda(lam: Lambda | None) -> float | str | None:
+    """λ as the script has it: of several adapters a text."""
+    return f"{lam:g}" if isinstance(lam, NamedLambda) else lam
 
 
 def _short(view: dict, branches: Sequence[str], texts: dict[str, int]) -> list[int | float]:

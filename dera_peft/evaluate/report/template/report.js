@@ -7,7 +7,10 @@
   const byId = (id) => document.getElementById(id);
   const number = (value, digits = 3) => (value === null ? "–" : value.toFixed(digits).replace("-", "−"));
   const short = (value) => number(value, Math.abs(value) < 10 ? 3 : Math.abs(value) < 100 ? 1 : 0);
-  const lam = (value) => (value === null ? "–" : String(value).replace("-", "−")); // an arm may know no λ
+  // λ is a number, null in an arm without one; of several adapters a text, as "helpful=0.7,harmless=0.3"
+  const lam = (value) => (value === null ? "–" : String(value).replaceAll("-", "−").replaceAll(",", ", "));
+  const strengthOf = (value) => (typeof value === "string" ? lam(value) : `λ = ${lam(value)}`);
+  const valuesOf = (value) => (typeof value === "string" ? value.split(",").map((part) => lam(part.split("=").pop())) : [lam(value)]);
   const most = Math.log(Math.max(2, data.branches.length)); // of a Jensen-Shannon divergence, nats
   const depth = (js) => Math.min(1, Math.sqrt(Math.max(0, js) / most)).toFixed(3);
 
@@ -48,7 +51,7 @@
 
   const rowAt = (of, at) => (pair.rows[of.arm] || []).find((row) => row.lambda === of.lambdas[at]);
   const nameOf = (of, at) => {
-    const strength = of.lambdas[at] === null ? [] : [`λ = ${lam(of.lambdas[at])}`];
+    const strength = of.lambdas[at] === null ? [] : [strengthOf(of.lambdas[at])];
     return [...strength, ...(data.arms.length > 1 ? [of.name] : [])].join(" · ");
   };
   const [bestArm, bestLambda] = data.recommended || [null, null];
@@ -74,6 +77,7 @@
     const last = arm.lambdas.length - 1;
     const [first] = Object.keys(pair.rows[arm.arm] ? pair.rows[arm.arm][0].rewards : {});
     byId("ticks-of").textContent = first && last < 16 ? `below: ${seen(first)}` : "";
+    byId("ticks").style.height = `${1.3 * (valuesOf(arm.lambdas[0]).length + 1)}em`;
     const every = Math.ceil(arm.lambdas.length / (window.innerWidth < 600 ? 8 : 16));
     byId("ticks").replaceChildren(
       ...arm.lambdas.flatMap((value, at) => {
@@ -81,7 +85,7 @@
         const row = rowAt(arm, at);
         const reward = row && row.rewards[first];
         const star = isBest(arm, value) ? "★" : "";
-        const tick = element("span", at === place ? "now" : "", `${lam(value)}${star}`);
+        const tick = element("span", at === place ? "now" : "", `${valuesOf(value).join("\n")}${star}`);
         if (typeof reward === "number" && last < 16) tick.append(`\n${short(reward)}`);
         tick.style.left = `${last ? (100 * at) / last : 50}%`;
         tick.addEventListener("click", () => moveTo(at));
@@ -91,7 +95,7 @@
   }
 
   function showMoving() {
-    byId("strength").textContent = lam(arm.lambdas[place]);
+    byId("strength").textContent = valuesOf(arm.lambdas[place]).join(", ");
     byId("lambda").setAttribute("aria-valuetext", nameOf(arm, place));
     byId("moving-name").textContent = nameOf(arm, place);
     showPane("moving", arm, place);
@@ -227,6 +231,10 @@
   }
 
   function nearest(of, value) {
+    if (of.lambdas.includes(value)) return of.lambdas.indexOf(value);
+    if (of.lambdas.some((other) => typeof other === "string")) {
+      return Math.max(0, value === 0 ? of.lambdas.findIndex((other) => valuesOf(other).every((each) => Number(each) === 0)) : 0);
+    }
     const distance = of.lambdas.map((other) => Math.abs(other - value));
     return distance.indexOf(Math.min(...distance));
   }
