@@ -297,18 +297,18 @@ class BatchPlan:
 
         Args:
             filled: computes, for each sequence, at least the branches that this plan needs for it.
-            sequences: `[B]` int64, the sequence of `filled` that each sequence of this plan is. Beams of one prompt
-                share its λ, and so have rows in the same branches.
+            sequences: `[B]` int64, that of `filled` which each of this plan's is. Beams of one prompt share its λ.
         """
-        row_of = filled.row_of.to(sequences.device)
-        branch = self._branch_of_row.to(sequences.device)
-        return row_of[branch, sequences[self.source.to(sequences.device)]]
+        return self.rows_among(filled.row_of.to(sequences.device)[:, sequences])
+
+    def rows_among(self, row_of: torch.Tensor) -> torch.Tensor:
+        """This plan's rows, `[R]`, by the row of each branch of each of its sequences (`[K+1, B]`, as `row_of`)."""
+        return row_of[self._branch_of_row.to(row_of.device), self.source.to(row_of.device)]
 
     @cached_property
     def _branch_of_row(self) -> torch.Tensor:
-        lengths = torch.tensor([segment.stop - segment.start for segment in self.segments])
-        indices = torch.tensor([self.branches.index(segment.branch) for segment in self.segments])
-        return indices.repeat_interleave(lengths).to(self.device)
+        found = [self.branches.index(each.branch) for each in self.segments for _ in range(each.start, each.stop)]
+        return torch.tensor(found, device=self.device)
 
     @cached_property
     def adapter_rows(self) -> dict[str, list[slice]]:
