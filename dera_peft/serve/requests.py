@@ -1,0 +1,130 @@
+"""What a server asks of the engine, and what it gets: a request, the events of its tokens, and the whole."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+
+from dera_peft.formatting import short_repr
+
+# "eos": the model ended it; "stop": a stop string, or a token of stop_token_ids; "length": max_new_tokens
+FinishReason = Literal["eos", "stop", "length", "cancelled", "error"]
+
+
+class LogitsMask(Protocol):
+    """
+    Which tokens may come next, as a grammar says. It belongs to one request, is called in the engine's thread, and is
+    applied to the mixed logits, before penalties, temperature and everything else. Whatever it raises ends its request
+    with an error, and no other.
+    """
+
+    def allowed(self) -> torch.Tensor:
+        """`[V]` bool, on any device; True for the tokens that may come next, the end tokens where the text may end."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """A token was drawn; called for each one, the end token too, before `allowed` is asked for the next."""
+        ...
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """
+    One completion to be made. `Engine.submit` checks it.
+
+    Attributes:
+        prompt: token ids, at least one.
+        lam: λ, a number or one by aligned adapter; None for the model's own.
+        combine: the rule that makes one set of logits of the branches', as `generate` has it.
+        schedule: λ over positions, as `generate` has it: (number of new tokens, λ) pairs; none for one λ throughout.
+        sample: its number among the completions of its prompt: OpenAI's `n` is n requests, of samples 0 to n-1.
+        seed: of the random numbers. The same prompt, seed and sample draw the same ones at every λ and beside any other
+            requests: those of `dera generate` with this seed and this prompt alone.
+        max_new_tokens: at most so many.
+        stop: texts that end it; the completion's text ends before the first of them.
+        stop_token_ids: tokens that end it beside the model's own end tokens; left out of the text.
+        ignore_eos: go on past the model's end tokens.
+        temperature: 0 is greedy decoding.
+        top_k: sample from the k most probable tokens; 0 from all.
+        top_p: sample from the fewest tokens that hold this probability.
+        min_p: drop tokens less probable than this share of the most probable one.
+        repetition_penalty: divides positive logits, and multiplies negative ones, of tokens that are in the prompt or
+            the completion (transformers).
+        presence_penalty: taken from the logits of tokens that are in the completion (OpenAI).
+        frequency_penalty: taken from a token's logit once for each time that it is in the completion (OpenAI).
+        logit_bias: (token, value) pairs, added to the logits.
+        logprobs: None, or how many of the most probable tokens to report beside the one that was drawn; 0 for it alone.
+            They are the mixture's own: log softmax(z_λ), before masks, penalties and temperature.
+        mask: a grammar.
+    """
+
+    __repr__ = short_repr
+
+    prompt: tuple[int, ...]
+    lam: float | Mapping[str, float] | None = None
+    combine: str = "linear"
+    schedule: tuple[tuple[int, float], ...] = ()
+    sample: int = 0
+    seed: int = 0
+    max_new_tokens: int = 128
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    mask: LogitsMask | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Event:
+    """
+    A token of a completion, or its end without one ("cancelled" and "error").
+
+    Attributes:
+        token: the token id, that of an end token too.
+        text: what can be shown now: whole characters that are in no stop string. The texts of all events, joined, are
+            the completion's text.
+        logprob: of the token, where `logprobs` was asked for.
+        top_logprobs: (token, log-probability) of the most probable ones, the most probable first.
+        finish_reason: of the last event; None before.
+        error: one line for the user, where the reason is "error".
+    """
+
+    token: int | None
+    text: str = ""
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Generated:
+    """
+    All of a request's events together.
+
+    Attributes:
+        tokens: the new token ids, with the token that ended it.
+        text: without special tokens, the end token, and the stop string with what follows it.
+        logprobs: of each token; None where not asked for.
+        top_logprobs: of each token, as an event has them.
+        error: where the reason is "error".
+    """
+
+    __repr__ = short_repr
+
+    request: GenerationRequest
+    tokens: list[int]
+    text: str
+    finish_reason: FinishReason
+    logprobs: list[float] | None = None
+    top_logprobs: list[tuple[tuple[int, float], ...]] | None = None
+    error: str | None = None
