@@ -74,7 +74,7 @@ class Handle:
         place = 0
         while True:
             with self._changed:
-                if not self._changed.wait_for(lambda: len(self._events) > place, timeout):
+                if not self._changed.wait_for(lambda seen=place: len(self._events) > seen, timeout):
                     raise TimeoutError(f"no event of the engine within {timeout} s.")
                 new = self._events[place:]
             for event in new:

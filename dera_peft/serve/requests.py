@@ -6,6 +6,7 @@ from typing import Literal, Protocol
 
 import torch
 
+from dera_peft.decoding.sampling import Sampling
 from dera_peft.formatting import short_repr
 
 # "eos": the model ended it; "stop": a stop string, or a token of stop_token_ids; "length": max_new_tokens
@@ -38,24 +39,20 @@ class GenerationRequest:
         lam: λ, a number or one by aligned adapter; None for the model's own.
         combine: the rule that makes one set of logits of the branches', as `generate` has it.
         schedule: λ over positions, as `generate` has it: (number of new tokens, λ) pairs; none for one λ throughout.
+        sampling: temperature, top_k, top_p, min_p, repetition penalty, seed and the most new tokens. The same prompt,
+            seed and sample draw the same random numbers at every λ and beside any other requests: those of
+            `dera generate` with this seed and this prompt alone.
         sample: its number among the completions of its prompt: OpenAI's `n` is n requests, of samples 0 to n-1.
-        seed: of the random numbers. The same prompt, seed and sample draw the same ones at every λ and beside any other
-            requests: those of `dera generate` with this seed and this prompt alone.
-        max_new_tokens: at most so many.
         stop: texts that end it; the completion's text ends before the first of them.
         stop_token_ids: tokens that end it beside the model's own end tokens; left out of the text.
         ignore_eos: go on past the model's end tokens.
-        temperature: 0 is greedy decoding.
-        top_k: sample from the k most probable tokens; 0 from all.
-        top_p: sample from the fewest tokens that hold this probability.
-        min_p: drop tokens less probable than this share of the most probable one.
-        repetition_penalty: divides positive logits, and multiplies negative ones, of tokens that are in the prompt or
-            the completion (transformers).
         presence_penalty: taken from the logits of tokens that are in the completion (OpenAI).
         frequency_penalty: taken from a token's logit once for each time that it is in the completion (OpenAI).
         logit_bias: (token, value) pairs, added to the logits.
         logprobs: None, or how many of the most probable tokens to report beside the one that was drawn; 0 for it alone.
             They are the mixture's own: log softmax(z_λ), before masks, penalties and temperature.
+        stream: whether each event has its text as soon as it can be shown. False: all of it comes with the last event,
+            which costs less.
         mask: a grammar.
     """
 
@@ -65,21 +62,16 @@ class GenerationRequest:
     lam: float | Mapping[str, float] | None = None
     combine: str = "linear"
     schedule: tuple[tuple[int, float], ...] = ()
+    sampling: Sampling = Sampling()
     sample: int = 0
-    seed: int = 0
-    max_new_tokens: int = 128
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
+    stream: bool = True
     mask: LogitsMask | None = field(default=None, compare=False)
 
 
