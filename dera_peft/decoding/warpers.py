@@ -31,8 +31,14 @@ def logits_processor(
     if sampling.repetition_penalty != 1:
         # generate's own would count the padding as text, so that a row's penalty depended on its batch
         warpers.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty, torch.tensor(padding)))
-    if sampling.temperature == 0:
-        return warpers
+    if sampling.temperature > 0:
+        warpers += [*row_warpers(sampling), GumbelMax(keys, prompt_length)]
+    return warpers
+
+
+def row_warpers(sampling: Sampling) -> LogitsProcessorList:
+    """transformers' warpers that make of a row's logits what is sampled from, at a temperature other than 0."""
+    warpers = LogitsProcessorList()
     if sampling.temperature != 1:
         warpers.append(TemperatureLogitsWarper(sampling.temperature))
     if sampling.top_k > 0:
@@ -41,5 +47,4 @@ def logits_processor(
         warpers.append(TopPLogitsWarper(sampling.top_p))
     if sampling.min_p > 0:
         warpers.append(MinPLogitsWarper(sampling.min_p))
-    warpers.append(GumbelMax(keys, prompt_length))
     return warpers

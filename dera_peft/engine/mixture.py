@@ -1,6 +1,5 @@
 """`MixtureModel`: fork and join around a base model, so that one base decodes at any λ."""
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, cast
 
@@ -25,7 +24,7 @@ from dera_peft.engine.plan import BatchPlan, Branch, WeightPlan, check_default_l
 from dera_peft.engine.prompts import PromptPlan, check_whole
 from dera_peft.engine.quantized import keep_trainable
 from dera_peft.engine.strength import check_one_branch, check_rules, read_strength
-from dera_peft.engine.turns import in_turn
+from dera_peft.engine.turns import Turn, in_turn
 from dera_peft.engine.wiring import Wiring
 from dera_peft.errors import DeRaError
 
@@ -90,7 +89,7 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
         for name in ("hf_device_map", "hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
             if name in vars(base):
                 setattr(self, name, vars(base)[name])
-        self.turn = threading.RLock()  # of the thread that computes, see `in_turn`
+        self.turn = Turn()  # of the thread that computes, see `in_turn`
         self._wrapped = (model,)  # in a tuple: the base's parameters are registered once
         self._has_text_part = has_text_part(base)
         self._base_slices_logits = base._supports_logits_to_keep()  # slow to answer, beside a step of a small model

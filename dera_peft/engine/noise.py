@@ -37,6 +37,11 @@ def uniform(key: int, number: int) -> float:
     return (splitmix64((~key - (number + 1) * GAMMA) & MASK) >> 11) * 2.0**-53
 
 
+def as_int64(keys: Sequence[int]) -> torch.Tensor:
+    """64-bit keys as `[B]` int64, whose arithmetic wraps around as theirs does."""
+    return torch.tensor([_signed(key) for key in keys], dtype=torch.long)
+
+
 def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
@@ -53,14 +58,15 @@ def _splitmix64(state: torch.Tensor) -> torch.Tensor:
     return state ^ _shift(state, 31)
 
 
-def gumbel_noise(keys: torch.Tensor, step: int, vocabulary: int) -> torch.Tensor:
+def gumbel_noise(keys: torch.Tensor, step: int | torch.Tensor, vocabulary: int) -> torch.Tensor:
     """
-    Standard Gumbel noise `[B, V]` (fp32) that depends only on each row's key (`[B]` int64), the step and the token.
+    Standard Gumbel noise `[B, V]` (fp32) that depends only on each row's key (`[B]` int64), its step (one for all, or
+    `[B]` int64) and the token.
 
     Adding it to log-probabilities makes their argmax a sample (the Gumbel-max trick). It is -log(-log(u)) for u uniform
     in (0, 1), computed from 1 - u: a float is precise near 0, and it is there that the largest noise comes from.
     """
-    streams = _splitmix64(keys + _signed(((step + 1) * GAMMA) & MASK))  # [B]
+    streams = _splitmix64(keys + (torch.as_tensor(step, device=keys.device) + 1) * _signed(GAMMA))  # [B]
     tokens = torch.arange(1, vocabulary + 1, device=keys.device)  # [V]
     bits = _splitmix64(streams[:, None] + tokens * _signed(GAMMA))  # [B, V]
     complement = (_shift(~bits, 1).float() + 0.5) * 2.0**-63  # 1 - u, from 2^-64
@@ -77,7 +83,7 @@ class GumbelMax(LogitsProcessor):
     """
 
     def __init__(self, keys: Sequence[int], prompt_length: int):
-        self.keys = torch.tensor([_signed(key) for key in keys], dtype=torch.long)
+        self.keys = as_int64(keys)
         self.prompt_length = prompt_length
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:

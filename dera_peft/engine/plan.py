@@ -300,9 +300,14 @@ class BatchPlan:
             sequences: `[B]` int64, the sequence of `filled` that each sequence of this plan is. Beams of one prompt
                 share its λ, and so have rows in the same branches.
         """
-        row_of = filled.row_of.to(sequences.device)
-        branch = self._branch_of_row.to(sequences.device)
-        return row_of[branch, sequences[self.source.to(sequences.device)]]
+        return self.rows_among(filled.row_of.to(sequences.device)[:, sequences])
+
+    def rows_among(self, row_of: torch.Tensor) -> torch.Tensor:
+        """
+        Where this plan's rows are found, `[R]` int64, by the row of each branch of each of its sequences
+        (`[K+1, B]` int64, as `row_of`).
+        """
+        return row_of[self._branch_of_row.to(row_of.device), self.source.to(row_of.device)]
 
     @cached_property
     def _branch_of_row(self) -> torch.Tensor:

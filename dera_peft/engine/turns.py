@@ -2,13 +2,64 @@
 
 import functools
 import threading
+from collections import deque
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, Self, TypeVar
 
 import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class Turn:
+    """
+    A lock that a thread may take again while it has it, and that goes to those who wait in their order: a thread that
+    computes step after step lets the others in between two of them, which Python's own locks don't promise.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()  # of what follows
+        self._waiting: deque[tuple[int, threading.Lock]] = deque()
+        self._owner: int | None = None
+        self._depth = 0
+
+    def __enter__(self) -> Self:
+        me = threading.get_ident()
+        with self._lock:
+            if self._owner in (None, me):
+                self._owner, self._depth = me, self._depth + 1
+                return self
+            mine = threading.Lock()
+            mine.acquire()
+            self._waiting.append((me, mine))
+        try:
+            mine.acquire()  # until it is handed over
+        except BaseException:  # Ctrl-C
+            self._give_up(me, mine)
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._depth -= 1
+            if self._depth == 0:
+                self._hand_over()
+
+    def _hand_over(self) -> None:
+        self._owner = None
+        if self._waiting:
+            self._owner, lock = self._waiting.popleft()
+            self._depth = 1
+            lock.release()
+
+    def _give_up(self, me: int, mine: threading.Lock) -> None:
+        with self._lock:
+            if (me, mine) in self._waiting:
+                self._waiting.remove((me, mine))
+            else:  # it was handed over just now
+                self._depth = 0
+                self._hand_over()
 
 
 class TakesTurns(Protocol):
@@ -17,7 +68,7 @@ class TakesTurns(Protocol):
         turn: held by the thread that computes.
     """
 
-    turn: threading.RLock
+    turn: Turn
 
 
 Model = TypeVar("Model", bound=TakesTurns)

@@ -1,13 +1,30 @@
 """Continuous batching: requests join and leave a running batch between two steps, each with its own λ."""
 
-from dataclasses import dataclass, field
+import logging
+import threading
+from collections import deque
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 from transformers import PreTrainedTokenizerBase
 
+from dera_peft.checkpoint.end_tokens import configured_end_tokens
+from dera_peft.decoding.room import Room
+from dera_peft.engine.lengths import find_rope_switch
 from dera_peft.engine.mixture import MixtureModel
-from dera_peft.errors import DeRaError
+from dera_peft.engine.names import WEIGHTS
+from dera_peft.engine.padding import padding_id
+from dera_peft.engine.plan import read_lam
+from dera_peft.errors import DeRaError, first_line
+from dera_peft.serve.checks import check_request, context_of
 from dera_peft.serve.handle import Handle
 from dera_peft.serve.requests import GenerationRequest
+from dera_peft.serve.scheduler import Scheduler
+from dera_peft.serve.state import Kind, State
+from dera_peft.serve.states import is_recurrent
+
+logger = logging.getLogger(__name__)
 
 
 class QueueFull(DeRaError):
@@ -66,6 +83,9 @@ class Engine:
             quarter of it unless given, 0 for none.
         max_queue: requests that may wait; None for any number.
 
+    Attributes:
+        context: the most tokens that a prompt and its completion may have together; None where nothing bounds them.
+
     Raises:
         DeRaError: the model can't be decoded in this way, with the reason.
     """
@@ -81,12 +101,29 @@ class Engine:
         prefix_tokens: int | None = None,
         max_queue: int | None = None,
     ):
-        raise NotImplementedError
-
-    @property
-    def context(self) -> int | None:
-        """The most tokens that a prompt and its completion may have together; None where nothing bounds them."""
-        raise NotImplementedError
+        room = Room.of(model)
+        branches = len(model.branches) if model.mixing != WEIGHTS else 1
+        max_tokens = room.cached * branches if max_tokens is None else max_tokens
+        prefix_tokens = max_tokens // 4 if prefix_tokens is None else prefix_tokens
+        if prefix_tokens >= max_tokens:
+            raise DeRaError(f"prefix_tokens={prefix_tokens} leaves nothing of max_tokens={max_tokens} to decode with.")
+        self.model, self.tokenizer = model, tokenizer
+        self.context, self.max_queue = context_of(model), max_queue
+        self._scheduler = Scheduler(
+            model,
+            max_rows=room.sequences * branches if max_rows is None else max_rows,
+            max_tokens=max_tokens - prefix_tokens,
+            prefill_chunk=prefill_chunk,
+            prefix_tokens=prefix_tokens,
+            filler=padding_id(model, tokenizer.pad_token_id),
+        )
+        self._rope_switch = find_rope_switch(model.config)
+        self._is_recurrent = is_recurrent(self._scheduler.kinds)
+        self._incoming: deque[State] = deque()
+        self._changed = threading.Condition()
+        self._closing = self._cancelling = False
+        self._thread: threading.Thread | None = None
+        self._statistics = Statistics()
 
     def submit(self, request: GenerationRequest) -> Handle:
         """
@@ -98,19 +135,82 @@ class Engine:
             QueueFull: `max_queue` requests wait.
             EngineClosed: `close` was called.
         """
-        raise NotImplementedError
+        check_request(request, self.model, self.context)
+        lam = read_lam(self.model.lam if request.lam is None else request.lam, 1, self.model.aligned)
+        ends = () if request.ignore_eos else configured_end_tokens(self.model.generation_config)
+        handle = Handle(request)
+        plan = self.model.plan(lam, 1)
+        state = State(handle, lam, plan, self._kind(request), frozenset(ends), self.tokenizer)
+        with self._changed:
+            if self._closing:
+                raise EngineClosed("the engine was closed, and takes no more requests.")
+            if self.max_queue is not None and self.waiting >= self.max_queue:
+                raise QueueFull(f"{self.waiting} requests wait, as many as may (max_queue): try again later.")
+            self._incoming.append(state)
+            self._changed.notify_all()
+        return handle
+
+    def _kind(self, request: GenerationRequest) -> Kind:
+        length = len(request.prompt)
+        lengths: Hashable = None
+        if self._rope_switch is not None:
+            lengths = self._rope_switch.kind(length, length + request.sampling.max_new_tokens - 1)
+            if lengths != "short" and (lengths != "long" or self._rope_switch.grows):
+                lengths = object()  # its positions change while it is decoded: it stands alone
+        return Kind(lengths=lengths, is_whole=self._is_recurrent or lengths not in (None, "short"))
 
     def cancel(self, handle: Handle) -> None:
         """Ends it before the next step; its rows are free then."""
         handle.cancel()
 
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._incoming) + len(self._scheduler.waiting)
+
     def step(self) -> bool:
         """A decoding step of all running requests, and a chunk of new prompts; False where there is nothing to do."""
-        raise NotImplementedError
+        scheduler = self._scheduler
+        with self.model.turn:
+            with self._changed:
+                while self._incoming:
+                    scheduler.waiting.append(self._incoming.popleft())
+                if self._cancelling:
+                    scheduler.end_all("cancelled")
+            try:
+                is_busy = scheduler.step()
+            except Exception as error:
+                logger.exception("the engine's step failed: all of its requests end")
+                scheduler.end_all("error", f"decoding failed: {first_line(error)}")
+                is_busy = False
+            self._statistics = Statistics(
+                running=len(scheduler.active),
+                rows=scheduler.rows,
+                held_tokens=scheduler.held,
+                prefix_tokens=scheduler.prefixes.held,
+                prompt_tokens=scheduler.prompt_tokens,
+                cached_tokens=scheduler.cached_tokens,
+                generated_tokens=scheduler.generated_tokens,
+                steps=scheduler.steps,
+                finished=dict(scheduler.finished),
+            )
+        return is_busy
 
-    def start(self) -> "Engine":
+    def start(self) -> Self:
         """Works in a thread of its own until `close`; returns itself. `with Engine(…) as engine` does both."""
-        raise NotImplementedError
+        if self._thread is None and not self._closing:
+            self._thread = threading.Thread(target=self._work, name="dera-engine", daemon=True)
+            self._thread.start()
+        return self
+
+    def _work(self) -> None:
+        while True:
+            is_busy = self.step()
+            if not is_busy:
+                with self._changed:
+                    if self._closing and not self._incoming:
+                        return
+                    self._changed.wait_for(lambda: self._incoming or self._closing)
 
     def close(self, drain: bool = True, timeout: float | None = None) -> None:
         """
@@ -120,8 +220,25 @@ class Engine:
             drain: finish the requests there are; else they are cancelled.
             timeout: seconds after which what is left is cancelled all the same.
         """
-        raise NotImplementedError
+        with self._changed:
+            self._closing = True
+            self._cancelling = self._cancelling or not drain
+            self._changed.notify_all()
+        if self._thread is None:
+            while self.step():
+                pass
+            return
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            self._cancelling = True
+            self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.close(drain=kind is None)
 
     def statistics(self) -> Statistics:
         """As of the last step."""
-        raise NotImplementedError
+        return replace(self._statistics, waiting=self.waiting)

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
-from dera_peft.serve.requests import Event, Generated, GenerationRequest
+from dera_peft.serve.requests import Event, FinishReason, Generated, GenerationRequest
 
 
 class Handle:
@@ -33,6 +33,11 @@ class Handle:
         self._cancelled = threading.Event()
 
     @property
+    def finish_reason(self) -> FinishReason | None:
+        """None before the end."""
+        return self._events[-1].finish_reason if self.done else None
+
+    @property
     def done(self) -> bool:
         return self.finished is not None
 
@@ -44,6 +49,10 @@ class Handle:
     def cancel(self) -> None:
         """Ends it before the engine's next step, with the reason "cancelled"; no matter if it has ended already."""
         self._cancelled.set()
+
+    def start(self) -> None:
+        """For the engine: it was taken from the queue, perhaps not for the first time."""
+        self.started = self.started or time.monotonic()
 
     def put(self, event: Event) -> None:
         """For the engine: the next event."""

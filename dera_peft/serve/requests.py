@@ -62,7 +62,7 @@ class GenerationRequest:
     lam: float | Mapping[str, float] | None = None
     combine: str = "linear"
     schedule: tuple[tuple[int, float], ...] = ()
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     sample: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()

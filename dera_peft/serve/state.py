@@ -1,0 +1,136 @@
+"""A request that was submitted, and how far it is."""
+
+from collections import Counter
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dera_peft.engine.noise import row_key
+from dera_peft.engine.plan import BatchPlan
+from dera_peft.serve.handle import Handle
+from dera_peft.serve.requests import Event, FinishReason
+from dera_peft.serve.text import TextStream
+
+
+@dataclass(frozen=True)
+class Kind:
+    """
+    What requests have in common that can be computed together.
+
+    Attributes:
+        rule: how their branches are combined, and the schedule of λ.
+        lengths: where positions depend on the longest sequence of the batch, which lengths can share one.
+        is_whole: whether a prompt has to be computed in one pass and from its beginning.
+    """
+
+    rule: Hashable = None
+    lengths: Hashable = None
+    is_whole: bool = False
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A token and, where they were asked for, log-probabilities; or why there is none."""
+
+    token: int = -1
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    error: str | None = None
+
+
+class State:
+    """
+    Attributes:
+        lam: `[1, K]`, from `read_lam`.
+        plan: of it alone.
+        ends: the tokens that end it as "eos".
+        tokens: drawn so far.
+        counts: how often each of them was.
+        key: of its random numbers.
+    """
+
+    def __init__(
+        self,
+        handle: Handle,
+        lam: torch.Tensor,
+        plan: BatchPlan,
+        kind: Kind,
+        ends: frozenset[int],
+        tokenizer: PreTrainedTokenizerBase,
+    ):
+        self.handle, self.request = handle, handle.request
+        self.lam, self.plan, self.kind, self.ends = lam, plan, kind, ends
+        self.tokenizer = tokenizer
+        self.tokens: list[int] = []
+        self.counts: Counter[int] = Counter()
+        self.key = row_key(self.request.sampling.seed, 0, self.request.sample)
+        # a text that nobody reads on the way is made at the end
+        self._text = TextStream(tokenizer, self.request.stop) if self.request.stream or self.request.stop else None
+        self._unsaid: list[str] = []
+
+    @property
+    def ids(self) -> list[int]:
+        """Prompt and completion."""
+        return [*self.request.prompt, *self.tokens]
+
+    @property
+    def length(self) -> int:
+        return len(self.request.prompt) + len(self.tokens)
+
+    @property
+    def remaining(self) -> int:
+        """The most tokens that are yet to come."""
+        return self.request.sampling.max_new_tokens - len(self.tokens)
+
+    @property
+    def done(self) -> bool:
+        return self.handle.done
+
+    def take(self, drawn: Drawn) -> None:
+        """The next token, or the error in its place."""
+        if drawn.error is not None:
+            self.end("error", drawn.error)
+            return
+        token, request = drawn.token, self.request
+        self.tokens.append(token)
+        self.counts[token] += 1
+        reason: FinishReason | None = None
+        if token in self.ends:
+            reason = "eos"
+        elif token in request.stop_token_ids:
+            reason = "stop"
+        text = self._add(token, is_last=reason is not None)
+        if reason is None:
+            if self._text is not None and self._text.stopped:
+                reason = "stop"
+            elif self.remaining <= 0:
+                reason = "length"
+        if reason is not None:
+            text += self._rest(reason)
+            if reason == "length" and self._text is not None and self._text.stopped:
+                reason = "stop"
+        self.handle.put(Event(token, text, drawn.logprob, drawn.top_logprobs, reason))
+
+    def _add(self, token: int, is_last: bool) -> str:
+        """The text to show after a token; one that ended the completion has none."""
+        if self._text is None or is_last:
+            return ""
+        text = self._text.add(token)
+        if self.request.stream:
+            return text
+        self._unsaid.append(text)
+        return ""
+
+    def _rest(self, reason: FinishReason) -> str:
+        """What was not shown before the end."""
+        if self._text is not None:
+            return "".join(self._unsaid) + self._text.end()
+        tokens = self.tokens if reason == "length" else self.tokens[:-1]
+        return cast("str", self.tokenizer.decode(tokens, skip_special_tokens=True))  # of one sequence one text
+
+    def end(self, reason: FinishReason, error: str | None = None) -> None:
+        """Without another token."""
+        self.handle.put(Event(None, "", finish_reason=reason, error=error))
