@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import torch
 
-from dera_peft.decoding.sampling import Sampling
 from dera_peft.decoding.warpers import row_warpers
 from dera_peft.engine.noise import as_int64, gumbel_noise
 from dera_peft.errors import first_line
@@ -89,27 +88,21 @@ def _index(tokens, row: torch.Tensor) -> torch.Tensor:
 
 def _choose(states: Sequence[State], scores: torch.Tensor) -> torch.Tensor:
     """`[B]` int64: the argmax, with noise where the temperature is not 0."""
-    alike: dict[Sampling | None, list[int]] = defaultdict(list)
+    alike: dict[tuple, list[int]] = defaultdict(list)
     for i, state in enumerate(states):
-        alike[_warping(state.request.sampling)].append(i)
+        alike[state.warping].append(i)
     tokens = torch.empty(len(states), dtype=torch.long, device=scores.device)
-    for sampling, places in alike.items():
+    for places in alike.values():
+        sampling = states[places[0]].request.sampling
         rows = slice(None) if len(places) == len(states) else torch.tensor(places, device=scores.device)
         some = scores[rows]
-        if sampling is not None:
+        if sampling.temperature > 0:
             some = row_warpers(sampling)(None, some)  # pyrefly: ignore[bad-argument-type] # none of them reads the ids
             keys = as_int64([states[i].key for i in places]).to(scores.device)
             steps = torch.tensor([len(states[i].tokens) for i in places], device=scores.device)
             some = some + gumbel_noise(keys, steps, some.shape[-1])
         tokens[rows] = some.argmax(dim=-1)
     return tokens
-
-
-def _warping(sampling: Sampling) -> Sampling | None:
-    """Of settings, those that `row_warpers` reads, so that requests with the same ones are found; None for greedy."""
-    if sampling.temperature == 0:
-        return None
-    return Sampling(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
 
 
 def _logprobs(

@@ -50,6 +50,7 @@ class State:
         tokens: drawn so far.
         counts: how often each of them was.
         key: of its random numbers.
+        warping: what `row_warpers` reads of its settings, which requests share whose tokens are drawn together.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class State:
         self.tokens: list[int] = []
         self.counts: Counter[int] = Counter()
         self.key = row_key(self.request.sampling.seed, 0, self.request.sample)
+        sampling = self.request.sampling
+        self.warping = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
         # a text that nobody reads on the way is made at the end
         self._text = TextStream(tokenizer, self.request.stop) if self.request.stream or self.request.stop else None
         self._unsaid: list[str] = []
