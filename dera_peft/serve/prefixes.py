@@ -16,7 +16,7 @@ from dera_peft.serve.states import Part, gather
 LEAST = 8  # tokens worth looking for
 
 
-def common(a: Sequence[int], b: Sequence[int]) -> int:
+def common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
     """How many tokens two sequences begin with alike."""
     places = range(min(len(a), len(b)) + 1)
     return bisect_left(places, True, key=lambda n: a[:n] != b[:n]) - 1
@@ -65,7 +65,7 @@ class Prefixes:
         """
         if state.kind.is_whole or state.length <= LEAST:
             return None
-        ids = tuple(state.ids[:-1])
+        ids = state.ids[:-1]
         best, key = None, None
         for tokens, entry in self._entries.items():
             if covers(entry.plan, 0, state.plan) and (n := common(ids, tokens)) > (best.tokens if best else LEAST - 1):
@@ -84,7 +84,7 @@ class Prefixes:
         """Keeps a sequence of a group, in the rows that it has there."""
         state = group.states[index]
         tokens = state.length - 1  # the last one was drawn, and not computed
-        ids = tuple(state.ids[:tokens])
+        ids = state.ids[:tokens]
         size = tokens * state.plan.num_rows
         if state.kind.is_whole or tokens < LEAST or size > self.most:
             return

@@ -75,9 +75,9 @@ class State:
         self._unsaid: list[str] = []
 
     @property
-    def ids(self) -> list[int]:
+    def ids(self) -> tuple[int, ...]:
         """Prompt and completion."""
-        return [*self.request.prompt, *self.tokens]
+        return (*self.request.prompt, *self.tokens)
 
     @property
     def length(self) -> int:
