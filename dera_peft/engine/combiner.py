@@ -93,9 +93,13 @@ class Combiner:
 
     def restart(self) -> None:
         """At the first token of a completion; nothing is kept of another one."""
-        self.position.zero_()
-        self.spent.zero_()
         self.trace = None
+        self.resume(torch.zeros_like(self.position), torch.zeros_like(self.spent))
+
+    def resume(self, position: torch.Tensor, spent: torch.Tensor) -> None:
+        """Amid completions: how many new tokens each has (`[B]` int64), and its nats (`[B]`)."""
+        self.position.copy_(position)
+        self.spent.copy_(spent)
         self._follow_schedule()
 
     def join(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ from dera_peft.engine.lengths import find_rope_switch
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.names import WEIGHTS
 from dera_peft.engine.padding import padding_id
-from dera_peft.engine.plan import read_lam
+from dera_peft.engine.rules import LINEAR, read_rule
 from dera_peft.errors import DeRaError, first_line
 from dera_peft.serve.checks import check_request, context_of
 from dera_peft.serve.handle import Handle
@@ -136,11 +136,10 @@ class Engine:
             EngineClosed: `close` was called.
         """
         check_request(request, self.model, self.context)
-        lam = read_lam(self.model.lam if request.lam is None else request.lam, 1, self.model.aligned)
+        plan = self.model.plan(request.lam, 1, combine=request.combine, lambda_schedule=request.schedule or None)
         ends = () if request.ignore_eos else configured_end_tokens(self.model.generation_config)
         handle = Handle(request)
-        plan = self.model.plan(lam, 1)
-        state = State(handle, lam, plan, self._kind(request), frozenset(ends), self.tokenizer)
+        state = State(handle, plan, self._kind(request), frozenset(ends), self.tokenizer)
         with self._changed:
             if self._closing:
                 raise EngineClosed("the engine was closed, and takes no more requests.")
@@ -157,7 +156,8 @@ class Engine:
             lengths = self._rope_switch.kind(length, length + request.sampling.max_new_tokens - 1)
             if lengths != "short" and (lengths != "long" or self._rope_switch.grows):
                 lengths = object()  # its positions change while it is decoded: it stands alone
-        return Kind(lengths=lengths, is_whole=self._is_recurrent or lengths not in (None, "short"))
+        has_rule = read_rule(request.combine).name != LINEAR
+        return Kind(has_rule, lengths, is_whole=self._is_recurrent or lengths not in (None, "short"))
 
     def cancel(self, handle: Handle) -> None:
         """Ends it before the next step; its rows are free then."""

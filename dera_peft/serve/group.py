@@ -9,13 +9,23 @@ from dera_peft.engine.lengths import forget_lengths
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.padding import pad
 from dera_peft.engine.plan import BatchPlan
+from dera_peft.engine.rules import LINEAR
 from dera_peft.serve.state import State
 from dera_peft.serve.states import ROOM, Part, gather
 
 
 def make_plan(model: MixtureModel, states: Sequence[State]) -> BatchPlan:
-    """Of requests of one kind."""
-    return model.plan(torch.cat([state.lam for state in states]), len(states))
+    """Of requests of one kind, as far as each of them is."""
+    lam, requests = torch.cat([state.lam for state in states]), [state.request for state in states]
+    if all(request.combine == LINEAR and not request.schedule for request in requests):
+        return model.plan(lam, len(states))
+    schedules = [request.schedule or None for request in requests]
+    combine = [request.combine for request in requests]
+    plan = model.plan(lam, len(states), combine=combine, lambda_schedule=schedules)
+    if plan.combiner is not None:
+        position = torch.tensor([len(state.tokens) for state in states])
+        plan.combiner.resume(position, torch.tensor([state.spent for state in states]))
+    return plan
 
 
 class Group:
@@ -24,7 +34,10 @@ class Group:
         states: its requests, of one kind.
         length: columns that the cache holds.
         lengths: `[B]` int64, of them each sequence's own; the others are padding on its left.
+        token_lambda: the λ of each sequence's next token, where a rule or a schedule gives it.
     """
+
+    token_lambda: list[float] | None = None
 
     def __init__(
         self,
@@ -61,9 +74,21 @@ class Group:
             logits_to_keep=1,
             lam=self.plan,
         )
-        logits = self.model(**inputs).logits[:, -1]
+        outputs = self.model(**inputs)
         self.length += input_ids.shape[1]
-        return logits.float()
+        self._of_rule = outputs.token_lambda, outputs.token_spent
+        return outputs.logits[:, -1].float()
+
+    def advance(self) -> None:
+        """After a forward pass behind which a token of each sequence is drawn."""
+        combiner, self.token_lambda = self.plan.combiner, None
+        if combiner is None:
+            return
+        lam, spent = (None if value is None else value[:, -1] for value in self._of_rule)
+        self.token_lambda = (combiner.lam if lam is None else lam).tolist()
+        combiner.advance(lam, spent)
+        for state, nats in zip(self.states, combiner.spent.tolist(), strict=True):
+            state.spent = nats
 
     def step(self) -> torch.Tensor:
         """Computes each sequence's last token."""

@@ -140,5 +140,6 @@ class Handle:
             finish_reason,
             [event.logprob for event in of_tokens if event.logprob is not None] if has_logprobs else None,
             [event.top_logprobs for event in of_tokens] if has_logprobs else None,
+            [event.token_lambda for event in of_tokens if event.token_lambda is not None] or None,
             events[-1].error,
         )

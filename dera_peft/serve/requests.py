@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 import torch
 
 from dera_peft.decoding.sampling import Sampling
+from dera_peft.engine.rules import LINEAR
 from dera_peft.formatting import short_repr
 
 # "eos": the model ended it; "stop": a stop string, or a token of stop_token_ids; "length": max_new_tokens
@@ -37,8 +38,9 @@ class GenerationRequest:
     Attributes:
         prompt: token ids, at least one.
         lam: λ, a number or one by aligned adapter; None for the model's own.
-        combine: the rule that makes one set of logits of the branches', as `generate` has it.
-        schedule: λ over positions, as `generate` has it: (number of new tokens, λ) pairs; none for one λ throughout.
+        combine: the rule that makes one set of logits of the branches', as `generate` has it: "kl:0.05".
+        schedule: `generate`'s lambda_schedule as pairs, ((0, 2.0), (20, 1.0)) for λ=1 from the 20th new token on; none
+            for one λ throughout.
         sampling: temperature, top_k, top_p, min_p, repetition penalty, seed and the most new tokens. The same prompt,
             seed and sample draw the same random numbers at every λ and beside any other requests: those of
             `dera generate` with this seed and this prompt alone.
@@ -60,7 +62,7 @@ class GenerationRequest:
 
     prompt: tuple[int, ...]
     lam: float | Mapping[str, float] | None = None
-    combine: str = "linear"
+    combine: str = LINEAR
     schedule: tuple[tuple[int, float], ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
     sample: int = 0
@@ -86,6 +88,7 @@ class Event:
             the completion's text.
         logprob: of the token, where `logprobs` was asked for.
         top_logprobs: (token, log-probability) of the most probable ones, the most probable first.
+        token_lambda: the λ that the request's rule or schedule gave this token; None without one.
         finish_reason: of the last event; None before.
         error: one line for the user, where the reason is "error".
     """
@@ -94,6 +97,7 @@ class Event:
     text: str = ""
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    token_lambda: float | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
 
@@ -108,6 +112,7 @@ class Generated:
         text: without special tokens, the end token, and the stop string with what follows it.
         logprobs: of each token; None where not asked for.
         top_logprobs: of each token, as an event has them.
+        token_lambda: the λ that the request's rule or schedule gave each token; None without one.
         error: where the reason is "error".
     """
 
@@ -119,4 +124,5 @@ class Generated:
     finish_reason: FinishReason
     logprobs: list[float] | None = None
     top_logprobs: list[tuple[tuple[int, float], ...]] | None = None
+    token_lambda: list[float] | None = None
     error: str | None = None

@@ -143,9 +143,11 @@ class Scheduler:
 
     def _draw(self, group: Group, logits: torch.Tensor) -> None:
         """The next token of each sequence; those that end with it leave."""
-        for state, drawn in zip(group.states, draw(group.states, logits), strict=True):
+        group.advance()
+        lambdas = group.token_lambda or [None] * len(group.states)
+        for state, drawn, lam in zip(group.states, draw(group.states, logits), lambdas, strict=True):
             self.generated_tokens += drawn.error is None
-            state.take(drawn)
+            state.take(drawn, lam)
             if state.done:
                 self.finished[state.handle.finish_reason or ""] += 1
         self._drop_done(group)

@@ -1,15 +1,16 @@
 """A request that was submitted, and how far it is."""
 
+import math
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import cast
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from dera_peft.engine.noise import row_key
 from dera_peft.engine.plan import BatchPlan
+from dera_peft.engine.rules import LINEAR
 from dera_peft.serve.handle import Handle
 from dera_peft.serve.requests import Event, FinishReason
 from dera_peft.serve.text import TextStream
@@ -21,12 +22,12 @@ class Kind:
     What requests have in common that can be computed together.
 
     Attributes:
-        rule: how their branches are combined, and the schedule of λ.
+        has_rule: whether their branches are combined by another rule than the straight line, behind the head.
         lengths: where positions depend on the longest sequence of the batch, which lengths can share one.
         is_whole: whether a prompt has to be computed in one pass and from its beginning.
     """
 
-    rule: Hashable = None
+    has_rule: bool = False
     lengths: Hashable = None
     is_whole: bool = False
 
@@ -44,8 +45,9 @@ class Drawn:
 class State:
     """
     Attributes:
-        lam: `[1, K]`, from `read_lam`.
         plan: of it alone.
+        lam: the plan's, `[1, K]`.
+        spent: nats that its rule has spent.
         ends: the tokens that end it as "eos".
         tokens: drawn so far.
         counts: how often each of them was.
@@ -56,14 +58,14 @@ class State:
     def __init__(
         self,
         handle: Handle,
-        lam: torch.Tensor,
         plan: BatchPlan,
         kind: Kind,
         ends: frozenset[int],
         tokenizer: PreTrainedTokenizerBase,
     ):
         self.handle, self.request = handle, handle.request
-        self.lam, self.plan, self.kind, self.ends = lam, plan, kind, ends
+        self.plan, self.lam, self.kind, self.ends = plan, plan.lam, kind, ends
+        self.spent = 0.0
         self.tokenizer = tokenizer
         self.tokens: list[int] = []
         self.counts: Counter[int] = Counter()
@@ -92,8 +94,8 @@ class State:
     def done(self) -> bool:
         return self.handle.done
 
-    def take(self, drawn: Drawn) -> None:
-        """The next token, or the error in its place."""
+    def take(self, drawn: Drawn, lam: float | None) -> None:
+        """The next token, or the error in its place; with the λ that a rule or a schedule gave it."""
         if drawn.error is not None:
             self.end("error", drawn.error)
             return
@@ -115,7 +117,8 @@ class State:
             text += self._rest(reason)
             if reason == "length" and self._text is not None and self._text.stopped:
                 reason = "stop"
-        self.handle.put(Event(token, text, drawn.logprob, drawn.top_logprobs, reason))
+        has_lambda = lam is not None and not math.isnan(lam) and (request.combine != LINEAR or bool(request.schedule))
+        self.handle.put(Event(token, text, drawn.logprob, drawn.top_logprobs, lam if has_lambda else None, reason))
 
     def _add(self, token: int, is_last: bool) -> str:
         """The text to show after a token; one that ended the completion has none."""

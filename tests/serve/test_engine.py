@@ -286,6 +286,29 @@ def test_a_grammar_is_applied_to_the_mixture(model, tokenizer):
     assert all(token % 2 == 0 for token in found.tokens)
 
 
+RULES = ["plausible:0.1", "aad:0.1", "kl:0.05", "kl_total:2", "jsd"]
+
+
+def test_each_request_has_its_rule(model, tokenizer):
+    """Beside each other, staggered, put back for want of room; with the λ of each token."""
+    requests = [
+        *(greedy(ids(i, 4 + i, 300), None if rule[:3] == "aad" else 1.5, combine=rule) for i, rule in enumerate(RULES)),
+        greedy(ids(6, 7, 300), None, schedule=((0, 0.0), (3, 2.0), (6, 1.0))),
+        greedy(ids(7, 9, 300), 0.5),
+    ]
+    found = run(Engine(model, tokenizer, max_tokens=150, prefix_tokens=0), requests, every=2)
+    for request, generated in zip(requests, found, strict=True):
+        schedule = dict(request.schedule) or None
+        plan = model.plan(request.lam, 1, combine=request.combine, lambda_schedule=schedule)
+        assert generated.tokens == alone(model, GenerationRequest(request.prompt, plan, sampling=request.sampling))
+        if request.combine[:3] == "aad" or plan.combiner is None:
+            assert generated.token_lambda is None
+        else:
+            torch.testing.assert_close(torch.tensor(generated.token_lambda), plan.token_lambda[0], atol=1e-3, rtol=1e-3)
+    with pytest.raises(DeRaError, match="combine='klx'"):
+        Engine(model, tokenizer).submit(greedy((5,), 0.5, combine="klx"))
+
+
 # -- faults ------------------------------------------------------------------------------------------------------------
 
 
