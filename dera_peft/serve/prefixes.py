@@ -17,7 +17,9 @@ LEAST = 8  # tokens worth looking for
 
 
 def common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """How many tokens two sequences begin with alike."""
+    """How many tokens two sequences begin with alike; 0 for fewer than LEAST."""
+    if a[:LEAST] != b[:LEAST] or len(a) < LEAST:
+        return 0
     places = range(min(len(a), len(b)) + 1)
     return bisect_left(places, True, key=lambda n: a[:n] != b[:n]) - 1
 
@@ -68,13 +70,13 @@ class Prefixes:
         ids = state.ids[:-1]
         best, key = None, None
         for tokens, entry in self._entries.items():
-            if covers(entry.plan, 0, state.plan) and (n := common(ids, tokens)) > (best.tokens if best else LEAST - 1):
+            if covers(entry.plan, 0, state.plan) and (n := common(ids, tokens)) > (best.tokens if best else 0):
                 best, key = Found(entry.plan, entry.cache, 0, 0, n), tokens
         for group in groups:
             for index, other in enumerate(group.states):
                 if covers(group.plan, index, state.plan):
                     own = other.length - 1
-                    if (n := common(ids, other.ids[:own])) > (best.tokens if best else LEAST - 1):
+                    if (n := common(ids, other.ids[:own])) > (best.tokens if best else 0):
                         best, key = Found(group.plan, group.cache, index, group.length - own, n), None
         if key is not None:
             self._entries.move_to_end(key)

@@ -11,7 +11,7 @@ from dera_peft.engine.mixture import MixtureModel
 from dera_peft.errors import DeRaError, first_line
 from dera_peft.serve.draw import draw
 from dera_peft.serve.group import Filling, Group, make_plan
-from dera_peft.serve.prefixes import LEAST, Prefixes, common, covers
+from dera_peft.serve.prefixes import Prefixes, common, covers
 from dera_peft.serve.requests import FinishReason
 from dera_peft.serve.state import State
 from dera_peft.serve.states import Part, gather, layer_kinds, new_cache
@@ -222,7 +222,7 @@ class Scheduler:
         if state.kind.is_whole or not covers(other.plan, 0, state.plan):
             return False
         n = common(state.ids[:-1], other.ids)
-        return n >= LEAST and 2 * n >= state.length
+        return n > 0 and 2 * n >= state.length
 
     def _fits(self, new: Sequence[State]) -> bool:
         """Whether these can be computed beside what is; a single one always can where nothing is."""

@@ -1,8 +1,12 @@
 """Threads that call one model at once."""
 
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+
+from dera_peft.engine.turns import Turn
 
 IDS = torch.arange(3, 63).view(6, 10)
 NEW = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -33,3 +37,28 @@ def test_forward_beside_generate(tiny_model):
         found = list(threads.map(logits, lambdas))
         assert all(future.result().tolist() == text for future in texts)
     assert all(map(torch.equal, found, expected))
+
+
+def test_turns_are_taken_in_the_order_of_waiting():
+    """A thread that takes its turn again and again lets those in who wait; it may take it twice at once."""
+    turn, order, ready = Turn(), [], threading.Event()
+
+    def wait(name):
+        ready.set()
+        with turn, turn:
+            order.append(name)
+
+    threads = []
+    with turn:
+        for name in ("first", "second"):
+            ready.clear()
+            threads.append(threading.Thread(target=wait, args=(name,)))
+            threads[-1].start()
+            ready.wait()
+            while len(turn._waiting) < len(threads):
+                time.sleep(0.001)
+    with turn:
+        order.append("again")
+    for thread in threads:
+        thread.join()
+    assert order == ["first", "second", "again"]

@@ -24,7 +24,7 @@ from dera_peft.serve.requests import GenerationRequest
 LAMBDAS = [0.0, 0.5, 1.0, 1.5, -0.5]
 GREEDY = Sampling(temperature=0, max_new_tokens=12)
 TIGHT = {"prefill_chunk": 4, "max_rows": 6, "max_tokens": 150, "prefix_tokens": 50}
-UNLIKE = ["gemma2", "bloom", "deepseek_v3", "gemma4_text", "jamba"]
+UNLIKE = ["gemma2", "bloom", "gemma4_text", "jamba"]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ arrivals = st.lists(
 
 
 @settings(
-    max_examples=8, deadline=None, derandomize=True,
+    max_examples=6, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 @given(arrivals, st.integers(1, 64), st.integers(1, 12), st.integers(60, 400), st.integers(0, 59))
@@ -193,11 +193,10 @@ def test_a_long_prompt_does_not_stall_the_others(model, tokenizer):
 @pytest.mark.parametrize(
     "sampling",
     [
-        Sampling(seed=5, max_new_tokens=16),
         Sampling(seed=5, max_new_tokens=16, temperature=0.7, top_p=0.9, top_k=50, repetition_penalty=1.3),
         Sampling(seed=6, max_new_tokens=16, min_p=0.05),
     ],
-    ids=["plain", "warped", "min_p"],
+    ids=["warped", "min_p"],
 )
 def test_seeded_samples_equal_decode_beside_twenty_others(model, tokenizer, sampling):
     prompt = ids(4, 11, 300)
@@ -438,12 +437,12 @@ def test_memory_stays_flat(model, tokenizer):
         # pyrefly: ignore[deprecated]
         return sum(each.nbytes for each in gc.get_objects() if type(each) is torch.Tensor)
 
-    engine = Engine(model, tokenizer, max_tokens=1000)
+    engine = Engine(model, tokenizer, max_tokens=600)
     after = []
     for turn in range(3):
-        run(engine, [greedy(ids(100 * turn + i, 20, 300), LAMBDAS[i % 5], 2) for i in range(20)])
+        run(engine, [greedy(ids(100 * turn + i, 20, 300), LAMBDAS[i % 5], 1) for i in range(14)])
         after.append(held())
-    assert 0 < engine.statistics().prefix_tokens <= 250
+    assert 0 < engine.statistics().prefix_tokens <= 150
     assert after[2] <= after[1] * 1.01
 
 
