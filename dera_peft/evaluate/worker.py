@@ -14,13 +14,13 @@ from dera_peft.decoding.prompts import Prompt, column_names
 from dera_peft.decoding.requests import Request
 from dera_peft.decoding.rows import Expected
 from dera_peft.decoding.scoring import score_each
+from dera_peft.decoding.token_views import token_views
 from dera_peft.engine.names import LOGITS
 from dera_peft.evaluate.analysis.curve import reason_off
 from dera_peft.evaluate.analysis.summary import AGAINST
 from dera_peft.evaluate.arms import Arm, fine_grid
 from dera_peft.evaluate.config import SweepConfig
 from dera_peft.evaluate.report.samples import sample_rows
-from dera_peft.evaluate.report.token_views import token_views
 from dera_peft.evaluate.rows import CompletionRow, Key, RewardRow, ScoreRow, open_log, strength
 from dera_peft.model import DeRaModel
 from dera_peft.progress import Progress
