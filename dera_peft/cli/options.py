@@ -13,7 +13,15 @@ from dera_peft.errors import DeRaError
 from dera_peft.quiet import be_quiet
 from dera_peft.settings import alternatives, option_name, read_pairs, setting_of, type_hints, user_fields
 
-PANELS = ("Model", "Prompts", "Sampling", "What is measured", "Measuring", "Output")  # in this order on a help page
+PANELS = (
+    "Model",
+    "Prompts",
+    "Sampling",
+    "What is measured",
+    "Measuring",
+    "Server",
+    "Output",
+)  # in this order on a help page
 
 Config = Annotated[
     Path | None,

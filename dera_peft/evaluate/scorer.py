@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from dera_peft.decoding.lambdas import Lambda, values_of
 from dera_peft.decoding.scoring import Scored, score_each
+from dera_peft.decoding.token_views import token_views
 from dera_peft.engine.names import LOGITS
 from dera_peft.evaluate.arms import Arm
 from dera_peft.evaluate.points import ends
-from dera_peft.evaluate.report.token_views import token_views
 from dera_peft.evaluate.rows import CompletionRow, Key
 from dera_peft.model import DeRaModel
 

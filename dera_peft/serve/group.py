@@ -16,6 +16,8 @@ from dera_peft.serve.states import ROOM, Part, gather
 
 def make_plan(model: MixtureModel, states: Sequence[State]) -> BatchPlan:
     """Of requests of one kind, as far as each of them is."""
+    if not model.branches_differ:  # for which there is no λ
+        return model.plan(None, len(states))
     lam, requests = torch.cat([state.lam for state in states]), [state.request for state in states]
     if all(request.combine == LINEAR and not request.schedule for request in requests):
         return model.plan(lam, len(states))

@@ -194,8 +194,8 @@ class Scheduler:
             batch = self._next_batch()
             if not batch:
                 return
+            self.filling.append(self._open(batch))  # until then they wait, so that a failure ends them too
             self.waiting = deque(state for state in self.waiting if state not in batch)
-            self.filling.append(self._open(batch))
 
     def _next_batch(self) -> dict[State, int]:
         """The first of the waiting requests, and those like it; with the tokens that each has to compute."""

@@ -34,9 +34,9 @@ def token_views(
     texts = token_texts(prompt, completion, tokenizer)
     cache = {} if cache is None else cache
 
-    def text_after(before: int | None, token: int) -> str:
+    def kept_text(before: int | None, token: int) -> str:
         if (before, token) not in cache:
-            cache[before, token] = _text_after(before, token, tokenizer)
+            cache[before, token] = text_after(before, token, tokenizer)
         return cache[before, token]
 
     assert scored.disagreement is not None  # it is of branches
@@ -48,7 +48,7 @@ def token_views(
         view: dict[str, Any] = {"token": text, "js": disagreement[place]}
         for branch, (ids, chances) in best.items():
             view[branch] = [
-                [text_after(before, token), chance] for token, chance in zip(ids[place], chances[place], strict=True)
+                [kept_text(before, token), chance] for token, chance in zip(ids[place], chances[place], strict=True)
             ]
         result.append(view)
     return result
@@ -78,7 +78,7 @@ def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return cast("str", tokenizer.decode(ids))  # of one sequence one text
 
 
-def _text_after(before: int | None, token: int, tokenizer: PreTrainedTokenizerBase) -> str:
+def text_after(before: int | None, token: int, tokenizer: PreTrainedTokenizerBase) -> str:
     """A token's text behind another, without which a leading space is lost; "�" for a part of a character."""
     context = [] if before is None else [before]
     text = _decode([*context, token], tokenizer)[len(_decode(context, tokenizer)) if context else 0 :]

@@ -6,7 +6,7 @@ from tiny_models import make_tokenizer
 from transformers import AutoTokenizer
 
 from dera_peft.decoding.scoring import score
-from dera_peft.evaluate.report.token_views import token_texts, token_views
+from dera_peft.decoding.token_views import token_texts, token_views
 
 TEXT = " saw a 🎉 fête, Zoë مرحبا of the moon"
 

@@ -1,0 +1,191 @@
+"""What clients send: OpenAI's requests, with λ."""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dera_peft.engine.rules import LINEAR
+
+# fields of OpenAI's and of its clients that say nothing of the text
+HARMLESS = {
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+}  # fmt: skip
+# what asks for nothing is nothing to refuse
+NOTHING: dict[str, tuple] = {
+    "best_of": (1,),
+    "suffix": ("",),
+    "parallel_tool_calls": (True,),
+    "modalities": (["text"],),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+}
+MASK = (1 << 64) - 1  # a seed of OpenAI's may be negative
+MAX_LOGPROBS = 20
+
+
+class Body(BaseModel):
+    """Unknown fields are refused: they may change the text. A field that is null is a field that is not there."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nothing(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        try:
+            json.dumps(values, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError("a text is not valid UTF-8: it has half of a character") from None
+        return {
+            name: value
+            for name, value in values.items()
+            if value is not None and name not in HARMLESS and value not in NOTHING.get(name, ())
+        }
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+    include_obfuscation: bool = False  # OpenAI's padding against eavesdroppers; none is sent
+
+
+class GenerationBody(Body):
+    """
+    What both endpoints take. Ranges of the settings of sampling are those of `Sampling`, which checks them.
+
+    Attributes:
+        lam: `lambda`; `ModelNames.read` checks it.
+        combine, lambda_schedule: as of `DeRaModel.generate`: "kl:0.05"; {"0": 2, "20": 1} or "0:2,20:1".
+        return_token_ids: put `token_ids` into each choice, and `prompt_token_ids` beside them.
+    """
+
+    model: str | None = None
+    lam: Any = Field(None, alias="lambda")
+    combine: str = LINEAR
+    lambda_schedule: str | dict[str, float] = {}
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = Field(0, ge=-1)  # vLLM's -1 is off
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = {}
+    seed: int | None = None
+    n: int = Field(1, ge=1, le=128)
+    stop: str | list[str] = []
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    max_tokens: int | None = Field(None, ge=0)
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    response_format: dict[str, Any] | None = None
+    return_token_ids: bool = False
+
+    @model_validator(mode="after")
+    def agrees(self) -> "GenerationBody":
+        if "stream_options" in self.model_fields_set and not self.stream:
+            raise ValueError("stream_options: they are for stream=true")
+        if not all(self.stops):
+            raise ValueError("stop: an empty text would end every completion")
+        if wrong := [token for token in self.logit_bias if not token.isdecimal()]:
+            raise ValueError(f"logit_bias: {wrong[0]!r} is not the id of a token")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def new_tokens(self) -> int | None:
+        """The most new tokens, where the request says it."""
+        return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the most probable tokens to report beside the drawn one; None for no log-probabilities at all."""
+        raise NotImplementedError
+
+
+class CompletionBody(GenerationBody):
+    """`POST /v1/completions`."""
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @model_validator(mode="after")
+    def has_prompts(self) -> "CompletionBody":
+        if isinstance(self.prompt, list) and not self.prompt:
+            raise ValueError("prompt: the list is empty")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0 is for echo=true alone")
+        if self.echo and self.stream and self.logprobs is not None:
+            raise ValueError("echo: with logprobs it can't be streamed")
+        return self
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """One or several, as a list."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        return self.prompt if isinstance(self.prompt[0], (str, list)) else [self.prompt]
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+class ChatBody(GenerationBody):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
+    tools: list[dict[str, Any]] = []
+    tool_choice: Literal["none", "auto"] = "auto"
+    chat_template_kwargs: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def says_one_thing(self) -> "ChatBody":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: it needs logprobs=true")
+        if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens: it and max_completion_tokens are two names of one limit, and differ")
+        return self
+
+    @property
+    def new_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
+
+
+class TokensBody(Body):
+    """
+    `POST /dera/tokens`: a prompt (or messages) and a completion.
+
+    Attributes:
+        completion: token ids as they were drawn, or a text.
+        top: how many of each branch's most probable tokens to tell.
+    """
+
+    model: str | None = None
+    lam: Any = Field(None, alias="lambda")
+    prompt: str | list[int] | None = None
+    messages: list[dict[str, Any]] = []
+    tools: list[dict[str, Any]] = []
+    chat_template_kwargs: dict[str, Any] = {}
+    completion: str | list[int] = Field(min_length=1)
+    top: int = Field(3, ge=1, le=MAX_LOGPROBS)
+
+    @model_validator(mode="after")
+    def has_one_prompt(self) -> "TokensBody":
+        if (self.prompt is None) == (not self.messages):
+            raise ValueError("give prompt or messages")
+        return self

@@ -1,0 +1,127 @@
+"""Loads a model and serves it until a signal ends it."""
+
+import logging
+import signal
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+import uvicorn
+from transformers import PreTrainedTokenizerBase
+
+from dera_peft.checkpoint.end_tokens import configured_end_tokens
+from dera_peft.checkpoint.fingerprint import settings_fingerprint
+from dera_peft.checkpoint.source import ModelSource
+from dera_peft.engine.mixture import MixtureModel
+from dera_peft.errors import DeRaError
+from dera_peft.lock import hold
+from dera_peft.model import DeRaModel
+from dera_peft.serve.app import make_app
+from dera_peft.serve.engine import Engine
+from dera_peft.serve.grammars import Grammars
+from dera_peft.serve.names import AT, PLUS, ModelNames
+from dera_peft.serve.preparing import Preparer
+from dera_peft.serve.service import Service
+from dera_peft.serve.settings import ServeSettings, folder_name
+from dera_peft.serve.trace import Trace
+
+logger = logging.getLogger(__name__)
+
+
+def serve(settings: ServeSettings) -> None:
+    """
+    Serves until SIGTERM or Ctrl-C; then finishes the requests that there are.
+
+    Raises:
+        DeRaError: the model can't be loaded or served, or the address can't be listened at.
+    """
+    with listen(settings.host, settings.port) as listening, hold(settings.trace, "--trace"):
+        service = make_service(settings)
+        run(service, settings, listening)
+
+
+def make_service(settings: ServeSettings) -> Service:
+    """Loads the model, and makes what serves it."""
+    source = settings.source.placed()
+    source.resolve()
+    trace = None if settings.trace is None else Trace(settings.trace)
+    tokenizer = source.tokenizer()
+    model = DeRaModel.from_source(source)
+    about = source.fingerprint()
+    return service_of(model, tokenizer, served_names(source, model), source.resolve().base, settings, about, trace)
+
+
+def service_of(
+    model: MixtureModel,
+    tokenizer: PreTrainedTokenizerBase,
+    branches: Mapping[str, str],
+    base: str,
+    settings: ServeSettings,
+    about: Mapping[str, Any],
+    trace: Trace | None = None,
+) -> Service:
+    """
+    Args:
+        branches, base: see `ModelNames`; `base` is a folder or hub id.
+        about: which weights they are, for a fingerprint.
+    """
+    engine = Engine(model, tokenizer, max_queue=settings.max_queue, **settings.engine_arguments())
+    low, high = settings.lambda_range
+    names = ModelNames(branches, folder_name(base), model.lam, (low, high), settings.model_lambdas)
+    vocabulary = model.config.get_text_config().vocab_size
+    grammars = Grammars(tokenizer, vocabulary, sorted(configured_end_tokens(model.generation_config)))
+    preparer = Preparer(tokenizer, names, grammars, engine.context, settings.max_queue)
+    return Service(model, tokenizer, engine, names, preparer, f"dera_{settings_fingerprint(dict(about))}", trace)
+
+
+def served_names(source: ModelSource, model: MixtureModel) -> dict[str, str]:
+    """Served name -> aligned branch: an adapter's own name, else that of its folder; see `ModelNames`."""
+    if not model.branches_differ:
+        return {}
+    if len(model.aligned) == 1 and source.adapters is None:
+        name = folder_name(source.name)
+        for mark in (AT, PLUS):
+            name = name.replace(mark, "_")
+        return {name: model.aligned[0]}
+    return {name: name for name in model.aligned}
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """
+    A socket that listens, before a model is loaded in vain.
+
+    Raises:
+        DeRaError: the address is taken, or is none of this machine's.
+    """
+    try:
+        (family, _, _, _, address), *_ = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+        listening = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise DeRaError(f"host={host!r}, port={port}: {error.strerror}.") from None
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as error:
+        listening.close()
+        raise DeRaError(f"host={host!r}, port={port}: {error.strerror}; name another with --port or --host.") from None
+    return listening
+
+
+def run(service: Service, settings: ServeSettings, listening: socket.socket) -> None:
+    """Serves until a signal, which ends it with exit code 0."""
+    app = make_app(service, settings)
+    host, port = listening.getsockname()[:2]
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+        lifespan="on",
+    )  # fmt: skip
+    name = f"[{host}]" if ":" in host else host
+    logger.info(f"serving {service.names.plain} at http://{name}:{port}")
+    # uvicorn raises the signal that ended it again, for whoever handled it before: nobody has to
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    logger.info("ended")
