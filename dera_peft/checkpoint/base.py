@@ -38,7 +38,8 @@ def load_config(base: str, base_arguments: Mapping[str, Any] = {}, argument: str
             base, **{name: base_arguments[name] for name in HUB_ARGUMENTS if base_arguments.get(name) is not None}
         )
     except (OSError, ValueError, HFValidationError) as error:
-        raise DeRaError(f"{argument}={base!r} can't be loaded: {first_line(error)}") from error
+        missing = "" if os.path.isdir(base) else "there is no such folder, and on the hub: "
+        raise DeRaError(f"{argument}={base!r} can't be loaded: {missing}{first_line(error)}") from error
 
 
 def load_base(

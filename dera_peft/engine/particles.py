@@ -94,7 +94,8 @@ class Particles:
         more than that the error is large.
         """
         shares = torch.zeros_like(self.log_weights).scatter_add_(1, self.ancestors, self.weights)
-        return (self.count / (self.count - 1) * (shares - 1 / self.count).square().sum(-1)).sqrt()
+        variance = self.count / (self.count - 1) * (shares - 1 / self.count).square().sum(-1)
+        return variance.clamp(max=1).sqrt()  # 1 but for rounding, at most
 
 
 def systematic(weights: torch.Tensor, count: int, start: float) -> torch.Tensor:

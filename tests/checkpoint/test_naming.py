@@ -60,7 +60,7 @@ def test_what_has_moved_is_named_with_who_named_it(tiny_base, tiny_adapter, tmp_
 
 
 def test_a_missing_folder_is_called_missing(tiny_base):
-    assert "there is no such folder" in error(base="runs/none")
+    assert "there is no such folder" in error("runs/none")
     assert "there is no such folder" in error(adapter="runs/none")
     assert "there is no such folder" in error(tiny_base, "runs/none")
 

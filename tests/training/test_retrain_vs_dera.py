@@ -126,7 +126,7 @@ def test_the_comparison_by_hand(example):
         *rows_of("retrained at β=0.2", 1.0, (2, 2, 2), kl=2.5),
         *rows_of("retrained at β=0.05", 1.0, (3.0, 3.0, 3.2), kl=3.0),
     ]
-    result = SweepResult(summarise(rows), Curve(), None, None, None, rows, 0, 0, [])
+    result = SweepResult(summarise(rows), Curve(), None, None, None, None, rows, 0, 0, [])
     half, one, four = example.compare(0.2, [0.5, 1.0, 4.0], result)
     # differences 1, 0, 2: mean 1, standard error 1/√3
     assert (half.difference.mean, half.difference.se) == (1.0, pytest.approx(1 / math.sqrt(3)))

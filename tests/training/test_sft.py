@@ -28,7 +28,7 @@ def texts(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory) -> Path:
-    rng = random.Random(4)
+    rng = random.Random(7)
     rows = [
         {"messages": [{"role": "user", "content": words(rng, 3)}, {"role": "assistant", "content": words(rng, 5)}]}
         for _ in range(32)
