@@ -18,6 +18,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from itertools import chain
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from dera_peft.evaluate.analysis.summary import INTERVAL, Estimate, LambdaSummar
 from dera_peft.messages import messages_on_stderr
 from dera_peft.progress import show_progress
 from dera_peft.training import dpo
+from dera_peft.versions import package_versions
 
 LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 CEILING = 4.0  # of the λ that kl and kl_total may choose
@@ -339,7 +341,8 @@ samples the share of a prompt's samples that are different texts.
 def main(arguments: Sequence[str] | None = None) -> list[list[Point]]:
     args = parse(arguments)
     second = train(args)
-    lines, made = [INTRODUCTION], []
+    versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
+    lines, made = [INTRODUCTION, f"{date.today().isoformat()}; {versions}.\n"], []
     runs: tuple[tuple[str, str, Sequence[str], dict], ...] = (
         ("The demo's adapter", "demo", tuple(FAMILIES), {}),
         ("The demo's adapter, greedy", "greedy", FEW, {"temperature": 0.0, "samples": 1}),

@@ -21,7 +21,8 @@ class RuleSettings(Settings):
 
     combine: str = setting(
         LINEAR,
-        f"The rule at each token: {FORMS}.",
+        f"The rule at each token: {FORMS}. Where λ is above 1 and tokens are sampled, plausible:0.1 keeps text from "
+        "breaking.",
         metavar="RULE",
         panel="Sampling",
         normalize=lambda text: str(read_rule(text)),
