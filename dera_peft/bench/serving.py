@@ -1,5 +1,6 @@
 """A load of requests through `dera serve`, against `generate` and `transformers serve`."""
 
+import math
 import random
 import statistics
 import tempfile
@@ -73,7 +74,7 @@ class Measured:
             "tokens_per_second": self.tokens / self.seconds,
             "first_token_seconds": {
                 "median": statistics.median(ordered) if ordered else None,
-                "p95": ordered[int(0.95 * (len(ordered) - 1))] if ordered else None,
+                "p95": ordered[math.ceil(0.95 * len(ordered)) - 1] if ordered else None,
             },
             "answered": len(ordered),
             "lost": len(self.lost),
