@@ -2,6 +2,7 @@
 # make test   set up, then run the tests
 # make lint   set up, then check style and types
 # make gpu-check   on a machine with a GPU and the packages: its tests, the demo, and the figures of docs/performance.md
+# make serve-check   the server's requests against generate, on every base of the compatibility page (minutes)
 # make docs   set up, then build the documentation into site/; a broken link or reference fails
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ DOCS_SETUP := $(VENV)/.docs-complete
 # to compile all modules at once takes over a minute; those that are used are compiled when they are first imported
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
-.PHONY: demo test lint docs setup clean gpu-check
+.PHONY: demo test lint docs setup clean gpu-check serve-check
 
 demo: $(SETUP)
 	$(VENV)/bin/dera sft --config configs/tiny/sft.yaml
@@ -30,6 +31,9 @@ lint: $(SETUP)
 
 gpu-check: # installs nothing: such a machine may have no network
 	$(PYTHON) tests/gpu_check.py
+
+serve-check: $(SETUP)
+	$(RUN) tests/serve_check.py
 
 docs: $(DOCS_SETUP)
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict # with --quiet warnings would not be counted

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from dera_peft.checkpoint.source import ModelSource
 from dera_peft.decoding.lambdas import lambdas_setting
 from dera_peft.errors import DeRaError
+from dera_peft.serve.settings import EngineSettings
 from dera_peft.settings import COUNT, Check, setting
 
 if TYPE_CHECKING:
@@ -175,3 +176,37 @@ class SweepTimingSettings(BenchedModel):
     batch: int = setting(8, "Completions decoded at once, by both.", check=COUNT, metavar="B", panel=MEASURING)
     rounds: int = setting(1, "Measured rounds.", check=COUNT, metavar="N", panel=MEASURING)
     json: bool = setting(False, "Print the figures as JSON.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeTimingSettings(EngineSettings):
+    """The settings of `dera bench serve`."""
+
+    called: ClassVar[str] = "dera bench serve"
+
+    lambdas: tuple[float, ...] = lambdas_setting((0.0, 0.5, 1.0), "Strengths, one request after the other.", MEASURING)
+    requests: int = setting(1000, "Requests, with random texts as prompts.", check=COUNT, metavar="N", panel=MEASURING)
+    clients: int = setting(
+        64,
+        "Clients, each of which sends its next request when it has its answer; also the batch size of `generate`.",
+        check=COUNT,
+        metavar="N",
+        panel=MEASURING,
+    )
+    prompt: int = setting(
+        32, "Tokens of the longest prompts; the shortest have a quarter.", check=COUNT, metavar="N", panel=MEASURING
+    )
+    new: int = setting(
+        32, "New tokens of the longest answers; the shortest have a quarter.", check=COUNT, metavar="N", panel=MEASURING
+    )
+    threads: int | None = setting(
+        None, "Threads on a CPU; torch's own choice by default.", check=COUNT, metavar="N", panel=MEASURING
+    )
+    only: tuple[str, ...] = setting(
+        (), "Measure this contender, named as in the table; can be repeated.", metavar="NAME", panel=MEASURING
+    )
+    json: bool = setting(False, "Print the figures as JSON.")
+
+    @property
+    def title(self) -> str:
+        return ", ".join(part for part in (self.source.name, self.quantization, self.dtype) if part)

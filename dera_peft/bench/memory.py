@@ -59,10 +59,23 @@ def main() -> None:
 
 def _status(name: str) -> int:
     """A figure of the kernel's about this process, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-    raise DeRaError(f"this system does not tell {name} of a process in /proc/self/status; --memory needs Linux.")
+    found = _read_status(name)
+    if found is None:
+        raise DeRaError(f"this system does not tell {name} of a process in /proc/self/status; --memory needs Linux.")
+    return found
+
+
+def resident(process: int) -> int | None:
+    """What is resident of a process, by its id, in bytes; None where the system does not tell."""
+    return _read_status("VmRSS", str(process))
+
+
+def _read_status(name: str, process: str = "self") -> int | None:
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
 
 
 if __name__ == "__main__":

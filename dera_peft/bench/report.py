@@ -135,6 +135,26 @@ def peaks_table(peaks: Sequence[dict]) -> Table:
     return _table(peaks, ("model", "peak"), cells)
 
 
+def serving_table(rows: Sequence[dict]) -> Table:
+    """Of `serving.Measured.figures`."""
+    table = Table(box=None, header_style="bold cyan", padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    for name in ("seconds", "tokens/s", "first token", "95 %", "memory", "at the end", "answered", "lost", "different"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        first = row["first_token_seconds"].values()
+        memory = row["memory_bytes"].values()
+        table.add_row(
+            row["contender"],
+            f"{row['seconds']:.1f}",
+            f"{row['tokens_per_second']:.0f}",
+            *("" if seconds is None else f"{seconds:.2f} s" for seconds in first),
+            *("" if held is None else format_bytes(held) for held in memory),
+            *(str(row[name]) for name in ("answered", "lost", "different")),
+        )
+    return table
+
+
 def plot(rows: Sequence[dict], file: Path, title: str) -> None:
     """Bars of the milliseconds of a decoding step, with quartiles, by contender; a panel for each batch size."""
     import matplotlib

@@ -61,6 +61,7 @@ bench_app = typer.Typer(rich_markup_mode="markdown", context_settings=CONTEXT)
 app.add_typer(bench_app, name="bench")
 group(bench_app, bench.StepSettings)(bench.bench)
 command(bench_app, bench.SweepTimingSettings, "sweep")(bench.bench_sweep)
+command(bench_app, bench.ServeTimingSettings, "serve")(bench.bench_serve)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from dera_peft.bench.config import StepSettings, SweepTimingSettings
+from dera_peft.bench.config import ServeTimingSettings, StepSettings, SweepTimingSettings
 from dera_peft.cli.program import INTERRUPTED
 from dera_peft.errors import DeRaError
 from dera_peft.lock import hold
+from dera_peft.serve.settings import check_packages
 
 if TYPE_CHECKING:
     from dera_peft.bench.measure import Timings
+    from dera_peft.bench.serving import Measured
 
 PEAKS = "memory of each contender alone in a process of its own (resident, less that of the libraries)"
 
@@ -117,6 +119,45 @@ def bench_sweep(settings: SweepTimingSettings) -> None:
         raise typer.Exit(INTERRUPTED)
 
 
+def bench_serve(settings: ServeTimingSettings) -> None:
+    """Measure a load of requests through `dera serve`, against `generate` and `transformers serve`.
+
+    Every answer is compared with that of `generate` at its λ; the exit code is 1 where one is lost or another text.
+    Each server is a process of its own; `transformers serve` has the adapter merged into the base, at λ=1.
+
+    **Examples**
+
+    `dera bench serve --adapter runs/tiny/dpo --threads 2`
+    """
+    check_packages()
+    settings.check_paths()
+    from dera_peft.bench.report import environment
+    from dera_peft.bench.serving import contenders, measure_serving
+    from dera_peft.model import DeRaModel
+    from dera_peft.progress import show_progress
+
+    names = contenders(settings)
+    found: list[Measured] = []
+    interrupted = False
+    with _threads(settings.threads):
+        model = DeRaModel.from_source(settings.source.placed())
+        facts = environment(model.device)
+        try:
+            with show_progress("measuring", len(names) * settings.requests) as advance:
+                measure_serving(model, settings, names, found, advance)
+        except KeyboardInterrupt:
+            interrupted = True
+    rows = [one.figures() for one in found]
+    if settings.json:
+        _print_json(settings, facts, {"results": rows}, interrupted)
+    else:
+        _print_serving(settings, facts, rows)
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if any(row["lost"] or row["different"] for row in rows):
+        raise typer.Exit(1)
+
+
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
     import torch
@@ -131,7 +172,10 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 def _print_json(
-    settings: StepSettings | SweepTimingSettings, environment: dict, result: dict, interrupted: bool
+    settings: StepSettings | SweepTimingSettings | ServeTimingSettings,
+    environment: dict,
+    result: dict,
+    interrupted: bool,
 ) -> None:
     from dera_peft.cli.console import print_json
 
@@ -189,3 +233,25 @@ def _print_sweep(settings: SweepTimingSettings, facts: dict, rows: dict[str, dic
     console.print(table)
     if ratio is not None:
         console.print(f"the sweep takes {ratio:.2f} of the time")
+
+
+def _print_serving(settings: ServeTimingSettings, facts: dict, rows: list[dict]) -> None:
+    from rich.console import Console
+
+    from dera_peft.bench.report import serving_table
+
+    console = Console()
+    console.print(f"{settings.title} on {facts['device']} ({facts['cpu']}), {facts['date']}", style="bold")
+    console.print(
+        f"{settings.requests} requests of {settings.clients} clients, up to {settings.prompt} tokens of prompt and "
+        f"{settings.new} new ones; " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
+        highlight=False,
+    )
+    console.print(serving_table(rows))
+    console.print(
+        "first token: median and 95th percentile, from a client's request on; memory: resident in the server's "
+        "process, at first and at the end; different: answers that are not those of batched generate",
+        highlight=False,
+    )
+    for error in dict.fromkeys(error for row in rows for error in row["errors"]):
+        console.print(f"lost: {error}", highlight=False, markup=False)

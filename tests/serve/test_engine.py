@@ -6,6 +6,7 @@ import random
 import time
 
 import pytest
+import serve_check
 import torch
 from compatibility import BASES, ENCODER_DECODERS, VOCABULARY
 from hypothesis import HealthCheck, given, settings
@@ -23,7 +24,6 @@ from dera_peft.serve.requests import GenerationRequest
 
 LAMBDAS = [0.0, 0.5, 1.0, 1.5, -0.5]
 GREEDY = Sampling(temperature=0, max_new_tokens=12)
-TIGHT = {"prefill_chunk": 4, "max_rows": 6, "max_tokens": 150, "prefix_tokens": 50}
 UNLIKE = ["gemma2", "bloom", "gemma4_text", "jamba"]
 
 
@@ -77,20 +77,21 @@ def run(engine: Engine, requests, every: int = 0) -> list:
 
 
 @pytest.mark.parametrize("kind", UNLIKE)
-def test_staggered_requests_equal_generate(kind, tokenizer):
-    """16 requests of unlike lengths and λ, one at every second step, with chunks of prompts and short of room."""
-    base = next(base for base in BASES if base.model_type == kind)
-    model = DeRaModel.from_peft(adapt(make_base(base), target_modules=base.targets, layers_to_transform=[2, 3]))
-    rng = random.Random(3)
-    requests = [
-        greedy(ids(i, rng.randrange(1, 14)), LAMBDAS[i % len(LAMBDAS)], rng.randrange(1, 13)) for i in range(16)
-    ]
-    expected = batched(model, requests, 12)
-    assert len(set(map(tuple, expected))) > 12
-    found = run(Engine(model, tokenizer, **TIGHT), requests, every=2)
-    for request, tokens, generated in zip(requests, expected, found, strict=True):
-        assert generated.tokens == tokens[: request.sampling.max_new_tokens]
-        assert generated.finish_reason == "length"
+def test_staggered_requests_equal_generate(kind):
+    """16 requests of unlike lengths and λ, one at every second step; `make serve-check` does it on every base."""
+    assert serve_check.check(next(base for base in BASES if base.model_type == kind)) is None
+
+
+def test_the_check_of_every_base_tells_what_is_wrong(monkeypatch, capsys):
+    serve = serve_check.serve
+
+    def exchanged(model, requests):
+        found = serve(model, requests)
+        return [found[1], found[0], *found[2:]]
+
+    monkeypatch.setattr(serve_check, "serve", exchanged)
+    assert serve_check.main(["--only", "llama"]) == 1
+    assert "llama          the requests [0, 1] have other tokens" in capsys.readouterr().out
 
 
 def test_encoder_decoders_are_refused(tokenizer):
