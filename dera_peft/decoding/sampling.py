@@ -34,7 +34,7 @@ class Sampling(Settings):
     temperature: float = setting(
         1.0,
         "Divides the mixed logits. 0 is greedy decoding.",
-        check=Check(lambda value: value >= 0, "0 (greedy) or more"),
+        check=Check(lambda value: value == 0 or value >= 1e-6, "0 (greedy), or at least 1e-6"),
         metavar="T",
         panel=PANEL,
     )

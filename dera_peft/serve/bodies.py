@@ -89,8 +89,8 @@ class GenerationBody(Body):
             raise ValueError("stream_options: they are for stream=true")
         if not all(self.stops):
             raise ValueError("stop: an empty text would end every completion")
-        if wrong := [token for token in self.logit_bias if not token.isdecimal()]:
-            raise ValueError(f"logit_bias: {wrong[0]!r} is not the id of a token")
+        if wrong := [token for token in self.logit_bias if not token.isdecimal() or len(token) > 18]:
+            raise ValueError(f"logit_bias: {wrong[0][:20]!r} is not the id of a token")
         return self
 
     @property

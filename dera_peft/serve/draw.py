@@ -1,5 +1,6 @@
 """Drawing the next token of each sequence from its mixed logits."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -10,6 +11,9 @@ from dera_peft.engine.noise import as_int64, gumbel_noise
 from dera_peft.errors import first_line
 from dera_peft.serve.state import Drawn, State
 
+NO_TOKEN = (
+    "no token is left to draw: the rule, the grammar, logit_bias and the penalties leave none with a finite logit."
+)
 NOT_FINITE = "the mixed logits are not finite: a λ this far from 0 and 1 is more than the model's numbers hold."
 
 
@@ -28,6 +32,9 @@ def draw(states: Sequence[State], logits: torch.Tensor) -> list[Drawn]:
     is_fine = logits.amax(dim=-1).isfinite().tolist()
     errors: dict[int, str] = {i: NOT_FINITE for i, fine in enumerate(is_fine) if not fine}
     scores = _adjusted(states, logits, errors)
+    if scores is not logits:
+        left = scores.amax(dim=-1).isfinite().tolist()
+        errors = {i: NO_TOKEN for i, fine in enumerate(left) if not fine} | errors
     tokens = _choose(states, scores).tolist()
     logprobs = _logprobs(states, logits, tokens)
     drawn = []
@@ -118,5 +125,6 @@ def _logprobs(
     found = {}
     for row, i in enumerate(asked):
         top = list(zip(places[row], values[row], strict=True))[: states[i].request.logprobs]
+        top = [(place, value) for place, value in top if math.isfinite(value)]  # a rule may leave fewer tokens
         found[i] = (float(of_all[row, tokens[i]]), tuple(top))
     return found

@@ -3,7 +3,7 @@
 import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -12,6 +12,13 @@ from dera_peft.serve.errors import APIError
 from dera_peft.serve.settings import is_loopback
 
 OPEN = {"/", "/health"}  # need no key: the page asks for it, and neither says anything of the model
+
+
+def _split(address: str) -> SplitResult:
+    try:
+        return urlsplit(address)
+    except ValueError:  # an address that is none belongs to nobody
+        return urlsplit("")
 
 
 @dataclass(frozen=True)
@@ -50,11 +57,11 @@ class Guard:
     def _check(self, scope: Scope, headers: Headers) -> None:
         host = headers.get("host", "")
         if not self.keys:
-            name = urlsplit(f"//{host}").hostname or ""
+            name = _split(f"//{host}").hostname or ""
             if not (is_loopback(name) or name == self.host):
                 raise APIError(f"this server does not answer to the name {host!r}", 403, code="host_not_allowed")
         origin = headers.get("origin")
-        is_own = origin is not None and urlsplit(origin).netloc == host
+        is_own = origin is not None and _split(origin).netloc == host
         if origin is not None and not is_own and "*" not in self.origins and origin not in self.origins:
             raise APIError(
                 f"pages of {origin} may not call this server: --allow-origin allows them",
@@ -67,7 +74,7 @@ class Guard:
 
     def _check_key(self, authorization: str) -> None:
         kind, _, given = authorization.partition(" ")
-        sent = given.strip().encode("utf-8", "surrogateescape")
+        sent = given.strip().encode("latin-1")  # the bytes that came
         # each is compared, in a time that does not tell how much of it agrees
         agrees = [hmac.compare_digest(sent, key) for key in self.keys]
         if kind.lower() != "bearer" or not any(agrees):

@@ -1,5 +1,6 @@
 """λ of a request, from its field `lambda` or from the model's name: `dpo@0.5`."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,9 @@ from dera_peft.decoding.lambdas import Lambda, NamedLambda, is_lambda
 from dera_peft.serve.errors import APIError
 
 AT, PLUS = "@", "+"
+NUMBER = re.compile(
+    r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(nan|inf)", re.ASCII
+)  # Python knows further forms, as 0_5
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,12 @@ class ModelNames:
                 f"lambda: the model's name, {model!r}, says λ already: leave one of the two away", param="lambda"
             )
         if isinstance(lam, Mapping):
+            wrong = [name for name in lam if name in self.branches and name not in named]
+            if wrong or not lam:
+                said = (
+                    f"names {wrong[0]!r}, which is not in the model's name, {model!r}" if wrong else "names no adapter"
+                )
+                raise APIError(f"lambda: it {said}", param="lambda")
             return self._of_branches({self._known(name, "lambda"): self.number(lam[name], "lambda") for name in lam})
         if lam is not None:
             value = self.number(lam, "lambda")
@@ -108,10 +118,9 @@ class ModelNames:
             self._known(name, "model")
             found[name] = None
             if at:
-                try:
-                    found[name] = self.number(float(value), "model")
-                except ValueError:
-                    raise APIError(f"model: in {model!r}, {value!r} is not a number", param="model") from None
+                if not NUMBER.fullmatch(value):
+                    raise APIError(f"model: in {model!r}, {value!r} is not a number", param="model")
+                found[name] = self.number(float(value), "model")
         return found
 
     def _known(self, name: str, param: str) -> str:

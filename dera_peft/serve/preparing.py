@@ -11,7 +11,7 @@ from dera_peft.decoding.chats import TEMPLATE_ARGUMENTS, TOOLS, Chat, ChatError,
 from dera_peft.decoding.lambdas import Lambda
 from dera_peft.decoding.prompts import token_ids
 from dera_peft.decoding.sampling import Sampling
-from dera_peft.engine.rules import Schedule, read_schedule
+from dera_peft.engine.rules import LINEAR, Schedule, read_rule, read_schedule
 from dera_peft.errors import DeRaError
 from dera_peft.serve.bodies import MASK, ChatBody, CompletionBody, GenerationBody
 from dera_peft.serve.errors import APIError, from_user_error
@@ -61,6 +61,7 @@ class Prepared:
 class Preparer:
     """
     Args:
+        rows: of the model's embedding: the ids of tokens that it knows are below it.
         context: the most tokens that a prompt and its completion may have together; None where nothing bounds them.
         max_completions: of one request: more could never wait at once.
     """
@@ -68,6 +69,7 @@ class Preparer:
     tokenizer: PreTrainedTokenizerBase
     names: ModelNames
     grammars: Grammars
+    rows: int
     context: int | None
     max_completions: int
 
@@ -88,8 +90,10 @@ class Preparer:
             ids = list(prompt)
         if not ids:
             raise APIError("prompt: it has no tokens", param="prompt")
-        if min(ids) < 0:
-            raise APIError(f"prompt: {min(ids)} is not the id of a token", param="prompt")
+        if unknown := [token for token in ids if not 0 <= token < self.rows]:
+            raise APIError(
+                f"prompt: {str(unknown[0])[:20]} is not the id of a token; the model has {self.rows}", param="prompt"
+            )
         return ids
 
     def encode_chat(
@@ -120,6 +124,8 @@ class Preparer:
                 "wait here: send several requests",
                 param="n",
             )
+        if isinstance(body, CompletionBody) and body.echo:
+            self._check_echo(body, prompts, bool(schedule))
         requests = []
         for prompt in prompts if body.new_tokens != 0 else []:
             sampling = self._sampling(body, seed, self._new_tokens(len(prompt.ids), body.new_tokens, default))
@@ -144,6 +150,26 @@ class Preparer:
                     )
                 )
         return Prepared(body.model or self.names.plain, lam, seed, prompts, requests)
+
+    def _check_echo(self, body: CompletionBody, prompts: list[EncodedPrompt], has_schedule: bool) -> None:
+        """Raises `APIError` where prompts can't be echoed, or their log-probabilities are not known exactly."""
+        try:
+            is_plain = read_rule(body.combine).name == LINEAR and not has_schedule
+        except DeRaError as error:
+            raise from_user_error(error, type(body).model_fields) from None
+        if body.logprobs is not None and not is_plain:
+            name = "lambda_schedule" if has_schedule else "combine"
+            raise APIError(
+                f"echo: log-probabilities of a prompt are those of plain λ: leave {name}, echo or logprobs away",
+                param="echo",
+            )
+        for prompt in prompts:
+            if self.context is not None and len(prompt.ids) > self.context:
+                raise APIError(
+                    f"the prompt has {len(prompt.ids)} tokens, more than the model's context of {self.context}",
+                    param="prompt",
+                    code="context_length_exceeded",
+                )
 
     def _lambda(self, body: GenerationBody) -> tuple[Lambda | None, Schedule]:
         """λ, and that over positions if it is not one throughout; then λ is its first."""

@@ -13,6 +13,7 @@ from dera_peft.checkpoint.end_tokens import configured_end_tokens
 from dera_peft.checkpoint.fingerprint import settings_fingerprint
 from dera_peft.checkpoint.source import ModelSource
 from dera_peft.engine.mixture import MixtureModel
+from dera_peft.engine.padding import num_rows
 from dera_peft.errors import DeRaError
 from dera_peft.lock import hold
 from dera_peft.model import DeRaModel
@@ -70,7 +71,7 @@ def service_of(
     names = ModelNames(branches, folder_name(base), model.lam, (low, high), settings.model_lambdas)
     vocabulary = model.config.get_text_config().vocab_size
     grammars = Grammars(tokenizer, vocabulary, sorted(configured_end_tokens(model.generation_config)))
-    preparer = Preparer(tokenizer, names, grammars, engine.context, settings.max_queue)
+    preparer = Preparer(tokenizer, names, grammars, num_rows(model), engine.context, settings.max_queue)
     return Service(model, tokenizer, engine, names, preparer, f"dera_{settings_fingerprint(dict(about))}", trace)
 
 

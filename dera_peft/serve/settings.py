@@ -87,6 +87,10 @@ class EngineSettings(ModelSource):
 def _named(text: str) -> tuple[str, str] | None:
     """NAME=LORA in its parts; a folder of such a name is one folder."""
     found = None if Path(text).exists() else NAMED.fullmatch(text)
+    if found is None and "=" in text and not Path(text).exists():
+        raise DeRaError(
+            f"--adapter {text}: {text.partition('=')[0]!r} can't be a name; use letters, digits and underscores."
+        )
     return (found[1], found[2]) if found else None
 
 

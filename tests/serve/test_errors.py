@@ -48,7 +48,7 @@ def refused(answer, status: int = 400) -> dict:
         ({"model": "dpo@nan"}, "model", "finite"),
         ({"model": "dpo@"}, "model", "not a number"),
         ({"model": "dpo+dpo"}, "model", "twice"),
-        ({"temperature": -1}, "temperature", "0 (greedy) or more"),
+        ({"temperature": -1}, "temperature", "0 (greedy), or at least 1e-6"),
         ({"temperature": float("nan")}, "temperature", "finite"),
         ({"temperature": "1"}, "temperature", "number"),
         ({"top_p": 0}, "top_p", "(0, 1]"),
@@ -68,8 +68,8 @@ def refused(answer, status: int = 400) -> dict:
         ({"prompt": []}, "prompt", "empty"),
         ({"prompt": [[]]}, "prompt", "no tokens"),
         ({"prompt": [1, -2]}, "prompt", "-2"),
-        ({"prompt": [1, 100_000]}, None, "100000"),
-        ({"prompt": [1, 1 << 70]}, None, ""),
+        ({"prompt": [1, 100_000]}, "prompt", "100000"),
+        ({"prompt": [1, 1 << 70]}, "prompt", ""),
         ({"prompt": 5}, "prompt", ""),
         ({"stop": ""}, "stop", "stop"),
         ({"stop": [1]}, "stop", "string"),
@@ -291,6 +291,36 @@ def test_a_row_that_fails_fails_alone(server, monkeypatch):
     stream = {"stream": True, "response_format": {"type": "json_object"}}
     with pytest.raises(openai.APIError, match="broken"):
         list(server.client.completions.create(model="dpo", prompt="Hi", **{"stream": True}, extra_body=stream))
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prompt": [5] * 5000, "echo": True, "max_tokens": 0, "logprobs": 1}, "prompt"),
+        ({"prompt": [5, 999999], "echo": True, "max_tokens": 8, "logprobs": 1}, "prompt"),
+        ({"prompt": [5, 10**30], "echo": True, "max_tokens": 0}, "prompt"),
+        ({"prompt": "Hi", "echo": True, "logprobs": 0, "combine": "kl:0"}, "echo"),
+        ({"prompt": "Hi", "lambda": {}}, "lambda"),
+        ({"prompt": "Hi", "model": "dpo@0_5"}, "model"),
+        ({"prompt": "Hi", "logit_bias": {"1" * 5000: 1}}, None),
+        ({"prompt": "Hi", "temperature": 1e-38}, "temperature"),
+    ],
+    ids=lambda value: None,
+)
+def test_what_a_check_had_let_through(server, body, param):
+    error = refused(server.post("/v1/completions", body))
+    assert param is None or error["param"] == param
+
+
+def test_hosts_and_origins_that_are_none(server):
+    for name in ("Host", "Origin"):
+        refused(server.post("/v1/completions", HI, headers={name: "http://[::1" if name == "Origin" else "[::1"}), 403)
+
+
+def test_logprobs_of_a_rule_are_finite(server):
+    found = server.complete(prompt="Hi", max_tokens=3, logprobs=5, combine="aad:0.99")["choices"][0]["logprobs"]
+    assert all(1 <= len(top) <= 5 for top in found["top_logprobs"])
+    assert any(len(top) < 5 for top in found["top_logprobs"])
 
 
 def test_a_defect_is_told_of_without_details(server, monkeypatch):
