@@ -387,6 +387,9 @@ the formula: `forward`, and `generate` with a cache (greedy and 4 beams), on a p
 It is compared twice: with an adapter on all layers, and with one on the upper half, where the lower layers are computed
 and cached once ("forks above the input"). No base has code of its own in this package: other architectures of
 transformers work the same way, or fail with an error.
+
+`make serve-check` compares the server's engine with `generate` on each decoder-only base: 16 requests of unlike lengths
+and λ that join and leave a running batch. All of them had the tokens of `generate` when it was last run, on a CPU.
 """
 QUANTIZED = """## Quantized bases
 
