@@ -54,6 +54,8 @@ class ExactSample:
 
 def advice(samples: Sequence[ExactSample]) -> str | None:
     """What to say of the samples whose particles were too few for them; None where they were enough."""
+    if any(sample.particles == 1 for sample in samples):
+        return "one particle is token-level DeRa, and says nothing of how far that is from the exact mixture; take more"
     far = [sample for sample in samples if sample.particles_wanted > sample.particles]
     if not far:
         return None
