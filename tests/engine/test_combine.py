@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dera_peft import DeRaError
-from dera_peft.engine.combine import FUNCTIONS, divergence, log_probs
+from dera_peft.engine.combine import FUNCTIONS, divergence, log_probs, mix
 from dera_peft.engine.rules import Rule, read_rule, read_rules, read_schedule
 
 INF = math.inf
@@ -178,3 +178,20 @@ def test_a_rule_that_is_none(rule, said):
 def test_a_schedule_that_is_none(schedule, said):
     with pytest.raises(DeRaError, match=said):
         read_schedule(schedule)
+
+
+def test_amulets_update_is_a_plain_lambda():
+    """Amulet's steps (arXiv 2502.19148), on two rows of log-probabilities, against the λ that its settings alone give."""
+    alpha, strength, eta, steps = 2.0, 2.0, 10.0, 60
+    rows = torch.randn(2, 1, 50, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2
+    reference, aligned = rows.log_softmax(-1)
+    policy, gains, lambdas = aligned, [], [1.0]
+    for step in range(1, steps + 1):
+        gains.append(alpha * (policy - reference))
+        policy = strength * aligned + sum(gains) / step + policy / (eta * step)
+        policy = (policy / (strength + 1 / (eta * step))).log_softmax(-1)
+        share = strength + alpha * sum(lambdas) / step + lambdas[-1] / (eta * step)
+        lambdas.append(share / (strength + 1 / (eta * step)))
+    assert lambdas[-1] == pytest.approx(5.649, abs=1e-3)  # as the guide says
+    mixed = mix(reference, aligned, torch.tensor([lambdas[-1]], dtype=torch.float64))
+    torch.testing.assert_close(mixed.log_softmax(-1), policy)
