@@ -181,7 +181,7 @@ def test_a_schedule_that_is_none(schedule, said):
 
 
 def test_amulets_update_is_a_plain_lambda():
-    """Amulet's steps (arXiv 2502.19148), on two rows of log-probabilities, against the λ that its settings alone give."""
+    """Amulet's steps (arXiv 2502.19148) on rows of log-probabilities, against the λ that its settings alone give."""
     alpha, strength, eta, steps = 2.0, 2.0, 10.0, 60
     rows = torch.randn(2, 1, 50, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2
     reference, aligned = rows.log_softmax(-1)
