@@ -149,7 +149,8 @@ class DeRaModel(MixtureModel):
         farther than 0.1 nats from the exact mixture, a warning says how many are wanted.
 
         Args:
-            input_ids, attention_mask: `[B, S]`, padded on the left, as for `generate`.
+            input_ids: `[B, S]`, padded on the left, as for `generate`.
+            attention_mask: `[B, S]`.
             particles: N, for each prompt. With one it is token-level DeRa, whose log Z_t are added up in `log_z`.
             lam: λ, as for `generate`.
             seed: of all random numbers; those of a prompt depend on its place in the batch, and on no other prompt.
