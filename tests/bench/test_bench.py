@@ -332,10 +332,10 @@ def test_the_captured_engine_on_a_gpu(quantization):
             torch.testing.assert_close(found, logits_of(other, tokens), atol=1e-4, rtol=1e-5)
 
 
+@torch._dynamo.config.patch(recompile_limit=2)  # enough for one batch size, and not for two
 def test_no_step_of_the_static_engine_is_compiled_in_a_measured_round(monkeypatch):
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda forward, mode, **kwargs: compile_(forward, backend="eager", **kwargs))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)  # enough for one batch size, and not for two
     source = BenchedModel(**TINY, layers=1)
     contenders = make_contenders(source.build(), [DERA, DERA_ALIGNED, ON_OFF], "static")
     before = counters["stats"]["unique_graphs"]
