@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import torch
@@ -12,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from dera_peft.checkpoint.adapters import detach_adapter
 from dera_peft.checkpoint.export import export
 from dera_peft.checkpoint.loading import load_adapter, save
+from dera_peft.checkpoint.push import push
 from dera_peft.checkpoint.record import Record
 from dera_peft.checkpoint.source import ModelSource
 from dera_peft.checkpoint.tokenizers import copy_tokenizer
@@ -202,6 +204,33 @@ class DeRaModel(MixtureModel):
                 f"save_pretrained: {next(iter(kwargs))!r} is not supported; it writes one folder, as it is."
             )
         save(self, self.record, save_directory)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+    ) -> str:
+        """
+        Uploads the adapters with their `dera.json` and a card; never the base, whose hub id is written down there.
+        `DeRaModel.from_pretrained(adapter=repo_id)` restores the model. See `checkpoint.push.push` for the arguments.
+
+        Returns:
+            The address of the commit, or of the pull request.
+
+        Raises:
+            DeRaError: the base is a folder, or the hub refuses.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push(
+                folder, repo_id, private=private, token=token, revision=revision, create_pr=create_pr,
+                commit_message=commit_message,
+            )  # fmt: skip
 
     # transformers' own makes an untrained adapter of a config: no branch of a mixture
     @in_turn

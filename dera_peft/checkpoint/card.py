@@ -65,20 +65,21 @@ Its λ is fixed.{command}
 """
 
 
-def write_card(record: Record, folder: str | os.PathLike) -> None:
-    """The card of a folder with a `dera.json`, in place of the one that PEFT writes."""
+def write_card(record: Record, folder: str | os.PathLike, name: str | None = None) -> None:
+    """The card of a folder with a `dera.json`, in place of the one that PEFT writes; `name` is its hub id, if any."""
     folder, training = Path(folder), record.training
+    named = str(folder) if name is None else name
     aligned = [branch for branch in record.branches if branch != REFERENCE]
     beta = training.get("beta")
     text = CARD.format(
         head=_head(record.base, ["lora", "dera", *filter(None, [training.get("method")])]),
-        title=folder.resolve().name,
+        title=folder.resolve().name if name is None else name,
         what=f"{'A LoRA adapter' if len(aligned) == 1 else 'LoRA adapters'} over `{record.base}`"
         + (f", {METHODS[training['method']]}." if training.get("method") in METHODS else "."),
-        facts=_table(_facts(record)),
+        facts=_table(_facts(record, folder)),
         beta=f" With a β of {beta:g}, λ stands for a training with β/λ: λ=0.5 for {beta / 0.5:g}." if beta else "",
-        command=_command(record, str(folder), aligned),
-        python=_python(record, folder, aligned),
+        command=_command(record, named, aligned),
+        python=_python(record, folder, named, aligned),
     )
     write_atomically(folder / FILE_NAME, text)
 
@@ -123,10 +124,12 @@ def _table(facts: Mapping[str, str]) -> str:
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts.items())])
 
 
-def _facts(record: Record) -> dict[str, str]:
-    """What is known of base, reference and training, by its heading."""
+def _facts(record: Record, folder: Path | None = None) -> dict[str, str]:
+    """What is known of base, reference and training, by its heading; with paths from `folder`, of what is in it."""
     training = record.training
-    under = [record.adapters[name] for name in record.branches[REFERENCE]]
+    under = [Path(record.adapters[name]) for name in record.branches[REFERENCE]]
+    if folder is not None:
+        under = [each.relative_to(folder) if each.is_relative_to(folder) else each for each in under]
     rows = training.get("rows")
     facts = {
         "base": f"`{record.base}`" + (f" at `{record.base_revision}`" if record.base_revision else ""),
@@ -169,9 +172,9 @@ def _command_of_sources(record: Record | None) -> str:
     return f" At any other λ use what it was made of:\n\n```bash\n{' '.join(words)}\n```"
 
 
-def _python(record: Record, folder: Path, aligned: Sequence[str]) -> str:
+def _python(record: Record, folder: Path, named: str, aligned: Sequence[str]) -> str:
     quantization = record.training.get("quantization")
-    arguments = f"adapter={str(folder)!r}" + ("" if quantization is None else f", quantization={quantization!r}")
+    arguments = f"adapter={named!r}" + ("" if quantization is None else f", quantization={quantization!r}")
     has_tokenizer = any(folder.glob("tokenizer*.json"))
     lam = "0.5" if len(aligned) == 1 else repr(dict.fromkeys(aligned, round(1 / len(aligned), 2)))
     return f"""from transformers import AutoTokenizer
@@ -179,7 +182,7 @@ def _python(record: Record, folder: Path, aligned: Sequence[str]) -> str:
 from dera_peft import DeRaModel
 
 model = DeRaModel.from_pretrained({arguments})
-tokenizer = AutoTokenizer.from_pretrained({(str(folder) if has_tokenizer else record.base)!r})
+tokenizer = AutoTokenizer.from_pretrained({(named if has_tokenizer else record.base)!r})
 inputs = tokenizer({PROMPT!r}, return_tensors="pt").to(model.device)
 tokens = model.generate(**inputs, lam={lam}, max_new_tokens=64)
 print(tokenizer.decode(tokens[0], skip_special_tokens=True))"""

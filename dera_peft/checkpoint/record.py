@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dera_peft.checkpoint.fingerprint import base_fingerprint, weights_fingerprint
+from dera_peft.checkpoint.hub import folder_with
 from dera_peft.engine.names import LOGITS, REFERENCE, WEIGHTS
 from dera_peft.engine.plan import check_default_lam
 from dera_peft.errors import DeRaError
@@ -50,7 +51,8 @@ class Record:
 
     @staticmethod
     def is_in(folder: str | os.PathLike) -> bool:
-        return os.path.lexists(Path(folder) / FILE_NAME)  # what is there and can't be read is no record that is missing
+        """Whether a folder, or the repository of a hub id, has a record."""
+        return folder_with(os.fspath(folder), FILE_NAME) is not None
 
     @property
     def aligned(self) -> list[str]:
@@ -136,11 +138,13 @@ class Record:
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "Record":
         """
-        Reads `folder/dera.json`; relative folders in it become paths from here.
+        Reads the `dera.json` of a folder or a hub repository; relative folders in it become paths from here, of a hub
+        repository those in the hub's cache.
 
         Raises:
             DeRaError: the file is missing, is not JSON, or has another format, other keys or values that don't fit.
         """
+        folder = folder_with(os.fspath(folder), FILE_NAME) or folder
         file = Path(folder) / FILE_NAME
         try:
             values = json.loads(file.read_text(encoding="utf-8"))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dera_peft.cli import bench, chat, export, generate, info, score, serve, sweep, train
+from dera_peft.cli import bench, chat, export, generate, info, push, score, serve, sweep, train
 from dera_peft.cli.options import command, group
 from dera_peft.cli.program import run_program, split_debug
 from dera_peft.messages import messages_on_stderr
@@ -51,6 +51,7 @@ command(app, generate.GenerateSettings)(generate.generate)
 command(app, score.ScoreSettings)(score.score)
 command(app, info.InfoSettings)(info.info)
 command(app, export.ExportSettings)(export.export)
+command(app, push.PushSettings)(push.push)
 command(app, sweep.SweepSettings)(sweep.sweep)
 command(app, serve.ServeSettings)(serve.serve)
 command(app, chat.ChatSettings)(chat.chat)

@@ -36,6 +36,7 @@ from dera_peft.training.program import (
     DataSettings,
     OutputFolder,
     check_files,
+    check_not_pushed,
     check_processes,
     given_settings,
     hold_folder,
@@ -211,6 +212,7 @@ def check_arguments(settings: DPOSettings, training_args, model_args) -> None:
         raise DeRaError("dataset_name and model_name_or_path must be set, in the config or on the command line.")
     if not model_args.use_peft:
         raise DeRaError("use_peft=False: DeRa needs the aligned model as a LoRA adapter; set use_peft: true.")
+    check_not_pushed(training_args)
     losses = set(training_args.loss_type)
     if unknown := sorted(losses - set(LOSSES)):
         raise DeRaError(f"loss_type={unknown[0]!r} is not one of TRL's; {nearest(unknown[0], LOSSES)}")

@@ -56,6 +56,16 @@ def log(message: str, level: int = logging.INFO) -> None:
         logger.log(level, message, stacklevel=2)
 
 
+def check_not_pushed(training_args) -> None:
+    """Raises `DeRaError` where TRL would upload an adapter, which it would do without the dera.json."""
+    if training_args.push_to_hub:
+        target = training_args.hub_model_id or "ORG/NAME"
+        raise DeRaError(
+            "push_to_hub=True: an adapter goes to the hub with its dera.json, once it is trained: leave push_to_hub "
+            f"out, and then run dera push --adapter {training_args.output_dir} --to {target}."
+        )
+
+
 def check_processes(expected: int | None) -> int:
     """
     The number of processes of this run.

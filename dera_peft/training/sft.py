@@ -30,6 +30,7 @@ from dera_peft.training.program import (
     DataSettings,
     OutputFolder,
     check_files,
+    check_not_pushed,
     check_processes,
     hold_folder,
     log,
@@ -86,7 +87,7 @@ def fine_tune(arguments: Sequence[str] | None, held: ExitStack) -> None:
 
     parser = Parser("dera sft", __doc__, SFTSettings, SFTConfig, ModelConfig)
     settings, training_args, model_args = parser.read(arguments)
-    check_arguments(settings, model_args)
+    check_arguments(settings, training_args, model_args)
     held.enter_context(hold_folder(training_args.output_dir))
     processes = check_processes(settings.num_processes)
     rows, held_out = read_splits(settings)
@@ -183,7 +184,7 @@ def fine_tune(arguments: Sequence[str] | None, held: ExitStack) -> None:
     output.complete()
 
 
-def check_arguments(settings: SFTSettings, model_args) -> None:
+def check_arguments(settings: SFTSettings, training_args, model_args) -> None:
     """
     Raises:
         DeRaError: something is missing, or would have no effect.
@@ -198,6 +199,8 @@ def check_arguments(settings: SFTSettings, model_args) -> None:
                 )
         if settings.merge_adapter:
             raise DeRaError("merge_adapter=True: there is no adapter; set use_peft: true, or leave it out.")
+    else:
+        check_not_pushed(training_args)
 
 
 def check_quantized(settings: SFTSettings, model_args, base: "SFTModel") -> None:
