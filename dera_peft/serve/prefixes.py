@@ -2,18 +2,19 @@
 
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
+from weakref import WeakValueDictionary
 
-from transformers.cache_utils import DynamicCache
+import torch
 
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.plan import BatchPlan, WeightPlan
 from dera_peft.serve.group import Group
-from dera_peft.serve.state import State
-from dera_peft.serve.states import Part, gather
-
-LEAST = 8  # tokens worth looking for
+from dera_peft.serve.state import LEAST, State
+from dera_peft.serve.states import Part, RoomyLayer, new_cache
 
 
 def common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
@@ -34,31 +35,64 @@ def covers(filled: BatchPlan, sequence: int, plan: BatchPlan) -> bool:
 
 @dataclass(frozen=True)
 class Found:
-    """A beginning that is known: the cache of one sequence, where it begins in it, and how many tokens of it fit."""
+    """
+    A beginning that is known.
+
+    Attributes:
+        tokens: how many.
+        part: gives the first of them, as many as it is asked for.
+    """
+
+    tokens: int
+    part: Callable[[int], Part]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """
+    A finished request.
+
+    Attributes:
+        plan: of one sequence in the same rows; entries share it.
+        places: `[R, tokens]` int64, where keys and values of each of its rows are.
+    """
 
     plan: BatchPlan
-    cache: DynamicCache
-    sequence: int
-    start: int
-    tokens: int
-
-    def part(self, tokens: int) -> Part:
-        """Its first tokens."""
-        return Part(self.plan, self.cache, [self.sequence], self.start, self.start + tokens)
+    places: torch.Tensor
 
 
 class Prefixes:
     """
     Keys and values of finished requests, those used last.
 
+    They are in one buffer for each layer, with a place for each token and row. Tensors of their own would leave the
+    allocator with more and more holes between them, as requests come and go.
+
     Args:
+        kinds: of the layers of the model's cache.
         most: tokens of all rows that are held at most.
+
+    Attributes:
+        held: tokens of all rows that are held.
     """
 
-    def __init__(self, model: MixtureModel, most: int):
-        self.model, self.most = model, most
+    def __init__(self, model: MixtureModel, kinds: Sequence[type], most: int):
+        self.model, self.kinds, self.most = model, kinds, most
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all, and gives back the memory."""
         self.held = 0
-        self._entries: OrderedDict[tuple[int, ...], Found] = OrderedDict()  # the one used last at the end
+        self._entries: OrderedDict[tuple[int, ...], Entry] = OrderedDict()  # the one used last at the end
+        self._starting: dict[tuple[int, ...], list[tuple[int, ...]]] = {}  # the entries by their first tokens
+        self._plans: WeakValueDictionary[tuple, BatchPlan] = WeakValueDictionary()  # those of the entries, by pattern
+        self._places = torch.arange(self.most)  # those that are free from `held` on
+        self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by layer, `[most, heads, D]`
+
+    def halve(self) -> None:
+        """Forgets all, and holds half as much from here on."""
+        self.most //= 2
+        self.clear()
 
     def find(self, state: State, groups: Sequence[Group]) -> Found | None:
         """
@@ -67,20 +101,22 @@ class Prefixes:
         """
         if state.kind.is_whole or state.length <= LEAST:
             return None
-        ids = state.ids[:-1]
-        best, key = None, None
-        for tokens, entry in self._entries.items():
-            if covers(entry.plan, 0, state.plan) and (n := common(ids, tokens)) > (best.tokens if best else 0):
-                best, key = Found(entry.plan, entry.cache, 0, 0, n), tokens
+        ids, start = state.ids[:-1], state.start
+        best, part, key = 0, None, None
+        for tokens in self._starting.get(start, ()):
+            entry = self._entries[tokens]
+            is_longer = ids[: best + 1] == tokens[: best + 1]
+            if is_longer and covers(entry.plan, 0, state.plan) and (n := common(ids, tokens)) > best:
+                best, part, key = n, partial(self._part, entry), tokens
         for group in groups:
             for index, other in enumerate(group.states):
-                if covers(group.plan, index, state.plan):
+                if other.start == start and covers(group.plan, index, state.plan):
                     own = other.length - 1
-                    if (n := common(ids, other.ids[:own])) > (best.tokens if best else 0):
-                        best, key = Found(group.plan, group.cache, index, group.length - own, n), None
+                    if (n := common(ids, other.ids[:own])) > best:
+                        best, part, key = n, partial(_running_part, group, index, group.length - own), None
         if key is not None:
             self._entries.move_to_end(key)
-        return best
+        return None if part is None else Found(best, part)
 
     def store(self, group: Group, index: int) -> None:
         """Keeps a sequence of a group, in the rows that it has there."""
@@ -90,8 +126,8 @@ class Prefixes:
         size = tokens * state.plan.num_rows
         if state.kind.is_whole or tokens < LEAST or size > self.most:
             return
-        for known, entry in list(self._entries.items()):
-            n = common(ids, known)
+        for known in list(self._starting.get(state.start, ())):
+            entry, n = self._entries[known], common(ids, known)
             if n == len(ids) and covers(entry.plan, 0, state.plan):
                 self._entries.move_to_end(known)
                 return  # a longer one is there
@@ -101,15 +137,50 @@ class Prefixes:
             self._drop(ids)
         while self.held + size > self.most:
             self._drop(next(iter(self._entries)))
-        part = Part(group.plan, group.cache, [index], group.length - tokens, group.length)
-        cache = gather(self.model, state.plan, [part], tokens, room=0)
-        self._entries[ids] = Found(state.plan, cache, 0, 0, tokens)
+        places = self._places[self.held : self.held + size].clone().view(-1, tokens)
         self.held += size
-
-    def clear(self) -> None:
-        self._entries.clear()
-        self.held = 0
+        self._entries[ids] = Entry(self._plans.setdefault(state.plan.pattern, state.plan), places)
+        self._starting.setdefault(state.start, []).append(ids)
+        self._write(group, index, places)
 
     def _drop(self, key: tuple[int, ...]) -> None:
-        entry = self._entries.pop(key)
-        self.held -= entry.tokens * entry.plan.num_rows
+        places = self._entries.pop(key).places.flatten()
+        self.held -= len(places)
+        self._places[self.held : self.held + len(places)] = places
+        alike = self._starting[key[:LEAST]]
+        alike.remove(key)
+        if not alike:
+            del self._starting[key[:LEAST]]
+
+    def _write(self, group: Group, index: int, places: torch.Tensor) -> None:
+        above = group.states[index].plan.rows_among(group.plan.row_of[:, [index]])
+        below = torch.tensor([index])
+        for number, layer in enumerate(group.cache.layers):
+            if not isinstance(layer, RoomyLayer) or not layer.is_initialized:
+                continue  # it reads another layer's
+            rows, to = (above, places) if number >= self.model.fork_layer else (below, places[:1])
+            for buffer, states in zip(self._buffer(number, layer), layer.states, strict=True):
+                own = states[:, :, -places.shape[1] :].index_select(0, rows.to(states.device))  # [R, heads, tokens, D]
+                buffer[to.flatten().to(states.device)] = own.transpose(1, 2).flatten(0, 1)
+
+    def _buffer(self, number: int, layer: RoomyLayer) -> tuple[torch.Tensor, torch.Tensor]:
+        if number not in self._buffers:
+            keys, values = (states.new_empty(self.most, states.shape[1], states.shape[3]) for states in layer.states)
+            self._buffers[number] = keys, values
+        return self._buffers[number]
+
+    def _part(self, entry: Entry, tokens: int) -> Part:
+        cache = new_cache(self.kinds)
+        for number, buffers in self._buffers.items():
+            places = entry.places[: None if number >= self.model.fork_layer else 1, :tokens]
+            layer = cast("RoomyLayer", cache.layers[number])
+            keys, values = (
+                buffer[places.to(buffer.device)].transpose(1, 2)
+                for buffer in buffers  # [R, heads, tokens, D]
+            )
+            layer.fill(keys, values, tokens)
+        return Part(entry.plan, cache, [0], 0, tokens)
+
+
+def _running_part(group: Group, index: int, start: int, tokens: int) -> Part:
+    return Part(group.plan, group.cache, [index], start, start + tokens)

@@ -55,7 +55,7 @@ class Scheduler:
         self.model, self.filler = model, filler
         self.max_rows, self.max_tokens, self.prefill_chunk = max_rows, max_tokens, prefill_chunk
         self.kinds = layer_kinds(model)
-        self.prefixes = Prefixes(model, prefix_tokens)
+        self.prefixes = Prefixes(model, self.kinds, prefix_tokens)
         self.waiting: deque[State] = deque()
         self.filling: deque[Filling] = deque()
         self.running: list[Group] = []
@@ -219,7 +219,7 @@ class Scheduler:
 
     def _shares(self, state: State, other: State) -> bool:
         """Whether a good part of a request's prompt is being computed for another one."""
-        if state.kind.is_whole or not covers(other.plan, 0, state.plan):
+        if state.start != other.start or state.kind.is_whole or not covers(other.plan, 0, state.plan):
             return False
         n = common(state.ids[:-1], other.ids)
         return n > 0 and 2 * n >= state.length
@@ -315,7 +315,7 @@ class Scheduler:
         if not attempt.failed:
             return
         held = self.held
-        self.prefixes.clear()
+        self.prefixes.halve()
         self.model.release_captures()
         states = self.active
         self._forget(*self.groups)

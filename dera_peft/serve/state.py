@@ -15,6 +15,8 @@ from dera_peft.serve.handle import Handle
 from dera_peft.serve.requests import Event, FinishReason
 from dera_peft.serve.text import TextStream
 
+LEAST = 8  # tokens that must be alike for sequences to be computed from a common beginning
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -80,6 +82,11 @@ class State:
     def ids(self) -> tuple[int, ...]:
         """Prompt and completion."""
         return (*self.request.prompt, *self.tokens)
+
+    @property
+    def start(self) -> tuple[int, ...]:
+        """The first tokens, by which sequences that begin alike are found."""
+        return (*self.request.prompt[:LEAST], *self.tokens[:LEAST])[:LEAST]
 
     @property
     def length(self) -> int:

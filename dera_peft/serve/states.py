@@ -49,7 +49,12 @@ class RoomyLayer(DynamicLayer):
         for room, states in zip(self._room, (key_states, value_states), strict=True):
             room[:, :, start:stop] = states
         self._show(stop)
-        assert self.keys is not None  # _show sets both
+        return self.states
+
+    @property
+    def states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, once there are any."""
+        assert self.keys is not None
         assert self.values is not None
         return self.keys, self.values
 
