@@ -100,18 +100,20 @@ class Answer:
         if not isinstance(self.body, CompletionBody) or not self.body.echo or top is None:
             return
         for place, prompt in enumerate(self.prepared.prompts):
+            choices = self.choices[place * self.body.n : (place + 1) * self.body.n]
             scored = await run_in_threadpool(
-                prompt_logprobs, self.service.model, self.service.tokenizer, prompt.ids, self.prepared.lam, top
-            )
-            for choice in self.choices[place * self.body.n : (place + 1) * self.body.n]:
+                prompt_logprobs, self.service.model, self.service.tokenizer, prompt.ids, choices[0].echo,
+                self.prepared.lam, top,
+            )  # fmt: skip
+            for choice in choices:
                 choice.echo_logprobs = scored
 
     async def _submit(self) -> None:
         """All of its completions, or none."""
+        if not self.prepared.requests:  # an echo alone
+            return
         try:
-            for request in self.prepared.requests:
-                self.handles.append(await run_in_threadpool(self.service.engine.submit, request))
-                self.service.began(self.prepared.lam)
+            self.handles = await run_in_threadpool(self.service.engine.submit_all, self.prepared.requests)
         except QueueFull as error:
             seconds = self.service.metrics.retry_after()
             raise APIError(
@@ -122,6 +124,8 @@ class Answer:
             raise APIError("the server is ending", 503, kind=SERVER, headers={"Retry-After": "10"}) from None
         except DeRaError as error:
             raise from_user_error(error, type(self.body).model_fields) from None
+        for _ in self.handles:
+            self.service.began(self.prepared.lam)
 
     # -- whole ---------------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from dera_peft.serve.answering import Answer
 from dera_peft.serve.bodies import ChatBody, CompletionBody, TokensBody
 from dera_peft.serve.errors import APIError, answer_errors, from_user_error
 from dera_peft.serve.guard import Guard
+from dera_peft.serve.lengths import check_text
 from dera_peft.serve.scoring import scored_tokens
 from dera_peft.serve.service import Service
 from dera_peft.serve.settings import ServeSettings
@@ -141,6 +142,7 @@ def _tokens(service: Service, body: TokensBody) -> dict[str, Any]:
         prompt = preparer.encode_chat(body.messages, body.tools, body.chat_template_kwargs).ids
     completion = body.completion
     if isinstance(completion, str):
+        check_text(service.tokenizer, completion, preparer.context, "completion")
         completion = list(service.tokenizer(completion, add_special_tokens=False)["input_ids"])
     if completion and min(completion) < 0:
         raise APIError(f"completion: {min(completion)} is not the id of a token", param="completion")
