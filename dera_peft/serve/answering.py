@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from dera_peft.errors import DeRaError
 from dera_peft.serve.bodies import ChatBody, CompletionBody
 from dera_peft.serve.engine import EngineClosed, QueueFull
-from dera_peft.serve.errors import SERVER, APIError, from_user_error
+from dera_peft.serve.errors import APIError, from_user_error, server_ends
 from dera_peft.serve.forms import ChatForm, Choice, CompletionForm, Form, LogprobReader, TokenLogprob
 from dera_peft.serve.handle import Handle
 from dera_peft.serve.preparing import Prepared
@@ -121,7 +121,7 @@ class Answer:
                 headers={"Retry-After": str(seconds)},
             ) from None  # fmt: skip
         except EngineClosed:
-            raise APIError("the server is ending", 503, kind=SERVER, headers={"Retry-After": "10"}) from None
+            raise server_ends() from None
         except DeRaError as error:
             raise from_user_error(error, type(self.body).model_fields) from None
         for _ in self.handles:
@@ -162,7 +162,7 @@ class Answer:
         if event.finish_reason == "error":
             raise APIError(event.error or "the completion has failed", code="generation_failed")
         if event.finish_reason == "cancelled":
-            raise APIError("the server is ending", 503, kind=SERVER)
+            raise server_ends()
         choice.text += event.text
         choice.finish_reason = event.finish_reason
         if event.token is not None:

@@ -54,6 +54,10 @@ class APIError(Exception):
         return JSONResponse(self.body(), self.status, dict(self.headers or {}))
 
 
+def server_ends() -> APIError:
+    return APIError("the server is ending", 503, code="server_ends", kind=SERVER, headers={"Retry-After": "10"})
+
+
 def from_user_error(error: DeRaError, fields: Mapping[str, Any]) -> APIError:
     """
     A setting's message (`temperature=-1 must be …`) as an answer.
