@@ -8,8 +8,8 @@ from dera_peft.checkpoint.source import ModelSource
 from dera_peft.decoding.lambdas import is_lambda, read_lambda
 from dera_peft.decoding.sampling import Sampling
 from dera_peft.errors import DeRaError
-from dera_peft.serve.settings import EngineSettings
-from dera_peft.settings import Check, part, setting
+from dera_peft.serve.settings import EngineSettings, ServeSettings
+from dera_peft.settings import Check, part, setting, setting_like
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,9 @@ class ChatSettings(Sampling, EngineSettings):
         check=Check(lambda lam: all(map(is_lambda, lam.values() if isinstance(lam, Mapping) else [lam])), "finite"),
         metavar="λ",
         panel="Prompts",
+    )
+    lambda_range: tuple[float, ...] = setting_like(
+        ServeSettings, "lambda_range", help="The λ that can be dialled.", panel="Prompts"
     )
     system: str | None = setting(None, "The chat's system message.", metavar="TEXT", panel="Prompts")
     plain: bool = setting(
@@ -60,7 +63,10 @@ def chat(settings: ChatSettings) -> None:
         raise DeRaError("--lambda: this model has no adapter, so λ would change nothing: leave it away.")
     is_chat = bool(tokenizer.chat_template) and not settings.plain
     with Engine(model, tokenizer, **settings.engine_arguments()) as engine:
-        terminal = Terminal(engine, tokenizer, part(settings, Sampling), lam, is_chat, settings.system, sys.stdout)
+        terminal = Terminal(
+            engine, tokenizer, part(settings, Sampling), lam, is_chat, settings.system, sys.stdout,
+            settings.lambda_range,
+        )  # fmt: skip
         if sys.stdin.isatty():
             kind = "a chat" if is_chat else "texts are continued"
             print(f"{shown(lam)}, {kind}; /help shows the commands", file=sys.stderr)
@@ -77,8 +83,6 @@ def _lines() -> Iterator[str]:
     while True:
         try:
             yield input("> ")
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             print()
             return
-        except KeyboardInterrupt:  # of the line that is typed; an answer has its own
-            print()

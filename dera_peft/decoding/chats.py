@@ -212,9 +212,20 @@ def encode_chat(
     Raises:
         ChatError: the template refuses the chat.
     """
-    continued = is_continued(chat)
-    rendered = render(
-        tokenizer, chat, template_arguments(columns or {}),
-        add_generation_prompt=not continued, continue_final_message=continued, return_dict=True,
-    )  # fmt: skip
+    rendered = _render_prompt(tokenizer, chat, columns, return_dict=True)
     return list(cast("dict[str, list[int]]", rendered)["input_ids"])
+
+
+def chat_text(tokenizer: "PreTrainedTokenizerBase", chat: Chat, columns: Mapping[str, Any] | None = None) -> str:
+    """The text whose token ids `encode_chat` gives."""
+    return _render_prompt(tokenizer, chat, columns, tokenize=False)
+
+
+def _render_prompt(
+    tokenizer: "PreTrainedTokenizerBase", chat: Chat, columns: Mapping[str, Any] | None, **how: Any
+) -> Any:
+    continued = is_continued(chat)
+    return render(
+        tokenizer, chat, template_arguments(columns or {}),
+        add_generation_prompt=not continued, continue_final_message=continued, **how,
+    )  # fmt: skip

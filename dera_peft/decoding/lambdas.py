@@ -5,7 +5,7 @@ from itertools import product
 from numbers import Real
 from typing import Any, cast
 
-from dera_peft.engine.rules import MAX_LAMBDA
+from dera_peft.engine.rules import MAX_LAMBDA, read_number
 from dera_peft.errors import DeRaError
 from dera_peft.settings import Check, nearest, plain, setting
 
@@ -164,7 +164,7 @@ def _read_point(text: str) -> NamedLambda:
 
 def _read_number(part: str, text: str) -> float:
     try:
-        value = float(part)
+        value = read_number(part.strip())
     except ValueError:
         of = f"{text!r}: " if part.strip() != text.strip() else ""
         raise DeRaError(f"--lambda: {of}{part.strip()!r} is not a number; {FORMS}.") from None

@@ -5,6 +5,7 @@ What they compute is in `combine.py`. Nothing here imports torch.
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -14,7 +15,16 @@ from dera_peft.errors import DeRaError
 
 MAX_LAMBDA = (2 - 2**-23) * 2.0**127  # the largest float32: logits are mixed in fp32
 
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|infinity)", re.ASCII | re.IGNORECASE)
+
 Schedule = tuple[tuple[int, float], ...]  # (position of a new token, λ from there on), the first at 0; () for none
+
+
+def read_number(text: str) -> float:
+    """A number as it is commonly written; Python's `float` takes others too, as 1_0. Raises `ValueError`."""
+    if not NUMBER.fullmatch(text):
+        raise ValueError(f"{text!r} is not a number")
+    return float(text)
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,7 @@ def read_rule(value: Any) -> Rule:
             raise DeRaError(f"combine={value!r}: {name} takes no number; write {name!r}.")
         return Rule(name)
     try:
-        number = float(text)
+        number = read_number(text.strip())
     except ValueError:
         number = math.nan
     if not parameter.holds(number):
@@ -109,7 +119,7 @@ def read_schedule(value: Any) -> Schedule:
     form = f"lambda_schedule={value!r} must give λ by position, as 0:2.0,20:1.0 or {{0: 2.0, 20: 1.0}}"
     try:
         if isinstance(value, str):
-            pairs = [(int(position), float(lam)) for position, lam in (part.split(":") for part in value.split(","))]
+            pairs = [_read_pair(part) for part in value.split(",")]
         else:
             pairs = [tuple(pair) for pair in (value.items() if isinstance(value, Mapping) else value)]
     except (TypeError, ValueError):
@@ -129,6 +139,13 @@ def read_schedule(value: Any) -> Schedule:
     if positions[:1] != [0]:
         raise DeRaError(f"{form}: it must start at position 0, the first new token.")
     return tuple(schedule)
+
+
+def _read_pair(text: str) -> tuple[int, float]:
+    position, lam = (part.strip() for part in text.split(":"))
+    if not (position.isascii() and position.isdecimal()):
+        raise ValueError(f"{position!r} is not a position")
+    return int(position), read_number(lam)
 
 
 @dataclass(frozen=True)

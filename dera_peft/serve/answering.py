@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from dera_peft.errors import DeRaError
 from dera_peft.serve.bodies import ChatBody, CompletionBody
 from dera_peft.serve.engine import EngineClosed, QueueFull
-from dera_peft.serve.errors import SERVER, APIError, from_user_error
+from dera_peft.serve.errors import APIError, from_user_error, server_ends
 from dera_peft.serve.forms import ChatForm, Choice, CompletionForm, Form, LogprobReader, TokenLogprob
 from dera_peft.serve.handle import Handle
 from dera_peft.serve.preparing import Prepared
@@ -100,18 +100,20 @@ class Answer:
         if not isinstance(self.body, CompletionBody) or not self.body.echo or top is None:
             return
         for place, prompt in enumerate(self.prepared.prompts):
+            choices = self.choices[place * self.body.n : (place + 1) * self.body.n]
             scored = await run_in_threadpool(
-                prompt_logprobs, self.service.model, self.service.tokenizer, prompt.ids, self.prepared.lam, top
-            )
-            for choice in self.choices[place * self.body.n : (place + 1) * self.body.n]:
+                prompt_logprobs, self.service.model, self.service.tokenizer, prompt.ids, choices[0].echo,
+                self.prepared.lam, top,
+            )  # fmt: skip
+            for choice in choices:
                 choice.echo_logprobs = scored
 
     async def _submit(self) -> None:
         """All of its completions, or none."""
+        if not self.prepared.requests:  # an echo alone
+            return
         try:
-            for request in self.prepared.requests:
-                self.handles.append(await run_in_threadpool(self.service.engine.submit, request))
-                self.service.began(self.prepared.lam)
+            self.handles = await run_in_threadpool(self.service.engine.submit_all, self.prepared.requests)
         except QueueFull as error:
             seconds = self.service.metrics.retry_after()
             raise APIError(
@@ -119,9 +121,11 @@ class Answer:
                 headers={"Retry-After": str(seconds)},
             ) from None  # fmt: skip
         except EngineClosed:
-            raise APIError("the server is ending", 503, kind=SERVER, headers={"Retry-After": "10"}) from None
+            raise server_ends() from None
         except DeRaError as error:
             raise from_user_error(error, type(self.body).model_fields) from None
+        for _ in self.handles:
+            self.service.began(self.prepared.lam)
 
     # -- whole ---------------------------------------------------------------------------------------------------------
 
@@ -158,7 +162,7 @@ class Answer:
         if event.finish_reason == "error":
             raise APIError(event.error or "the completion has failed", code="generation_failed")
         if event.finish_reason == "cancelled":
-            raise APIError("the server is ending", 503, kind=SERVER)
+            raise server_ends()
         choice.text += event.text
         choice.finish_reason = event.finish_reason
         if event.token is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
@@ -21,6 +21,7 @@ from dera_peft.serve.answering import Answer
 from dera_peft.serve.bodies import ChatBody, CompletionBody, TokensBody
 from dera_peft.serve.errors import APIError, answer_errors, from_user_error
 from dera_peft.serve.guard import Guard
+from dera_peft.serve.lengths import check_text
 from dera_peft.serve.scoring import scored_tokens
 from dera_peft.serve.service import Service
 from dera_peft.serve.settings import ServeSettings
@@ -84,12 +85,12 @@ def _add_api(app: FastAPI, service: Service) -> None:
         service.names.read(name)
         return model(name)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", dependencies=[Depends(service.check_open)])
     async def completions(body: CompletionBody, request: Request) -> Response:
         prepared = await run_in_threadpool(service.preparer.completions, body)
         return await Answer(service, body, prepared, request).make()
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", dependencies=[Depends(service.check_open)])
     async def chat(body: ChatBody, request: Request) -> Response:
         prepared = await run_in_threadpool(service.preparer.chat, body)
         return await Answer(service, body, prepared, request).make()
@@ -103,9 +104,10 @@ def _add_own(app: FastAPI, service: Service) -> None:
     async def page() -> Response:
         return HTMLResponse(text, headers={"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"})
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
-        return JSONResponse({"status": "ok"})
+        """No more requests are sent to a server that drains."""
+        return JSONResponse({"status": "draining"}, 503) if service.draining else JSONResponse({"status": "ok"})
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -141,6 +143,7 @@ def _tokens(service: Service, body: TokensBody) -> dict[str, Any]:
         prompt = preparer.encode_chat(body.messages, body.tools, body.chat_template_kwargs).ids
     completion = body.completion
     if isinstance(completion, str):
+        check_text(service.tokenizer, completion, preparer.context, "completion")
         completion = list(service.tokenizer(completion, add_special_tokens=False)["input_ids"])
     if completion and min(completion) < 0:
         raise APIError(f"completion: {min(completion)} is not the id of a token", param="completion")

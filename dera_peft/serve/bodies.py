@@ -1,9 +1,9 @@
 """What clients send: OpenAI's requests, with λ."""
 
-import json
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from dera_peft.engine.rules import LINEAR
 
@@ -22,6 +22,40 @@ NOTHING: dict[str, tuple] = {
 }
 MASK = (1 << 64) - 1  # a seed of OpenAI's may be negative
 MAX_LOGPROBS = 20
+MAX_PROMPTS, MAX_STOPS, MAX_BIAS = 2048, 64, 100
+
+# the first thing that is wrong in a list is told, and the rest not looked at: of millions it would take minutes
+Ids = Annotated[list[int], Field(fail_fast=True)]
+StopIds = Annotated[list[int], Field(fail_fast=True, max_length=MAX_STOPS)]
+Stops = Annotated[list[str], Field(fail_fast=True, max_length=MAX_STOPS)]
+Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+ManyIds = Annotated[list[Ids], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+
+
+def check_bias(bias: dict[str, Any]) -> dict[str, float]:
+    """Raises `ValueError` where one is none."""
+    for token, value in bias.items():
+        if not (token.isascii() and token.isdecimal()) or len(token) > 18 or token != str(int(token)):
+            raise ValueError(f"{token[:20]!r} is not the id of a token")
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not abs(value) <= MAX_BIAS:
+            raise ValueError(f"of token {token} must be a number from -{MAX_BIAS} to {MAX_BIAS}")
+    return bias
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """All texts of what JSON can say, those of names too."""
+    left = [value]
+    while left:
+        part = left.pop()
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, dict):
+            left += part.keys()
+            left += part.values()
+        elif isinstance(part, list) and not {*map(type, part)} <= {int}:  # of token ids there are millions
+            left += part
 
 
 class Body(BaseModel):
@@ -35,14 +69,18 @@ class Body(BaseModel):
         if not isinstance(values, dict):
             return values
         try:
-            json.dumps(values, ensure_ascii=False).encode("utf-8")
+            for text in texts_in(values):
+                text.encode("utf-8")
         except UnicodeEncodeError:
             raise ValueError("a text is not valid UTF-8: it has half of a character") from None
-        return {
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        said = {
             name: value
             for name, value in values.items()
             if value is not None and name not in HARMLESS and value not in NOTHING.get(name, ())
         }
+        unknown = [name for name in said if name not in known][:1]  # one is enough to be told of
+        return {name: value for name, value in said.items() if name in known or name in unknown}
 
 
 class StreamOptions(Body):
@@ -63,7 +101,7 @@ class GenerationBody(Body):
     model: str | None = None
     lam: Any = Field(None, alias="lambda")
     combine: str = LINEAR
-    lambda_schedule: str | dict[str, float] = {}
+    lambda_schedule: str | dict[str, Any] = {}
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = Field(0, ge=-1)  # vLLM's -1 is off
@@ -71,11 +109,11 @@ class GenerationBody(Body):
     repetition_penalty: float = 1.0
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = {}
+    logit_bias: Annotated[dict[str, Any], AfterValidator(check_bias)] = {}
     seed: int | None = None
     n: int = Field(1, ge=1, le=128)
-    stop: str | list[str] = []
-    stop_token_ids: list[int] = []
+    stop: str | Stops = []
+    stop_token_ids: StopIds = []
     ignore_eos: bool = False
     max_tokens: int | None = Field(None, ge=0)
     stream: bool = False
@@ -89,8 +127,6 @@ class GenerationBody(Body):
             raise ValueError("stream_options: they are for stream=true")
         if not all(self.stops):
             raise ValueError("stop: an empty text would end every completion")
-        if wrong := [token for token in self.logit_bias if not token.isdecimal() or len(token) > 18]:
-            raise ValueError(f"logit_bias: {wrong[0][:20]!r} is not the id of a token")
         return self
 
     @property
@@ -111,7 +147,7 @@ class GenerationBody(Body):
 class CompletionBody(GenerationBody):
     """`POST /v1/completions`."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | Ids | Texts | ManyIds
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
@@ -140,12 +176,12 @@ class CompletionBody(GenerationBody):
 class ChatBody(GenerationBody):
     """`POST /v1/chat/completions`."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: Annotated[Objects, Field(min_length=1)]
     max_completion_tokens: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
-    tools: list[dict[str, Any]] = []
+    tools: Objects = []
     tool_choice: Literal["none", "auto"] = "auto"
     chat_template_kwargs: dict[str, Any] = {}
 
@@ -177,11 +213,11 @@ class TokensBody(Body):
 
     model: str | None = None
     lam: Any = Field(None, alias="lambda")
-    prompt: str | list[int] | None = None
-    messages: list[dict[str, Any]] = []
-    tools: list[dict[str, Any]] = []
+    prompt: str | Ids | None = None
+    messages: Objects = []
+    tools: Objects = []
     chat_template_kwargs: dict[str, Any] = {}
-    completion: str | list[int] = Field(min_length=1)
+    completion: Annotated[str | Ids, Field(min_length=1)]
     top: int = Field(3, ge=1, le=MAX_LOGPROBS)
 
     @model_validator(mode="after")

@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -120,34 +120,48 @@ class Engine:
         self._rope_switch = find_rope_switch(model.config)
         self._is_recurrent = is_recurrent(self._scheduler.kinds)
         self._incoming: deque[State] = deque()
+        self._unfinished: list[State] = []  # some may have ended since the last submission
         self._changed = threading.Condition()
         self._closing = self._cancelling = False
         self._thread: threading.Thread | None = None
         self._statistics = Statistics()
 
     def submit(self, request: GenerationRequest) -> Handle:
+        """As `submit_all`, of one."""
+        return self.submit_all([request])[0]
+
+    def submit_all(self, requests: Sequence[GenerationRequest]) -> list[Handle]:
         """
-        Puts it into the queue.
+        Puts all of them into the queue, or none.
 
         Raises:
-            DeRaError: it can never be decoded: an empty or too long prompt, a token without a row, a λ that does not
+            DeRaError: one can never be decoded: an empty or too long prompt, a token without a row, a λ that does not
                 fit the model, a setting that is out of range.
-            QueueFull: `max_queue` requests wait.
+            QueueFull: more than `max_queue` requests would wait.
             EngineClosed: `close` was called.
         """
-        check_request(request, self.model, self.context)
-        plan = self.model.plan(request.lam, 1, combine=request.combine, lambda_schedule=request.schedule or None)
-        ends = () if request.ignore_eos else configured_end_tokens(self.model.generation_config)
-        handle = Handle(request)
-        state = State(handle, plan, self._kind(request), frozenset(ends), self.tokenizer)
+        states = [self._state(request) for request in requests]
         with self._changed:
             if self._closing:
                 raise EngineClosed("the engine was closed, and takes no more requests.")
-            if self.max_queue is not None and self.waiting >= self.max_queue:
-                raise QueueFull(f"{self.waiting} requests wait, as many as may (max_queue): try again later.")
-            self._incoming.append(state)
+            self._unfinished = [each for each in self._unfinished if not (each.done or each.handle.cancelled)]
+            if self.max_queue is not None and self._waiting_beside(states) > self.max_queue:
+                raise QueueFull(f"as many requests wait as may, {self.max_queue} (max_queue): try again later.")
+            self._unfinished += states
+            self._incoming += states
             self._changed.notify_all()
-        return handle
+        return [state.handle for state in states]
+
+    def _state(self, request: GenerationRequest) -> State:
+        check_request(request, self.model, self.context)
+        plan = self.model.plan(request.lam, 1, combine=request.combine, lambda_schedule=request.schedule or None)
+        ends = () if request.ignore_eos else configured_end_tokens(self.model.generation_config)
+        return State(Handle(request), plan, self._kind(request), frozenset(ends), self.tokenizer)
+
+    def _waiting_beside(self, new: Sequence[State]) -> int:
+        """How many of the unfinished requests and new ones have to wait, as there is no room to compute them."""
+        states = [*self._unfinished, *new]
+        return len(states) - self._scheduler.num_fitting(states)
 
     def _kind(self, request: GenerationRequest) -> Kind:
         length = len(request.prompt)

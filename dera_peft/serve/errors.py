@@ -54,6 +54,10 @@ class APIError(Exception):
         return JSONResponse(self.body(), self.status, dict(self.headers or {}))
 
 
+def server_ends() -> APIError:
+    return APIError("the server is ending", 503, code="server_ends", kind=SERVER, headers={"Retry-After": "10"})
+
+
 def from_user_error(error: DeRaError, fields: Mapping[str, Any]) -> APIError:
     """
     A setting's message (`temperature=-1 must be …`) as an answer.
@@ -91,7 +95,11 @@ def answer_errors(app: FastAPI) -> None:
 
 
 def _of_validation(error: RequestValidationError) -> APIError:
-    first = error.errors()[0]
+    errors = error.errors()
+    first = errors[0]
+    if len(first["loc"]) > 1:  # of a field's alternatives the one that came furthest says most
+        of_field = [each for each in errors if each["loc"][:2] == first["loc"][:2]]
+        first = max(of_field, key=lambda each: (each["type"] == "too_long", len(each["loc"])))
     if first["type"] == "json_invalid":
         return APIError(f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     place = [str(part) for part in first["loc"] if part != "body"]

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +11,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from dera_peft.decoding.token_views import REPLACEMENT, text_after
 from dera_peft.serve.requests import Event
+from dera_peft.serve.text import TextStream
 
 BYTES = "bytes:"  # before a token that is a part of a character
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # such a token of sentencepiece
@@ -22,11 +24,15 @@ class TokenLogprob:
     """
     A token's text behind the one before it, its log-probability, and those of the most probable ones; of the first
     token of a prompt there is no log-probability.
+
+    Attributes:
+        length: whole characters that it adds to the choice's text: none for a part of a character but the last.
     """
 
     text: str
     logprob: float | None
     top: Sequence[tuple[str, float]] = ()
+    length: int = 0
 
 
 def token_text(before: int | None, token: int, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -47,12 +53,16 @@ class LogprobReader:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, before: int):
         self.tokenizer, self.before = tokenizer, before
+        self._text = TextStream(tokenizer)
 
     def read(self, event: Event) -> list[TokenLogprob]:
         """One for the event's token; none for an end token, which is no part of the text."""
         if event.token is None or event.logprob is None or event.finish_reason == "eos":
             return []
-        found = token_logprob(self.tokenizer, self.before, event.token, event.logprob, event.top_logprobs)
+        before = self._text.length
+        self._text.add(event.token)
+        length = self._text.length - before
+        found = token_logprob(self.tokenizer, self.before, event.token, event.logprob, event.top_logprobs, length)
         self.before = event.token
         return [found]
 
@@ -63,28 +73,25 @@ def token_logprob(
     token: int,
     logprob: float | None,
     top: Sequence[tuple[int, float]],
+    length: int,
 ) -> TokenLogprob:
-    """`top` are the most probable (token, log-probability) in the token's place."""
+    """`top` are the most probable (token, log-probability) in the token's place; for `length` see `TokenLogprob`."""
     texts = [(token_text(before, other, tokenizer), value) for other, value in top]
-    return TokenLogprob(token_text(before, token, tokenizer), logprob, texts)
+    return TokenLogprob(token_text(before, token, tokenizer), logprob, texts, length)
 
 
-def completion_logprobs(tokens: Sequence[TokenLogprob], offset: int = 0) -> dict[str, Any]:
-    """
-    In the form of /v1/completions.
+def offsets(tokens: Sequence[TokenLogprob], first: int) -> list[int]:
+    """Where tokens begin, in characters; a part of a character where the character does."""
+    return [*accumulate((each.length for each in tokens[:-1]), initial=first)] if tokens else []
 
-    Args:
-        offset: of the first token in the choice's text, in characters.
-    """
-    offsets = []
-    for each in tokens:
-        offsets.append(offset)
-        offset += len(each.text)
+
+def completion_logprobs(tokens: Sequence[TokenLogprob], text_offset: Sequence[int]) -> dict[str, Any]:
+    """In the form of /v1/completions."""
     return {
         "tokens": [each.text for each in tokens],
         "token_logprobs": [each.logprob for each in tokens],
         "top_logprobs": [_by_text(each) for each in tokens],
-        "text_offset": offsets,
+        "text_offset": list(text_offset),
     }
 
 
@@ -148,7 +155,8 @@ class CompletionForm:
     def choice(self, choice: Choice) -> dict[str, Any]:
         logprobs = None
         if choice.logprobs is not None:
-            logprobs = completion_logprobs([*choice.echo_logprobs, *choice.logprobs])
+            places = offsets(choice.echo_logprobs, 0) + offsets(choice.logprobs, len(choice.echo))
+            logprobs = completion_logprobs([*choice.echo_logprobs, *choice.logprobs], places)
         return {
             "index": choice.index,
             "text": choice.echo + choice.text,
@@ -165,7 +173,8 @@ class CompletionForm:
         logprobs = None
         if choice.logprobs is not None:
             before = choice.logprobs[: len(choice.logprobs) - len(tokens)]
-            logprobs = completion_logprobs(tokens, sum(len(each.text) for each in before))
+            first = len(choice.echo) + sum(each.length for each in before)
+            logprobs = completion_logprobs(tokens, offsets(tokens, first))
         return self._piece(choice, text, logprobs)
 
     def last(self, choice: Choice) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from dera_peft.serve.engine import Statistics
@@ -32,13 +32,19 @@ class Metrics:
     """
     Args:
         statistics: of the engine.
+
+    Attributes:
+        in_progress: requests that are being answered.
     """
 
     def __init__(self, statistics: Callable[[], Statistics]):
+        self.in_progress = 0
         self.registry = CollectorRegistry()
         self.answers = Counter(
             "dera_requests", "Answers by path and status", ["path", "status"], registry=self.registry
         )
+        open_requests = Gauge("dera_requests_in_progress", "Requests that are being answered", registry=self.registry)
+        open_requests.set_function(lambda: self.in_progress)
         self.seconds = Histogram(
             "dera_request_seconds", "Seconds to a completion's end", buckets=SECONDS, registry=self.registry
         )

@@ -1,17 +1,14 @@
 """λ of a request, from its field `lambda` or from the model's name: `dpo@0.5`."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dera_peft.decoding.lambdas import Lambda, NamedLambda, is_lambda
+from dera_peft.engine.rules import read_number
 from dera_peft.serve.errors import APIError
 
 AT, PLUS = "@", "+"
-NUMBER = re.compile(
-    r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(nan|inf)", re.ASCII
-)  # Python knows further forms, as 0_5
 
 
 @dataclass(frozen=True)
@@ -118,9 +115,10 @@ class ModelNames:
             self._known(name, "model")
             found[name] = None
             if at:
-                if not NUMBER.fullmatch(value):
-                    raise APIError(f"model: in {model!r}, {value!r} is not a number", param="model")
-                found[name] = self.number(float(value), "model")
+                try:
+                    found[name] = self.number(read_number(value), "model")
+                except ValueError as error:
+                    raise APIError(f"model: in {model!r}, {error}", param="model") from None
         return found
 
     def _known(self, name: str, param: str) -> str:

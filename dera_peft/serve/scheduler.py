@@ -234,6 +234,16 @@ class Scheduler:
         growth = sum(state.plan.num_rows * self._growth(state) for state in (*active, *new))
         return rows <= self.max_rows and tokens + growth <= self.max_tokens
 
+    def num_fitting(self, states: Sequence[State]) -> int:
+        """How many of these requests, in their order, could be computed at once if there were no others."""
+        rows = tokens = 0
+        for place, state in enumerate(states):
+            rows += state.plan.num_rows
+            tokens += state.plan.num_rows * (state.length + self._growth(state))
+            if place and (rows > self.max_rows or tokens > self.max_tokens):
+                return place
+        return len(states)
+
     def _growth(self, state: State) -> int:
         """One that can't be read again in another batch has to have room to its end."""
         return state.remaining if state.kind.is_whole else min(state.remaining, MARGIN)

@@ -15,18 +15,27 @@ from dera_peft.engine.padding import check_have_rows
 from dera_peft.engine.plan import read_lam
 from dera_peft.serve.errors import APIError
 from dera_peft.serve.forms import TokenLogprob, token_logprob
+from dera_peft.serve.text import TextStream
 
 
 @torch.no_grad()
 def prompt_logprobs(
-    model: MixtureModel, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], lam: Lambda | None, top: int
+    model: MixtureModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    text: str,
+    lam: Lambda | None,
+    top: int,
 ) -> list[TokenLogprob]:
     """
     Log-probabilities of a prompt's tokens under the mixture, and the `top` most probable ones in each place. The first
     token has none.
+
+    Args:
+        text: the prompt's, in which the tokens stand.
     """
-    texts = token_texts([], prompt, tokenizer)
-    found = [TokenLogprob(texts[0], None)]
+    lengths = _lengths(tokenizer, prompt, text)
+    found = [token_logprob(tokenizer, None, prompt[0], None, [], lengths[0])]
     if len(prompt) == 1:
         return found
     check_have_rows(model, set(prompt))
@@ -37,8 +46,24 @@ def prompt_logprobs(
     best = log_probs.topk(top)
     for place, value in enumerate(values):
         most = zip(best.indices[place].tolist(), best.values[place].tolist(), strict=True)
-        one = token_logprob(tokenizer, prompt[place], prompt[place + 1], value, list(most))
-        found.append(TokenLogprob(texts[place + 1], value, one.top))
+        before, token = prompt[place : place + 2]
+        found.append(token_logprob(tokenizer, before, token, value, list(most), lengths[place + 1]))
+    return found
+
+
+def _lengths(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], text: str) -> list[int]:
+    """Characters that each token adds to the text; none that its special tokens add which are not written there."""
+    special, stream = {*tokenizer.all_special_ids}, TextStream(tokenizer)
+    found, place = [], 0
+    for token in prompt:
+        before = stream.length
+        stream.add(token)
+        length = stream.length - before
+        if token in special:
+            name = str(tokenizer.decode([token]))
+            length = len(name) if text.startswith(name, place) else 0
+        found.append(length)
+        place += length
     return found
 
 

@@ -1,12 +1,16 @@
 """Loads a model and serves it until a signal ends it."""
 
 import logging
+import math
 import signal
 import socket
+import time
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any
 
 import uvicorn
+from starlette.concurrency import run_in_threadpool
 from transformers import PreTrainedTokenizerBase
 
 from dera_peft.checkpoint.end_tokens import configured_end_tokens
@@ -25,6 +29,8 @@ from dera_peft.serve.preparing import Preparer
 from dera_peft.serve.service import Service
 from dera_peft.serve.settings import ServeSettings, folder_name
 from dera_peft.serve.trace import Trace
+
+LAST_SECONDS = 5  # for answers to be sent when all of them are made
 
 logger = logging.getLogger(__name__)
 
@@ -108,20 +114,46 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
+class DrainingServer(uvicorn.Server):
+    """
+    Goes on answering after a signal until what runs is finished, and refuses new completions; `/health` says so. A
+    second signal ends it at once.
+
+    Args:
+        seconds: after which what still runs is cancelled.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service, seconds: float):
+        super().__init__(config)
+        self.service, self.seconds = service, seconds
+        self.deadline = math.inf
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.deadline = time.monotonic() + (0 if self.service.draining else self.seconds)
+        self.service.draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second."""
+        is_late = time.monotonic() >= self.deadline
+        if is_late:  # whoever still waits is told so
+            await run_in_threadpool(self.service.engine.close, drain=False)
+        self.should_exit = is_late or (self.service.draining and not self.service.metrics.in_progress)
+        return await super().on_tick(counter)
+
+
 def run(service: Service, settings: ServeSettings, listening: socket.socket) -> None:
     """Serves until a signal, which ends it with exit code 0."""
     app = make_app(service, settings)
     host, port = listening.getsockname()[:2]
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
-        lifespan="on",
-    )  # fmt: skip
+        app, log_config=None, access_log=False, timeout_graceful_shutdown=LAST_SECONDS, lifespan="on"
+    )
     name = f"[{host}]" if ":" in host else host
     logger.info(f"serving {service.names.plain} at http://{name}:{port}")
     # uvicorn raises the signal that ended it again, for whoever handled it before: nobody has to
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        uvicorn.Server(config).run(sockets=[listening])
+        DrainingServer(config, service, settings.drain_seconds).run(sockets=[listening])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -11,6 +11,7 @@ from dera_peft.decoding.lambdas import Lambda
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.serve.bodies import GenerationBody
 from dera_peft.serve.engine import Engine
+from dera_peft.serve.errors import server_ends
 from dera_peft.serve.handle import Handle
 from dera_peft.serve.metrics import Metrics
 from dera_peft.serve.names import ModelNames
@@ -34,6 +35,7 @@ class Service:
     Attributes:
         fingerprint: of the model, in answers and traces.
         created: when the server was started, seconds since 1970.
+        draining: whether it ends when what runs is finished, and takes no new completions.
     """
 
     model: MixtureModel
@@ -44,10 +46,16 @@ class Service:
     fingerprint: str
     trace: Trace | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+    draining: bool = False
 
     def __post_init__(self):
         self.metrics = Metrics(self.engine.statistics)
         self.followed: set[asyncio.Task] = set()
+
+    async def check_open(self) -> None:
+        """Raises `APIError` where no more completions are taken."""
+        if self.draining:
+            raise server_ends()
 
     def began(self, lam: Lambda | None) -> None:
         shown = self.names.shown(lam)

@@ -1,7 +1,7 @@
 """A conversation in a terminal, on an engine in this process."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from transformers import PreTrainedTokenizerBase
 
 from dera_peft.decoding.chats import Chat, ChatError
-from dera_peft.decoding.lambdas import Lambda, NamedLambda, for_adapters, read_lambda
+from dera_peft.decoding.lambdas import Lambda, NamedLambda, for_adapters, read_lambda, values_of
 from dera_peft.decoding.prompts import token_ids
 from dera_peft.decoding.sampling import Sampling
 from dera_peft.errors import DeRaError
@@ -23,7 +23,7 @@ HELP = """/lambda 0.7     answer at another λ; of several adapters /lambda help
 /retry          answer the last message again
 /new            forget what was said
 /save FILE      add the answers to a .jsonl file, as dera score reads it
-/quit           end (also Ctrl-D); Ctrl-C stops an answer"""
+/quit           end, as Ctrl-D and Ctrl-C do; during an answer Ctrl-C stops that"""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Terminal:
         lam: λ to begin with; None for a model without an adapter.
         chat: whether what is typed is a message of a chat; else a text that is continued.
         system: of a chat.
-        write: shows a text; `out` is flushed after it.
+        out: what is shown is written there.
+        lambda_range: the least and the greatest λ.
 
     Attributes:
         messages: of the chat so far. A comparison goes on with the answer at `lam`.
@@ -58,12 +59,15 @@ class Terminal:
     chat: bool
     system: str | None
     out: TextIO
+    lambda_range: Sequence[float]
     messages: Chat = field(default_factory=list)
     answers: list[Said] = field(default_factory=list)
     compared: Lambda | None = None
     last: str | None = None
 
     def __post_init__(self):
+        if self.lam is not None:
+            self._check(self.lam)
         self.commands: Mapping[str, Callable[[str], None]] = {
             "/lambda": self._set_lambda,
             "/compare": self._compare,
@@ -89,6 +93,8 @@ class Terminal:
                     self._answer(line.rstrip("\n"))
             except (DeRaError, ChatError) as error:
                 self._say(f"error: {error}")
+            except KeyboardInterrupt:  # while no answer was shown
+                self._say("")
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
@@ -103,7 +109,7 @@ class Terminal:
             for lam, handle in zip(lambdas, handles, strict=True):
                 if len(lambdas) > 1:
                     self._say(shown(lam))
-                said.append(self._show(prompt, lam, handle))
+                said.append(self._show(prompt, lam, handle, handles))
         finally:
             for handle in handles:
                 handle.cancel()
@@ -112,14 +118,15 @@ class Terminal:
         if isinstance(prompt, list):
             self.messages = [*prompt, {"role": "assistant", "content": said[0].text}]
 
-    def _show(self, prompt: str | Chat, lam: Lambda | None, handle: Handle) -> Said:
-        """The answer as it comes; Ctrl-C stops it."""
+    def _show(self, prompt: str | Chat, lam: Lambda | None, handle: Handle, handles: Sequence[Handle]) -> Said:
+        """The answer as it comes; Ctrl-C stops it, and those beside it."""
         try:
             for event in handle:
                 self.out.write(event.text)
                 self.out.flush()
         except KeyboardInterrupt:
-            handle.cancel()
+            for each in handles:
+                each.cancel()
         made = handle.result()
         self._say("" if made.error is None else f"\nerror: {made.error}")
         return Said(prompt, lam, made.text, made.tokens, made.finish_reason)
@@ -141,7 +148,13 @@ class Terminal:
         if self.lam is None:
             raise DeRaError("this model has no adapter, so λ would change nothing.")
         (lam,) = for_adapters([read_lambda([text])], self.engine.model.aligned, "λ")
+        self._check(lam)
         return lam
+
+    def _check(self, lam: Lambda) -> None:
+        low, high = self.lambda_range
+        if wrong := [value for value in values_of(lam) if not low <= value <= high]:
+            raise DeRaError(f"λ={wrong[0]:g} is out of range, {low:g} to {high:g}; --lambda-range sets another.")
 
     def _set_lambda(self, text: str) -> None:
         self.lam = self._read(text) if text else self.lam

@@ -21,11 +21,13 @@ class TextStream:
 
     Attributes:
         stopped: whether a stop string has come.
+        length: characters of the tokens so far, without a last one of which a part is yet to come.
     """
 
     def __init__(self, tokenizer: Decodes, stop: Sequence[str] = ()):
         self.tokenizer, self.stop = tokenizer, tuple(stop)
         self.stopped = False
+        self.length = self._told = 0
         self._tokens: list[int] = []
         self._context = self._read = 0  # tokens before _read are text; those from _context on are decoded again
         self._held = ""  # text that may be the beginning of a stop string
@@ -35,9 +37,10 @@ class TextStream:
         self._tokens.append(token)
         before = self._decode(self._context, self._read)
         text = self._decode(self._context, len(self._tokens))
+        self.length = self._told + max(0, len(text.rstrip(INCOMPLETE)) - len(before))
         if text.endswith(INCOMPLETE) or len(text) <= len(before):
             return ""
-        self._context, self._read = self._read, len(self._tokens)
+        self._context, self._read, self._told = self._read, len(self._tokens), self.length
         return self._show(text[len(before) :])
 
     def end(self) -> str:

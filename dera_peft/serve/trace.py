@@ -109,9 +109,11 @@ class AccessLog:
                 status = message["status"]
             await send(message)
 
+        self.metrics.in_progress += 1
         try:
             await self.app(scope, receive, sending)
         finally:
+            self.metrics.in_progress -= 1
             path = scope["path"]
             self.metrics.answers.labels(path if path in PATHS else "other", str(status)).inc()
             if self.wanted:

@@ -167,13 +167,13 @@ def test_an_answer_that_is_begun_is_continued(server):
     assert made.choices[0].message.content == generated(server, ids, 0, 6)[0]
 
 
+def as_bytes(token: str) -> bytes:
+    """Of a token's text, in which a part of a character is written as bytes."""
+    return bytes.fromhex(token[6:].replace("\\x", "")) if token.startswith("bytes:") else token.encode()
+
+
 def as_text(tokens: list[str]) -> str:
-    """Of tokens among which parts of characters are written as bytes."""
-    parts = [
-        bytes.fromhex(token[6:].replace("\\x", "")) if token.startswith("bytes:") else token.encode()
-        for token in tokens
-    ]
-    return b"".join(parts).decode(errors="replace")
+    return b"".join(map(as_bytes, tokens)).decode(errors="replace")
 
 
 @torch.no_grad()
@@ -195,7 +195,6 @@ def test_logprobs_are_the_mixtures(server):
         [float(row[t]) for row, t in zip(expected, tokens, strict=True)], abs=1e-4
     )
     assert as_text(told["tokens"]) == choice["text"]
-    assert told["text_offset"] == [len("".join(told["tokens"][:place])) for place in range(len(tokens))]
     for row, token, text, top in zip(expected, tokens, told["tokens"], told["top_logprobs"], strict=True):
         most = row.topk(3).values.tolist()
         assert sorted(top.values(), reverse=True)[:3] == pytest.approx(most, abs=1e-4)
@@ -240,6 +239,20 @@ def test_a_prompt_is_echoed_with_its_logprobs(server):
         model="dpo@0.5", prompt=PROMPTS[2], max_tokens=4, temperature=0, echo=True, stream=True
     )
     assert "".join(chunk.choices[0].text for chunk in streamed) == PROMPTS[2] + text
+
+
+def test_offsets_are_those_of_characters_of_which_tokens_hold_parts(server):
+    text = "ab🦊 é🦊c"
+    form = {"response_format": {"type": "regex", "regex": text}, "logprobs": 0}
+    made = server.complete(prompt=text, max_tokens=20, echo=True, **form)["choices"][0]
+    own = server.complete(prompt=text, max_tokens=20, **form)["choices"][0]
+    assert (made["text"], own["text"]) == (text + text, text)
+    for told, whole in ((made["logprobs"], text + text), (own["logprobs"], text)):
+        assert sum(token.startswith("bytes:") for token in told["tokens"]) >= 10
+        parts = [as_bytes(token) for token in told["tokens"]]
+        assert b"".join(parts).decode() == whole
+        before = [b"".join(parts[:place]).decode(errors="ignore") for place in range(len(parts))]
+        assert told["text_offset"] == [len(characters) for characters in before]
 
 
 def test_penalties_and_biases_change_the_text(server):

@@ -378,15 +378,18 @@ def test_what_can_never_be_decoded_is_refused(model, tokenizer, options, message
 def test_cancelled_requests_free_their_rows_in_one_step(model, tokenizer):
     engine = Engine(model, tokenizer, max_queue=3, max_rows=4)
     handles = [engine.submit(greedy(ids(i, 6, 300), 0.5)) for i in range(3)]
-    with pytest.raises(QueueFull, match="3 requests wait"):
-        engine.submit(greedy((5,), 0.5))
+    with pytest.raises(QueueFull, match="as may, 3"):  # two can be computed, one waits: three do not go beside it
+        engine.submit_all([greedy((5,), 0.5)] * 3)
+    handles += engine.submit_all([greedy((5,), 0.5)] * 2)
+    with pytest.raises(QueueFull):
+        engine.submit(greedy((5,), 1.0))
     engine.step()
-    assert (engine.statistics().rows, engine.statistics().waiting) == (4, 1)
-    engine.cancel(handles[0])
-    handles[2].cancel()
+    assert (engine.statistics().rows, engine.statistics().waiting) == (4, 3)
+    for handle in (handles[0], *handles[2:]):
+        engine.cancel(handle)
     engine.step()
     assert (engine.statistics().rows, engine.statistics().waiting) == (2, 0)
-    assert [handle.finish_reason for handle in handles] == ["cancelled", None, "cancelled"]
+    assert [handle.finish_reason for handle in handles] == ["cancelled", None, *["cancelled"] * 3]
     assert handles[0].result(0).tokens == alone(model, handles[0].request)[: len(handles[0].result(0).tokens)]
 
 

@@ -39,12 +39,18 @@ def test_sigterm_finishes_what_runs_and_ends(tiny_adapter, tmp_path):
             except httpx2.ConnectError:
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
-        body = {"model": f"{name}@0.5", "prompt": "The old", "max_tokens": 100, "ignore_eos": True, "stream": True}
+        body = {"model": f"{name}@0.5", "prompt": "The old", "max_tokens": 240, "ignore_eos": True, "stream": True}
         lines = []
         with httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
             for line in filter(None, answer.iter_lines()):
                 if not lines:
                     os.kill(os.getpid(), signal.SIGTERM)
+                    while (health := httpx2.get(f"{url}/health")).status_code == 200:
+                        assert time.monotonic() < deadline
+                    assert (health.status_code, health.json()) == (503, {"status": "draining"})
+                    assert httpx2.head(f"{url}/health").status_code == 503
+                    refused = httpx2.post(f"{url}/v1/completions", json=body)
+                    assert (refused.status_code, refused.headers["retry-after"]) == (503, "10")
                 lines.append(line.removeprefix("data: "))
         return lines
 

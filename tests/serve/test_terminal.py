@@ -22,7 +22,7 @@ def talk(served_model, served_tokenizer):
     def run(*lines, chat=True, system=None):
         out = io.StringIO()
         with Engine(served_model, served_tokenizer) as engine:
-            terminal = Terminal(engine, served_tokenizer, SAMPLING, 1.0, chat, system, out)
+            terminal = Terminal(engine, served_tokenizer, SAMPLING, 1.0, chat, system, out, (-5.0, 5.0))
             terminal.run([f"{line}\n" for line in lines])
         return terminal, out.getvalue()
 
@@ -64,9 +64,45 @@ def test_a_text_is_continued_and_compared_and_saved(talk, served_model, served_t
 
 
 def test_mistakes_are_told_of_and_the_next_line_is_read(talk, tmp_path):
-    lines = ("/nothing", "/lambda x", "/retry", "/save", f"/save {tmp_path}", "x" * 2000, "/help", "/quit", "never")
+    lines = (
+        "/nothing",
+        "/lambda x",
+        "/lambda 5.5",
+        "/compare -6",
+        "/retry",
+        "/save",
+        f"/save {tmp_path}",
+        "x" * 2000,
+        "/help",
+        "/quit",
+        "never",
+    )
     terminal, shown = talk(*lines)
     assert terminal.answers == []
-    for says in ("there is no /nothing", "'x' is not a number", "nothing was said", "name a file", "can't be written",
-                 "model's context 256", "/compare 0"):  # fmt: skip
+    for says in (
+        "there is no /nothing", "'x' is not a number", "λ=5.5 is out of range, -5 to 5", "λ=-6 is out",
+        "nothing was said", "name a file", "can't be written", "model's context 256", "/compare 0",
+    ):  # fmt: skip
         assert says in shown
+
+
+class Interrupted(io.StringIO):
+    """Ctrl-C comes when something is shown for the third time."""
+
+    writes = 0
+
+    def write(self, text):
+        self.writes += 1
+        if self.writes == 3:
+            raise KeyboardInterrupt
+        return super().write(text)
+
+
+def test_an_interruption_ends_an_answer_and_not_the_conversation(served_model, served_tokenizer):
+    out = Interrupted()
+    with Engine(served_model, served_tokenizer) as engine:
+        long = Sampling(max_new_tokens=200, temperature=0)
+        terminal = Terminal(engine, served_tokenizer, long, 0.5, False, None, out, (-5.0, 5.0))
+        terminal.run(["/compare 0\n", "The old\n", "/compare\n", "/lambda 1\n"])
+    assert [said.finish_reason for said in terminal.answers] == ["cancelled", "cancelled"]
+    assert out.getvalue().endswith("one answer\nλ=1\n")
