@@ -86,6 +86,9 @@ def _running(command: Sequence[str], settings: ServeTimingSettings) -> Iterator[
                     raise DeRaError(f"{' '.join(command)} does not serve: {lines[-1]}")
                 time.sleep(0.2)
             yield Server(port, process.pid)
+        except BaseException:  # an interruption: nobody waits for what it still has to answer
+            process.kill()
+            raise
         finally:
             process.terminate()
             try:

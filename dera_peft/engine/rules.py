@@ -14,6 +14,7 @@ from typing import Any, cast
 from dera_peft.errors import DeRaError
 
 MAX_LAMBDA = (2 - 2**-23) * 2.0**127  # the largest float32: logits are mixed in fp32
+MAX_POSITION = 2**63 - 1  # they are int64
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|infinity)", re.ASCII | re.IGNORECASE)
 
@@ -127,7 +128,7 @@ def read_schedule(value: Any) -> Schedule:
     schedule = []
     for pair in pairs:
         position, lam = pair if len(pair) == 2 else (None, None)
-        if not isinstance(position, int) or isinstance(position, bool) or position < 0:
+        if not isinstance(position, int) or isinstance(position, bool) or not 0 <= position <= MAX_POSITION:
             raise DeRaError(f"{form}: {position!r} is not a position, a whole number from 0.")
         if not isinstance(lam, Real) or isinstance(lam, bool) or not abs(cast("float", lam)) <= MAX_LAMBDA:
             raise DeRaError(f"{form}: {lam!r} is not a number that is finite in fp32.")

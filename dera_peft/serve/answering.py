@@ -140,6 +140,7 @@ class Answer:
         finally:
             working.cancel()
             leaving.cancel()
+            await asyncio.gather(working, leaving, return_exceptions=True)
         choices = []
         for choice in self.choices:
             made = self.form.choice(choice)

@@ -16,12 +16,14 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
+from dera_peft.engine.rules import RULES
 from dera_peft.errors import DeRaError
 from dera_peft.serve.answering import Answer
-from dera_peft.serve.bodies import ChatBody, CompletionBody, TokensBody
+from dera_peft.serve.bodies import ChatBody, CompletionBody, GenerationBody, TokensBody
 from dera_peft.serve.errors import APIError, answer_errors, from_user_error
 from dera_peft.serve.guard import Guard
 from dera_peft.serve.lengths import check_text
+from dera_peft.serve.preparing import DEFAULT_TOKENS
 from dera_peft.serve.scoring import scored_tokens
 from dera_peft.serve.service import Service
 from dera_peft.serve.settings import ServeSettings
@@ -29,6 +31,8 @@ from dera_peft.serve.trace import AccessLog
 
 PAGE = Path(__file__).parent / "page" / "index.html"
 OWNER = "dera"
+RULE_SYMBOLS = {name: parameter and parameter.symbol for name, parameter in RULES.items()}
+DEFAULTS = {name: GenerationBody.model_fields[name].default for name in ("temperature", "top_p", "max_tokens")}
 
 
 def make_app(service: Service, settings: ServeSettings) -> FastAPI:
@@ -122,8 +126,10 @@ def _add_own(app: FastAPI, service: Service) -> None:
             "adapters": list(names.branches),
             "lambda": names.shown(names.read(None)),
             "lambda_range": names.lambda_range,
+            "rules": RULE_SYMBOLS if len(names.branches) == 1 else {},
             "chat": bool(service.tokenizer.chat_template),
             "context": service.engine.context,
+            "defaults": {"chat": DEFAULTS, "prompt": {**DEFAULTS, "max_tokens": DEFAULT_TOKENS}},
         }
 
     @app.post("/dera/tokens")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from dera_peft.engine.rules import LINEAR
 
@@ -19,6 +19,15 @@ NOTHING: dict[str, tuple] = {
     "modalities": (["text"],),
     "functions": ([],),
     "function_call": ("none", "auto"),
+}
+_PROMPTS = "a prompt of the reference's own is not served; dera generate takes one"
+# what is known, and can't be held: the way out
+NOT_SERVED = {
+    "principle": _PROMPTS,
+    "reference_system": _PROMPTS,
+    "parallel_tool_calls": "how many calls an answer has is the model's choice; leave it away",
+    "functions": "they are the older form of tools",
+    "function_call": "it is the older form of tool_choice",
 }
 MASK = (1 << 64) - 1  # a seed of OpenAI's may be negative
 MAX_LOGPROBS = 20
@@ -42,6 +51,16 @@ def check_bias(bias: dict[str, Any]) -> dict[str, float]:
         if not is_number or not abs(value) <= MAX_BIAS:
             raise ValueError(f"of token {token} must be a number from -{MAX_BIAS} to {MAX_BIAS}")
     return bias
+
+
+def check_tool_choice(choice: Any) -> Any:
+    """Raises `ValueError` for what would force a call: how a model writes one is not known of every model."""
+    if choice == "required" or isinstance(choice, dict):
+        raise ValueError(
+            "'auto' and 'none' are served; for arguments that a tool takes, give its parameters as response_format "
+            '{"type": "json_schema", "json_schema": {"schema": …}}'
+        )
+    return choice
 
 
 def texts_in(value: Any) -> Iterator[str]:
@@ -80,6 +99,8 @@ class Body(BaseModel):
             if value is not None and name not in HARMLESS and value not in NOTHING.get(name, ())
         }
         unknown = [name for name in said if name not in known][:1]  # one is enough to be told of
+        if unknown and unknown[0] in NOT_SERVED:
+            raise ValueError(f"{unknown[0]}: {NOT_SERVED[unknown[0]]}")
         return {name: value for name, value in said.items() if name in known or name in unknown}
 
 
@@ -182,7 +203,7 @@ class ChatBody(GenerationBody):
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
     tools: Objects = []
-    tool_choice: Literal["none", "auto"] = "auto"
+    tool_choice: Annotated[Literal["none", "auto"], BeforeValidator(check_tool_choice)] = "auto"
     chat_template_kwargs: dict[str, Any] = {}
 
     @model_validator(mode="after")

@@ -81,7 +81,24 @@ def test_a_prompt_is_compared_at_two_lambda_and_its_tokens_are_read(page, server
     command = page.text("#curl")
     assert json.loads(command.partition("-d '")[2].rstrip("'"))["lambda"] == 1.5
     compile(page.text("#python"), "snippet", "exec")
-    assert 'extra_body={"lambda": 1.5}' in page.text("#python")
+    assert 'extra_body={"lambda":1.5}' in page.text("#python")
+
+    # a seed keeps its digits, a rule is chosen, and an empty field is the server's default, which it shows
+    put(page, seed="12345678901234567890", temperature="", combine="plausible")
+    assert page.js("['amount', 'temperature'].map((id) => $(id).value || $(id).placeholder)") == ["0.1", "1"]
+    asked = page.text("#curl").partition("-d '")[2].rstrip("'")
+    assert json.loads(asked) == {
+        "model": "dpo", "lambda": 1.5, "top_p": 1, "max_tokens": 12, "seed": 12345678901234567890,
+        "combine": "plausible:0.1", "prompt": PROMPT,
+    }  # fmt: skip
+    assert 'extra_body={"lambda":1.5,"combine":"plausible:0.1"}' in page.text("#python")
+    assert "seed=12345678901234567890," in page.text("#python")
+    page.point("#clear", click=True)
+    page.point("#send", click=True)
+    until(page, "!running && turns.length === 1 && turns[0].answers.every((each) => each.tokens)")
+    ruled = server.complete(**json.loads(asked))["choices"][0]["text"]
+    assert answers(page)[0] == ruled != made[0]["choices"][0]["text"]
+    assert page.text("h2") == "λ = 1.5, plausible:0.1"
 
     # it is all there again after a reload; and a retry makes the same
     before = answers(page)
