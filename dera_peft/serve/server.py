@@ -108,6 +108,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
+        listening.listen()  # until then another server could bind to it, too
     except OSError as error:
         listening.close()
         raise DeRaError(f"host={host!r}, port={port}: {error.strerror}; name another with --port or --host.") from None

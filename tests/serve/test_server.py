@@ -79,7 +79,6 @@ def test_a_base_without_an_adapter_is_served_without_lambda(tiny_base):
 
 def test_a_port_that_is_taken_is_told_before_a_model_is_loaded():
     with listen("127.0.0.1", 0) as taken:
-        taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(DeRaError, match=rf"port={port}: Address already in use; name another"):
             listen("127.0.0.1", port)
