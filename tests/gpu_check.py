@@ -1,11 +1,11 @@
 """
 Checks the project on a machine with a GPU, and measures it there: `make gpu-check`.
 
-First it measures, alone on the GPU: `dera bench` in NF4, `generate` itself, a sweep, and `dera bench` in bf16. Then it
-runs, side by side, the tests marked gpu, the four steps of the demo, and a QLoRA DPO of a few steps on the Llama-8B
-shape (its peak memory against what the recipe computes). Nothing is installed or downloaded. Each result goes to
-runs/gpu-check/figures.json as soon as it is there, so that an interrupted run leaves what it has; a table of the aims
-goes to the screen. The exit status is 1 where a check failed, whatever the figures are.
+First it measures, alone on the GPU: `dera bench` in NF4, `generate` itself, the server's engine, a sweep, and `dera
+bench` in bf16. Then it runs, side by side, the tests marked gpu, the four steps of the demo, and a QLoRA DPO of a few
+steps on the Llama-8B shape (its peak memory against what the recipe computes). Nothing is installed or downloaded.
+Each result goes to runs/gpu-check/figures.json as soon as it is there, so that an interrupted run leaves what it has; a
+table of the aims goes to the screen. The exit status is 1 where a check failed, whatever the figures are.
 
 `--only eager` measures the ways to mix without captured steps, which take longer and are not among the aims.
 """
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 RECIPE = ROOT / "configs" / "llama-3.1-8b-qlora" / "dpo.yaml"
 COMPUTED = 9.5 * 1e9  # bytes, as the recipe computes them
-ALONE = ("bench-nf4", "generate", "sweep", "bench-bf16", "eager")  # what was never measured comes first
+ALONE = ("bench-nf4", "generate", "serve", "sweep", "bench-bf16", "eager")  # what was never measured comes first
 TOGETHER = ("tests", "demo", "qlora")  # no times are taken of these: they share the GPU
 STEPS = (*ALONE, *TOGETHER)
 LIMIT = 120  # seconds, of a command: one that hangs must not take the time of the others
@@ -113,6 +113,11 @@ class Checker:
         rows = [row for row in map(_json_of, output.splitlines()) if row]
         return found | {"rows": rows}
 
+    def serve(self) -> dict:
+        """The server's engine, eager and with captured steps."""
+        found, output = self.command("serve", __file__, "--serve")
+        return found | {"rows": [row for row in map(_json_of, output.splitlines()) if row]}
+
     def sweep(self) -> dict:
         """A sweep against separate calls of `generate`."""
         found, output = self.command(
@@ -183,6 +188,9 @@ def aims(found: dict) -> list[tuple[str, str, str]]:
         else:
             ratio = by[DERA, 1]["peak_bytes"] / by[TWO, 1]["peak_bytes"]
             rows.append(("nf4, B = 1: peak memory, × two NF4 models", "≤ 0.60", f"{ratio:.2f}"))
+    if len(served := found.get("serve", {}).get("rows", [])) == 3:
+        ratio = served[2]["tokens_per_second"] / served[0]["tokens_per_second"]
+        rows.append(("bf16: the server's engine, captured, × eager", "≥ 2 ×", f"{ratio:.1f} ×"))
     if "peak_allocated" in found.get("qlora", {}):
         measured = found["qlora"]["peak_allocated"]
         rows.append(
@@ -251,6 +259,44 @@ def time_generate() -> None:
             print(json.dumps(row), flush=True)
 
 
+def time_serving() -> None:
+    """
+    Prints the tokens/s of the server's engine with a Llama-8B in bf16, eager and captured, as lines of JSON: 24
+    requests, 8 at a time, of unlike λ, prompts and lengths. Captured ones come twice, first with the recordings.
+    """
+    import torch
+
+    from dera_peft.bench.config import BenchedModel
+    from dera_peft.bench.contenders import make_dera
+    from dera_peft.decoding.sampling import Sampling
+    from dera_peft.serve.engine import Engine
+    from dera_peft.serve.requests import GenerationRequest
+
+    sys.path.insert(0, str(ROOT / "configs" / "tiny"))
+    import world
+
+    model, (_, tokenizer) = make_dera(BenchedModel(shape="llama-8b", dtype="bfloat16").build(1024)), world.model()
+    requests = [
+        GenerationRequest(
+            tuple(range(100 + 7 * i, 140 + 9 * i)), (0.0, 0.5, 1.0)[i % 3], ignore_eos=True, stream=False,
+            sampling=Sampling(temperature=0, max_new_tokens=16 + 2 * i),
+        )
+        for i in range(24)
+    ]  # fmt: skip
+    for capture in (None, True, True):
+        model.capture = capture
+        engine = Engine(model, tokenizer, max_rows=16, prefix_tokens=0)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        handles = [engine.submit(request) for request in requests]
+        while engine.step():
+            pass
+        seconds = time.perf_counter() - began  # the last tokens are on the host
+        tokens = sum(len(handle.result(0).tokens) for handle in handles)
+        row = {"capture": bool(capture), "tokens_per_second": tokens / seconds, "steps": engine.statistics().steps}
+        print(json.dumps(row), flush=True)
+
+
 def run_demo() -> None:
     """The commands of `make demo`, then the seconds of each as a line of JSON."""
     from dera_peft.cli.app import main
@@ -299,6 +345,9 @@ def main() -> int:
         return 0
     if sys.argv[1:2] == ["--generate"]:
         time_generate()
+        return 0
+    if sys.argv[1:2] == ["--serve"]:
+        time_serving()
         return 0
     if sys.argv[1:2] == ["--demo"]:
         run_demo()

@@ -103,16 +103,21 @@ class CapturedCache(StaticCache):
     Attributes:
         length: the tokens that it has room for.
         plan: the plan of its steps, in tensors of its own.
+        whole: whether layers with a sliding window hold all tokens too, which their masks then keep to the window.
         recordings: by what a step depends on beside the plan.
     """
 
-    def __init__(self, config: PreTrainedConfig, length: int, plan: BatchPlan):
+    def __init__(self, config: PreTrainedConfig, length: int, plan: BatchPlan, whole: bool = False):
         super().__init__(config, length)
         self.layers = [
-            SlidingLayer(layer.max_cache_len) if type(layer) is StaticSlidingWindowLayer else layer
+            layer
+            if type(layer) is not StaticSlidingWindowLayer
+            else StaticLayer(length)
+            if whole
+            else SlidingLayer(layer.max_cache_len)
             for layer in self.layers
         ]
-        self.length, self.plan = length, plan.copy()
+        self.length, self.plan, self.whole = length, plan.copy(), whole
         self.recordings: dict[tuple, _Recording] = {}
 
     @property
@@ -261,7 +266,7 @@ class Captures:
         try:
             yield
             if self.current is not None:
-                self._keep(self.current)
+                self.keep(self.current)
         except torch.OutOfMemoryError:
             self.clear()
             raise
@@ -286,19 +291,19 @@ class Captures:
             self.clear()
             self._fingerprint, self.unfit = fingerprint, None
 
-    def take(self, config: PreTrainedConfig, plan: BatchPlan, length: int) -> CapturedCache:
+    def take(self, config: PreTrainedConfig, plan: BatchPlan, length: int, whole: bool = False) -> CapturedCache:
         """
         An empty cache for at least `length` tokens, to follow the plan: an idle one with its recordings if there is one
         of this shape.
         """
         length = -(-length // LENGTHS) * LENGTHS
-        key = self._key(plan, length)
+        key = self._key(plan, length, whole)
         for place, (its_key, cache) in enumerate(self._idle):
             if its_key == key:
                 del self._idle[place]
                 cache.reset()
                 return cache
-        return CapturedCache(config.get_text_config(decoder=True), length, plan)
+        return CapturedCache(config.get_text_config(decoder=True), length, plan, whole)
 
     def clear(self) -> None:
         """Gives back the memory of idle caches and their recordings."""
@@ -317,11 +322,12 @@ class Captures:
             level = logging.INFO if self.asked is None else logging.WARNING
             logger.log(level, f"decoding steps are not captured as CUDA graphs: {reason}")
 
-    def _key(self, plan: BatchPlan, length: int) -> tuple:
-        return plan.structure, length, torch.is_inference_mode_enabled()
+    def _key(self, plan: BatchPlan, length: int, whole: bool) -> tuple:
+        return plan.structure, length, whole, torch.is_inference_mode_enabled()
 
-    def _keep(self, cache: CapturedCache) -> None:
-        self._idle.append((self._key(cache.plan, cache.length), cache))
+    def keep(self, cache: CapturedCache) -> None:
+        """It waits for `take`."""
+        self._idle.append((self._key(cache.plan, cache.length, cache.whole), cache))
         while len(self._idle) > KEPT or sum(each.nbytes for _, each in self._idle) > KEPT_BYTES:
             del self._idle[0]
 

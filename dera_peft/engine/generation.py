@@ -10,7 +10,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from dera_peft.engine.caches import claim_cache, select_rows
 from dera_peft.engine.capturable import why_not_call, why_not_model
-from dera_peft.engine.capture import CapturedCache, Captures
+from dera_peft.engine.capture import CapturedCache, CapturedStep, Captures
 from dera_peft.engine.fork import has_text_part
 from dera_peft.engine.padding import num_rows, padding_id, readable
 from dera_peft.engine.plan import BatchPlan
@@ -308,7 +308,7 @@ class MixtureGenerationMixin(PromptRowsMixin):
         if (prompts := model_kwargs.get("row_prompts")) is not None:  # longer, perhaps, than the sequences' own
             max_cache_length += max(0, prompts.ids.shape[1] - prompts.width)
         if captures.wants(captures.asked, self.device):
-            reason = self._why_not_captured() or why_not_call(generation_config, generation_mode, cache)
+            reason = self.why_not_captured() or why_not_call(generation_config, generation_mode, cache)
             if reason is None:
                 plan = model_kwargs["lam"]
                 if cache is None:
@@ -322,23 +322,36 @@ class MixtureGenerationMixin(PromptRowsMixin):
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
 
-    def captured_cache(self, plan: BatchPlan, length: int) -> CapturedCache | None:
+    def captured_cache(self, plan: BatchPlan, length: int, whole: bool = False) -> CapturedCache | None:
         """
         A cache for `generate` to go on from, over which it will capture steps; None where it won't.
 
         Args:
             plan: the call's, from `plan`.
             length: of the sequences at most, in tokens.
+            whole: as a `CapturedCache` has it, for `captured_step`.
         """
-        if not self._captures.wants(self.capture, self.device) or self._why_not_captured() is not None:
+        if not self._captures.wants(self.capture, self.device) or self.why_not_captured() is not None:
             return None
-        return self._captures.take(self.config, plan, length)
+        cache = self._captures.take(self.config, plan, length, whole)
+        cache.follow(plan)
+        return cache
+
+    def captured_step(self, cache: CapturedCache, **inputs: Any) -> Any:
+        """A decoding step over a cache of `captured_cache`, in the place of `forward`."""
+        with self._captures.call(True):
+            return CapturedStep(cast("PreTrainedModel", self), self._wiring, self._captures, cache)(**inputs)
+
+    def keep_captured(self, cache: CapturedCache) -> None:
+        """A cache of `captured_cache` that is not needed any more waits for the next one like it."""
+        self._captures.keep(cache)
 
     def release_captures(self) -> None:
         """Gives back the memory that earlier calls' captured steps hold, for calls like them."""
         self._captures.clear()
 
-    def _why_not_captured(self) -> str | None:
+    def why_not_captured(self) -> str | None:
+        """Why this model's decoding steps can't be captured, as it is now, or None."""
         model = cast("PreTrainedModel", self)
         self._captures.check_fresh(model, self._wiring)
         return why_not_model(model, self._wiring, self._captures)

@@ -166,23 +166,23 @@ class BatchPlan:
         if every_branch:
             computed = torch.ones_like(computed)
         self.segments: list[Segment] = []
-        self.row_of = torch.zeros(len(self.branches), self.batch_size, dtype=torch.long)  # only read where computed
         start = 0
         for index, branch in enumerate(self.branches):
             sequences = computed[:, index].nonzero()[:, 0]
             stop = start + len(sequences)
             if stop > start:
-                self.row_of[index, sequences] = torch.arange(start, stop)
                 branch_weights = weights[sequences, index].to(self.device, torch.float32)
                 self.segments.append(Segment(branch, start, stop, sequences.to(self.device), branch_weights))
             start = stop
         self.num_rows = start
-        self.row_of = self.row_of.to(self.device)
+        # [K+1, B] int64: the row of each branch of a sequence; that of its first one in place of those not computed
+        row_of = (computed.T.flatten().cumsum(0) - 1).view_as(computed.T)
+        first = row_of.gather(0, computed.T.int().argmax(0)[None])
+        self.row_of = torch.where(computed.T, row_of, first).to(self.device)
         self.combiner = None
         if rules is not None:
-            rows = torch.where(computed.T.to(self.device), self.row_of, self.row_of.flip(0))
             follow = [(self.branches.index(each.branch), each.sequences, each.weights) for each in self.segments]
-            self.combiner = Combiner(rules, weights[:, 1], rows, follow)
+            self.combiner = Combiner(rules, weights[:, 1], self.row_of, follow)
         # two plans with one pattern can share a KV cache
         self.pattern: tuple[tuple, ...] = tuple(map(tuple, computed.tolist()))
 

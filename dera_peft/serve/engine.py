@@ -72,6 +72,9 @@ class Engine:
     `start` lets it work in a thread of its own; without that, `step` does the work in the caller's. Between two steps
     it lets go of the model's turn: other threads may call `model.generate` and `forward` meanwhile.
 
+    Decoding steps are captured (see `generate`) only where `model.capture` is True. Sequences and lengths are then
+    rounded up to powers of two, and each sequence has a row in every branch.
+
     Args:
         model: any `MixtureModel` that decodes from a cache.
         tokenizer: makes texts of tokens.
@@ -116,7 +119,10 @@ class Engine:
             prefill_chunk=prefill_chunk,
             prefix_tokens=prefix_tokens,
             filler=padding_id(model, tokenizer.pad_token_id),
+            capture=bool(model.capture),
         )
+        if model.capture and (reason := model.why_not_captured()) is not None:
+            logger.warning(f"decoding steps are not captured as CUDA graphs: {reason}")
         self._rope_switch = find_rope_switch(model.config)
         self._is_recurrent = is_recurrent(self._scheduler.kinds)
         self._incoming: deque[State] = deque()

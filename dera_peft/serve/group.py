@@ -1,9 +1,10 @@
 """Sequences that are computed together: their plan, and what is kept of them between two steps."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache
 
 from dera_peft.engine.lengths import forget_lengths
 from dera_peft.engine.mixture import MixtureModel
@@ -32,10 +33,14 @@ def make_plan(model: MixtureModel, states: Sequence[State]) -> BatchPlan:
 
 class Group:
     """
+    Requests of one kind that are computed together.
+
     Attributes:
-        states: its requests, of one kind.
+        states: the requests. Those that have ended stay until the group is made anew.
+        places: which sequence of the plan each of them is.
         length: columns that the cache holds.
         lengths: `[B]` int64, of them each sequence's own; the others are padding on its left.
+        left: requests that have left without an end, to wait again.
         token_lambda: the λ of each sequence's next token, where a rule or a schedule gives it.
     """
 
@@ -44,23 +49,65 @@ class Group:
     def __init__(
         self,
         model: MixtureModel,
+        kinds: Sequence[type],
         states: Sequence[State],
         plan: BatchPlan,
-        cache: DynamicCache,
+        cache: Cache,
         length: int,
         lengths: torch.Tensor,
     ):
-        self.model, self.states = model, list(states)
+        self.model, self.kinds, self.states = model, kinds, list(states)
         self.plan, self.cache, self.length, self.lengths = plan, cache, length, lengths
+        self.places: Sequence[int] = range(len(self.states))
+        self.left: set[State] = set()
+        self.compute: Callable[..., Any] = model  # what computes a forward pass
+
+    @classmethod
+    def of(cls, groups: Sequence["Group"]) -> "Group":
+        """The requests that go on of groups of one kind, without padding that only others needed."""
+        first, kept = groups[0], [group.kept for group in groups]
+        states = [group.states[i] for group, own in zip(groups, kept, strict=True) for i in own]
+        plan = make_plan(first.model, states)
+        length = max(group.width for group in groups)
+        room = min(ROOM, max(state.remaining for state in states))
+        parts = [
+            Part(group.plan, group.cache, [group.places[i] for i in own], max(0, group.length - length), group.length)
+            for group, own in zip(groups, kept, strict=True)
+        ]
+        cache = gather(first.model, first.kinds, plan, parts, length, room)
+        lengths = torch.tensor([state.length - 1 for state in states], device=first.lengths.device)
+        return Group(first.model, first.kinds, states, plan, cache, length, lengths)
+
+    @property
+    def kept(self) -> list[int]:
+        """Which of the requests go on."""
+        return [i for i, state in enumerate(self.states) if not state.done and state not in self.left]
+
+    @property
+    def active(self) -> list[State]:
+        return [self.states[i] for i in self.kept]
+
+    @property
+    def width(self) -> int:
+        """Columns that the requests that go on need: the last token of each is not computed yet."""
+        return max(state.length - 1 for state in self.active)
 
     @property
     def rows(self) -> int:
-        return self.plan.num_rows
+        """Of the requests that go on."""
+        return sum(state.plan.num_rows for state in self.active)
 
     @property
     def held(self) -> int:
         """Tokens of all rows, with padding."""
         return self.rows * self.length
+
+    def take(self, others: Sequence["Group"]) -> bool:
+        """Lets go of requests that have ended, and takes those of others; False where a new group has to be made."""
+        return not others and len(self.kept) == len(self.states)
+
+    def release(self) -> None:
+        """It is not needed any more."""
 
     def forward(self, input_ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The mixed logits of the last token, `[B, V]` fp32, after `input_ids` (`[B, S]`)."""
@@ -76,7 +123,7 @@ class Group:
             logits_to_keep=1,
             lam=self.plan,
         )
-        outputs = self.model(**inputs)
+        outputs = self.compute(**inputs)
         self.length += input_ids.shape[1]
         self._of_rule = outputs.token_lambda, outputs.token_spent
         return outputs.logits[:, -1].float()
@@ -93,45 +140,17 @@ class Group:
             state.spent = nats
 
     def step(self) -> torch.Tensor:
-        """Computes each sequence's last token."""
+        """Computes each request's last token; the logits behind it, `[B, V]`, are in the requests' order."""
         device = self.lengths.device
         ids = torch.tensor([[state.tokens[-1]] for state in self.states], device=device)
         self.lengths = self.lengths + 1
-        columns = torch.arange(self.length + 1, device=device)
-        mask = (columns >= self.length + 1 - self.lengths[:, None]).long()
-        return self.forward(ids, mask, self.lengths[:, None] - 1)
+        return self.forward(ids, *self.masked(self.lengths))
 
-    def part(self, kept: Sequence[int], start: int) -> Part:
-        return Part(self.plan, self.cache, kept, start, self.length)
-
-    def keep(self, kept: Sequence[int], trim: bool = True) -> None:
-        """
-        Only these sequences go on.
-
-        Args:
-            trim: whether padding that only the others needed is taken off.
-        """
-        self.states = [self.states[i] for i in kept]
-        self.lengths = self.lengths[torch.tensor(kept, device=self.lengths.device)]
-        start = self.length - max(state.length - 1 for state in self.states) if trim else 0
-        plan = make_plan(self.model, self.states)
-        if self.length > start:
-            self.cache = gather(self.model, plan, [self.part(kept, start)], self.length - start, self._room())
-        self.plan, self.length = plan, self.length - start
-
-    def join(self, other: "Group") -> None:
-        """The other's sequences go on in this one."""
-        mine, its = range(len(self.states)), range(len(other.states))
-        length = max(self.length, other.length)
-        self.states = [*self.states, *other.states]
-        plan = make_plan(self.model, self.states)
-        parts = [self.part(mine, 0), other.part(its, 0)]
-        self.cache = gather(self.model, plan, parts, length, self._room())
-        self.plan, self.length = plan, length
-        self.lengths = torch.cat([self.lengths, other.lengths])
-
-    def _room(self) -> int:
-        return min(ROOM, max(state.remaining for state in self.states))
+    def masked(self, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mask `[B, columns]` and positions `[B, 1]` of a step, after which the sequences are so long (`[B]`)."""
+        columns = torch.arange(self.length + 1, device=lengths.device)
+        mask = (columns >= self.length + 1 - lengths[:, None]).long()
+        return mask, lengths[:, None] - 1
 
 
 class Filling:
@@ -172,7 +191,17 @@ class Filling:
         logits = self.group.forward(self.ids[:, columns], self.mask[:, :stop], self.positions[:, columns])
         return stop - start, logits if self.left == 0 else None
 
-    def keep(self, kept: Sequence[int]) -> None:
-        self.group.keep(kept, trim=False)
-        rows = torch.tensor(kept, device=self.ids.device)
-        self.ids, self.mask, self.positions = self.ids[rows], self.mask[rows], self.positions[rows]
+    def leave(self) -> bool:
+        """Lets go of requests that have ended or have left; False where none is left to read."""
+        group, kept = self.group, self.group.kept
+        if 0 < len(kept) < len(group.states):
+            plan = make_plan(group.model, [group.states[i] for i in kept])
+            if group.length:
+                part = Part(group.plan, group.cache, kept, 0, group.length)
+                group.cache = gather(group.model, group.kinds, plan, [part], group.length, room=self.left)
+            rows = torch.tensor(kept, device=self.ids.device)
+            self.ids, self.mask, self.positions = self.ids[rows], self.mask[rows], self.positions[rows]
+            group.lengths, group.plan = group.lengths[rows], plan
+            group.states = [group.states[i] for i in kept]
+            group.places = range(len(kept))
+        return bool(kept)

@@ -14,7 +14,7 @@ from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.plan import BatchPlan, WeightPlan
 from dera_peft.serve.group import Group
 from dera_peft.serve.state import LEAST, State
-from dera_peft.serve.states import Part, RoomyLayer, new_cache
+from dera_peft.serve.states import Part, RoomyLayer, keys_and_values, new_cache
 
 
 def common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
@@ -110,7 +110,7 @@ class Prefixes:
                 best, part, key = n, partial(self._part, entry), tokens
         for group in groups:
             for index, other in enumerate(group.states):
-                if other.start == start and covers(group.plan, index, state.plan):
+                if other.start == start and covers(other.plan, 0, state.plan):
                     own = other.length - 1
                     if (n := common(ids, other.ids[:own])) > best:
                         best, part, key = n, partial(_running_part, group, index, group.length - own), None
@@ -153,21 +153,20 @@ class Prefixes:
             del self._starting[key[:LEAST]]
 
     def _write(self, group: Group, index: int, places: torch.Tensor) -> None:
-        above = group.states[index].plan.rows_among(group.plan.row_of[:, [index]])
-        below = torch.tensor([index])
+        sequence = group.places[index]
+        above = group.states[index].plan.rows_among(group.plan.row_of[:, [sequence]])
+        below = torch.tensor([sequence])
+        columns = slice(group.length - places.shape[1], group.length)
         for number, layer in enumerate(group.cache.layers):
-            if not isinstance(layer, RoomyLayer) or not layer.is_initialized:
-                continue  # it reads another layer's
+            if (both := keys_and_values(layer)) is None:
+                continue
+            if number not in self._buffers:
+                keys, values = (states.new_empty(self.most, states.shape[1], states.shape[3]) for states in both)
+                self._buffers[number] = keys, values
             rows, to = (above, places) if number >= self.model.fork_layer else (below, places[:1])
-            for buffer, states in zip(self._buffer(number, layer), layer.states, strict=True):
-                own = states[:, :, -places.shape[1] :].index_select(0, rows.to(states.device))  # [R, heads, tokens, D]
+            for buffer, states in zip(self._buffers[number], both, strict=True):
+                own = states[:, :, columns].index_select(0, rows.to(states.device))  # [R, heads, tokens, D]
                 buffer[to.flatten().to(states.device)] = own.transpose(1, 2).flatten(0, 1)
-
-    def _buffer(self, number: int, layer: RoomyLayer) -> tuple[torch.Tensor, torch.Tensor]:
-        if number not in self._buffers:
-            keys, values = (states.new_empty(self.most, states.shape[1], states.shape[3]) for states in layer.states)
-            self._buffers[number] = keys, values
-        return self._buffers[number]
 
     def _part(self, entry: Entry, tokens: int) -> Part:
         cache = new_cache(self.kinds)
@@ -183,4 +182,4 @@ class Prefixes:
 
 
 def _running_part(group: Group, index: int, start: int, tokens: int) -> Part:
-    return Part(group.plan, group.cache, [index], start, start + tokens)
+    return Part(group.plan, group.cache, [group.places[index]], start, start + tokens)

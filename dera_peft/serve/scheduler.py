@@ -1,14 +1,16 @@
 """Which requests are computed when: between two steps some leave, some join, and prompts are read in chunks."""
 
 import logging
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 import torch
 
 from dera_peft.decoding.memory import Attempt, go_on_with_half
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.errors import DeRaError, first_line
+from dera_peft.serve.captured import CapturedGroup, capture
 from dera_peft.serve.draw import draw
 from dera_peft.serve.group import Filling, Group, make_plan
 from dera_peft.serve.prefixes import Prefixes, common, covers
@@ -35,6 +37,7 @@ class Scheduler:
         prefill_chunk: tokens of prompts, in all rows, between two decoding steps.
         prefix_tokens: held of finished requests beside these.
         filler: the id to pad with.
+        capture: whether decoding steps are captured where they can be.
 
     Attributes:
         waiting: requests in their order.
@@ -51,8 +54,9 @@ class Scheduler:
         prefill_chunk: int,
         prefix_tokens: int,
         filler: int,
+        capture: bool = False,
     ):
-        self.model, self.filler = model, filler
+        self.model, self.filler, self.capture = model, filler, capture
         self.max_rows, self.max_tokens, self.prefill_chunk = max_rows, max_tokens, prefill_chunk
         self.kinds = layer_kinds(model)
         self.prefixes = Prefixes(model, self.kinds, prefix_tokens)
@@ -72,7 +76,7 @@ class Scheduler:
     @property
     def active(self) -> list[State]:
         """The requests that are computed."""
-        return [state for group in self.groups for state in group.states]
+        return [state for group in self.groups for state in group.active]
 
     @property
     def rows(self) -> int:
@@ -93,7 +97,7 @@ class Scheduler:
         self._leave()
         self._admit()
         self._make_room()
-        self._merge()
+        self._regroup()
         worked = bool(self.running or self.filling)
         if self.running:
             self.steps += 1
@@ -119,8 +123,9 @@ class Scheduler:
 
     def _decode(self, group: Group) -> None:
         self._draw(group, group.step())
-        if not group.states:
-            self.running.remove(group)
+        if not group.kept:
+            self._forget(group)
+            group.release()
 
     def _fill(self, tokens: int) -> None:
         """Reads prompts, the groups by turns."""
@@ -138,49 +143,36 @@ class Scheduler:
         if logits is not None:
             self._draw(group, logits)
             self.filling.remove(filling)
-            if group.states:
+            if group.kept:
                 self.running.append(group)
 
     def _draw(self, group: Group, logits: torch.Tensor) -> None:
-        """The next token of each sequence; those that end with it leave."""
+        """The next token of each sequence. Those that end with it leave before the next step."""
         group.advance()
         lambdas = group.token_lambda or [None] * len(group.states)
-        for state, drawn, lam in zip(group.states, draw(group.states, logits), lambdas, strict=True):
+        for i, (state, drawn, lam) in enumerate(zip(group.states, draw(group.states, logits), lambdas, strict=True)):
             self.generated_tokens += drawn.error is None
             state.take(drawn, lam)
             if state.done:
                 self.finished[state.handle.finish_reason or ""] += 1
-        self._drop_done(group)
+                if drawn.error is None:
+                    self.prefixes.store(group, i)
 
     # -- leaving -------------------------------------------------------------------------------------------------------
 
     def _leave(self) -> None:
         """Those that were cancelled."""
-        for state in [*self.active, *self.waiting]:
+        for group in self.groups:
+            for i, state in enumerate(group.states):
+                if state.handle.cancelled and not state.done:
+                    self._end(state, "cancelled")
+                    if group in self.running:
+                        self.prefixes.store(group, i)
+        for state in self.waiting:
             if state.handle.cancelled:
                 self._end(state, "cancelled")
         self.waiting = deque(state for state in self.waiting if not state.done)
-        for group in self.running:
-            self._drop_done(group)
-        self.running = [group for group in self.running if group.states]
-        for filling in list(self.filling):
-            kept = [i for i, state in enumerate(filling.group.states) if not state.done]
-            if not kept:
-                self.filling.remove(filling)
-            elif len(kept) < len(filling.group.states):
-                filling.keep(kept)
-
-    def _drop_done(self, group: Group) -> None:
-        kept = [i for i, state in enumerate(group.states) if not state.done]
-        if len(kept) == len(group.states):
-            return
-        for i, state in enumerate(group.states):
-            if state.done and state.handle.finish_reason != "error":
-                self.prefixes.store(group, i)
-        if kept:
-            group.keep(kept)
-        else:
-            group.states = []
+        self.filling = deque(filling for filling in self.filling if filling.leave())
 
     def _end(self, state: State, reason: FinishReason, error: str | None = None) -> None:
         if not state.done:
@@ -200,39 +192,39 @@ class Scheduler:
     def _next_batch(self) -> dict[State, int]:
         """The first of the waiting requests, and those like it; with the tokens that each has to compute."""
         batch: dict[State, int] = {}
-        reading = [state for filling in self.filling for state in filling.group.states]
-        for state in list(self.waiting)[:AHEAD]:
-            if any(self._shares(state, other) for other in (*reading, *batch)):
+        alike: defaultdict[tuple[int, ...], list[State]] = defaultdict(list)  # that are read, by their first tokens
+        for filling in self.filling:
+            for state in filling.group.states:
+                alike[state.start].append(state)
+        active, rows = self.active, self.rows
+        tokens = self.held + sum(state.plan.num_rows * self._growth(state) for state in active)
+        for state in islice(self.waiting, AHEAD):
+            if any(self._shares(state, other) for other in alike[state.start]):
                 continue  # its prompt's beginning will be known then
-            if not self._fits([*batch, state]):
+            own = state.plan.num_rows
+            more = own * (state.length + self._growth(state))
+            is_alone = not active and not batch  # which is decoded whatever it takes
+            if not is_alone and (rows + own > self.max_rows or tokens + more > self.max_tokens):
                 break
             found = self.prefixes.find(state, self.running)
             left = state.length - (found.tokens if found else 0)
             if batch:
                 most = max(left, *batch.values())
-                is_alike = most * (len(batch) + 1) <= WASTE * (sum(batch.values()) + left)
-                rows = sum(each.plan.num_rows for each in (*batch, state))
-                if state.kind != next(iter(batch)).kind or not is_alike or most * rows > self.prefill_chunk:
+                is_tight = most * (len(batch) + 1) <= WASTE * (sum(batch.values()) + left)
+                of_batch = sum(each.plan.num_rows for each in (*batch, state))
+                if state.kind != next(iter(batch)).kind or not is_tight or most * of_batch > self.prefill_chunk:
                     continue
             batch[state] = left
+            alike[state.start].append(state)
+            rows, tokens = rows + own, tokens + more
         return batch
 
     def _shares(self, state: State, other: State) -> bool:
-        """Whether a good part of a request's prompt is being computed for another one."""
-        if state.start != other.start or state.kind.is_whole or not covers(other.plan, 0, state.plan):
+        """Whether a good part of a request's prompt is being computed for another one that begins alike."""
+        if state.kind.is_whole or not covers(other.plan, 0, state.plan):
             return False
         n = common(state.ids[:-1], other.ids)
         return n > 0 and 2 * n >= state.length
-
-    def _fits(self, new: Sequence[State]) -> bool:
-        """Whether these can be computed beside what is; a single one always can where nothing is."""
-        active = self.active
-        if not active and len(new) == 1:
-            return True
-        rows = self.rows + sum(state.plan.num_rows for state in new)
-        tokens = self.held + sum(state.plan.num_rows * state.length for state in new)
-        growth = sum(state.plan.num_rows * self._growth(state) for state in (*active, *new))
-        return rows <= self.max_rows and tokens + growth <= self.max_tokens
 
     def num_fitting(self, states: Sequence[State]) -> int:
         """How many of these requests, in their order, could be computed at once if there were no others."""
@@ -261,53 +253,69 @@ class Scheduler:
             state.handle.cached_tokens = known
             self.cached_tokens += known
         width = length - most
-        cache = gather(self.model, plan, parts, width, room=most) if width else new_cache(self.kinds)
+        cache = gather(self.model, self.kinds, plan, parts, width, room=most) if width else new_cache(self.kinds)
         lengths = torch.tensor([state.length for state in states], device=self.model.device)
-        return Filling(Group(self.model, states, plan, cache, width, lengths), self.filler)
+        return Filling(Group(self.model, self.kinds, states, plan, cache, width, lengths), self.filler)
 
-    def _merge(self) -> None:
-        """Groups of one kind go on as one where that costs little padding."""
-        merged: list[Group] = []
-        for group in self.running:
-            for other in merged:
-                if self._can_join(other, group):
-                    other.join(group)
-                    break
+    def _regroup(self) -> None:
+        """Those that have ended leave; groups of one kind go on as one where that costs little padding."""
+        together: list[list[Group]] = []
+        for group in sorted(self.running, key=lambda group: not isinstance(group, CapturedGroup)):
+            if group.kept:
+                alike = next((others for others in together if self._can_join(others, group)), None)
+                if alike is None:
+                    together.append([group])
+                else:
+                    alike.append(group)
             else:
-                merged.append(group)
-        self.running = merged
+                group.release()
+        self.running = [self._join(groups) for groups in together]
 
-    def _can_join(self, a: Group, b: Group) -> bool:
-        if a.states[0].kind != b.states[0].kind:
+    def _can_join(self, groups: Sequence[Group], other: Group) -> bool:
+        if groups[0].states[0].kind != other.states[0].kind:
             return False
-        length = max(a.length, b.length)
-        held = length * (a.rows + b.rows)
-        is_tight = length <= SHORT or held <= WASTE * (a.held + b.held)
-        return is_tight and self.held - a.held - b.held + held <= self.max_tokens
+        all_of_them = [*groups, other]
+        length = max(group.length for group in all_of_them)
+        before, held = sum(group.held for group in all_of_them), length * sum(group.rows for group in all_of_them)
+        is_tight = length <= SHORT or held <= WASTE * before
+        return is_tight and self.held - before + held <= self.max_tokens
+
+    def _join(self, groups: Sequence[Group]) -> Group:
+        first, *others = groups
+        if not first.take(others):
+            first = self._anew(groups)
+        if not self.capture or isinstance(first, CapturedGroup):
+            return first
+        # at most half of what there is room for, since places that are free hold as much as others
+        room = (self.max_tokens - self.held + sum(group.held for group in groups)) // 2
+        return capture(first, room, self.filler) or first
+
+    def _anew(self, groups: Sequence[Group]) -> Group:
+        anew = Group.of(groups)
+        for group in groups:
+            group.release()
+        return anew
 
     # -- short of memory -----------------------------------------------------------------------------------------------
 
     def _make_room(self) -> None:
         """The requests that started last wait again, to be read with their tokens so far, until there is room."""
-        while self.held + sum(group.rows for group in self.running) > self.max_tokens and len(self.active) > 1:
+        if self._is_short():  # without places that nobody has
+            self.running = [self._anew([each]) if isinstance(each, CapturedGroup) else each for each in self.running]
+        while self._is_short() and len(self.active) > 1:
             again = [state for state in self.active if not state.kind.is_whole]
             if not again:
                 return
             self._put_back([max(again, key=lambda state: (state.handle.started, state.handle.created))])
 
+    def _is_short(self) -> bool:
+        """Whether there is no room for another token of each."""
+        return self.held + sum(group.rows for group in self.running) > self.max_tokens
+
     def _put_back(self, states: Sequence[State]) -> None:
-        for filling in list(self.filling):
-            kept = [i for i, state in enumerate(filling.group.states) if state not in states]
-            if not kept:
-                self.filling.remove(filling)
-            elif len(kept) < len(filling.group.states):
-                filling.keep(kept)
-        for group in list(self.running):
-            kept = [i for i, state in enumerate(group.states) if state not in states]
-            if not kept:
-                self.running.remove(group)
-            elif len(kept) < len(group.states):
-                group.keep(kept)
+        for group in self.groups:
+            group.left.update(states)
+        self.filling = deque(filling for filling in self.filling if filling.leave())
         self.waiting.extendleft(reversed(states))
 
     def _attempt(self, group: Group, work: Callable[[Group], None]) -> None:

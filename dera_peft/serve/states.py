@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import (
+    Cache,
     DummyLayer,
     DynamicCache,
     DynamicLayer,
@@ -49,12 +50,7 @@ class RoomyLayer(DynamicLayer):
         for room, states in zip(self._room, (key_states, value_states), strict=True):
             room[:, :, start:stop] = states
         self._show(stop)
-        return self.states
-
-    @property
-    def states(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values, once there are any."""
-        assert self.keys is not None
+        assert self.keys is not None  # _show sets both
         assert self.values is not None
         return self.keys, self.values
 
@@ -123,19 +119,28 @@ class Part:
     """
 
     plan: BatchPlan
-    cache: DynamicCache
+    cache: Cache
     sequences: Sequence[int]
     start: int
     stop: int
 
 
+def keys_and_values(layer: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Of a layer of any cache, `[R, heads, columns, D]` each; None of one that has none, or reads another layer's."""
+    keys = getattr(layer, "keys", None)
+    return None if keys is None else (keys, layer.values)
+
+
 @torch.no_grad()
-def gather(model: MixtureModel, plan: BatchPlan, parts: Sequence[Part], length: int, room: int = ROOM) -> DynamicCache:
+def gather(
+    model: MixtureModel, kinds: Sequence[type], plan: BatchPlan, parts: Sequence[Part], length: int, room: int = ROOM
+) -> DynamicCache:
     """
     A cache of its own for the parts' sequences, one part behind the other, each row ending in column `length`.
 
     Args:
-        plan: of these sequences; it needs no branch that a part's own plan has not computed for them.
+        kinds: of its layers.
+        plan: of these sequences. The rows of a branch that a part's own plan has not computed are copies of another's.
         room: columns to leave for further tokens.
     """
     by_part = [torch.tensor(part.sequences, device=plan.device) for part in parts]
@@ -145,7 +150,7 @@ def gather(model: MixtureModel, plan: BatchPlan, parts: Sequence[Part], length: 
     # where each part's rows go, and which of its own they are, below and above the fork
     below = _moves(of_part, sequences, len(parts))
     above = _moves(of_part[plan.source], plan.rows_among(row_of), len(parts))
-    cache = new_cache([type(layer) for layer in parts[0].cache.layers])
+    cache = new_cache(kinds)
     for index, layer in enumerate(cache.layers):
         sources: list[Any] = [part.cache.layers[index] for part in parts]
         is_forked = index >= model.fork_layer

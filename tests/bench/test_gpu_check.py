@@ -21,9 +21,10 @@ def test_figures_against_the_aims():
         row(gpu_check.TWO, 1, 54.12e-3, peak_bytes=12e9), row(gpu_check.TWICE, 8, 9e-3), row(gpu_check.DERA, 8, 9.9e-3),
     ]  # fmt: skip
     found = {"bench-bf16": {"results": rows}, "bench-nf4": {"passed": False}, "qlora": {"peak_allocated": 8.25e9}}
+    found["serve"] = {"rows": [{"tokens_per_second": speed} for speed in (100.0, 150.0, 310.0)]}
     assert [(aim, measured) for _, aim, measured in gpu_check.aims(found)] == [
         ("≤ 1.12", "1.10"), ("≤ 1.08", "1.10"), ("≥ 5 ×", "6.0 ×"), ("≤ 1.01", "1.01"),
-        ("≥ 60 %", "62%"), ("≥ 55 %", "57%"), ("9.5 GB, computed", "8.2 GB"),
+        ("≥ 60 %", "62%"), ("≥ 55 %", "57%"), ("≥ 2 ×", "3.1 ×"), ("9.5 GB, computed", "8.2 GB"),
     ]  # fmt: skip
     found["bench-nf4"] = {"results": rows}
     assert gpu_check.aims(found)[-2][1:] == ("≤ 0.60", "0.50")
