@@ -42,7 +42,8 @@ from dera_peft.cli.program import run_program
 from dera_peft.engine.names import LOGITS
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate import SweepConfig, SweepResult, sweep
-from dera_peft.evaluate.analysis.summary import Estimate, LambdaSummary, Resamples
+from dera_peft.evaluate.analysis.resamples import Estimate, Resamples
+from dera_peft.evaluate.analysis.summary import LambdaSummary
 from dera_peft.messages import messages_on_stderr
 from dera_peft.training import dpo, preferences, sft
 

@@ -33,7 +33,8 @@ from dera_peft.cli.program import run_program
 from dera_peft.engine.names import LOGITS
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate import SweepConfig, SweepResult, sweep
-from dera_peft.evaluate.analysis.summary import INTERVAL, Estimate, LambdaSummary
+from dera_peft.evaluate.analysis.resamples import INTERVAL, Estimate
+from dera_peft.evaluate.analysis.summary import LambdaSummary
 from dera_peft.messages import messages_on_stderr
 from dera_peft.progress import show_progress
 from dera_peft.training import dpo

@@ -21,7 +21,7 @@ COMMON = {
 }  # fmt: skip
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}
 
-PICTURES = ("plot_sweep", "plot_pareto", "write_report")  # of a sweep, in `run`
+PICTURES = ("plot_sweep", "plot_pareto", "write_report")  # of a sweep, in `results`
 
 
 def train(program: str, output_dir: Path, **settings) -> Path:
@@ -48,11 +48,11 @@ def words(rng: random.Random, count: int) -> str:
 @pytest.fixture(scope="module")
 def without_pictures():
     """Sweeps do not draw: it takes seconds. `dera sweep`'s test, the demo's and those of the report do."""
-    from dera_peft.evaluate import run  # imports matplotlib
+    from dera_peft.evaluate import results  # imports matplotlib
 
     with pytest.MonkeyPatch.context() as patch:
         for name in PICTURES:
-            patch.setattr(run, name, lambda *arguments, **keywords: None)
+            patch.setattr(results, name, lambda *arguments, **keywords: None)
         yield
 
 

@@ -238,6 +238,7 @@ TEXTS = {
     "arms": "mixing=weights",
     "mixing": "weights",
     "lambdas": "0.5",
+    "max_perplexity": "1.5",
     "lam": "0.5",
     "batch": "2",
     "lambda_schedule": "0:2,20:1",

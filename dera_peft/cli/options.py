@@ -19,6 +19,7 @@ PANELS = (
     "Sampling",
     "What is measured",
     "Measuring",
+    "Choosing",
     "Server",
     "Output",
 )  # in this order on a help page

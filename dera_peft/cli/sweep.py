@@ -89,8 +89,6 @@ def sweep(settings: SweepSettings) -> None:
         tell(console, result.best.text())
         if result.best.use is not None:
             tell(console, f"To decode like that: {result.best.use}")
-    if result.command is not None:
-        tell(console, f"To train there: {result.command}")
     console.print()
     tell(console, f"written to {config.output_dir}: {', '.join(result.files)}")
     if result.failed:

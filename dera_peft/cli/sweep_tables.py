@@ -12,7 +12,7 @@ from rich.table import Table
 from dera_peft.cli.console import printable, side_by_side
 from dera_peft.decoding.chats import text_of
 from dera_peft.decoding.lambdas import Lambda, values_of
-from dera_peft.evaluate.analysis.summary import LambdaSummary, RewardSummary, number
+from dera_peft.evaluate.analysis.summary import GUARDS, LambdaSummary, RewardSummary, number
 from dera_peft.evaluate.points import anchors, is_of_several
 from dera_peft.evaluate.result import SweepResult
 
@@ -54,9 +54,14 @@ def main_columns(summaries: Sequence[LambdaSummary]) -> list[tuple[str, list[str
 
 
 def further_columns(summaries: Sequence[LambdaSummary]) -> list[tuple[str, list[str]]]:
-    """The other rewards, the worst group by the first one, and the judge's win rates."""
+    """The other rewards, the guards, the worst group by the first one, and the judge's win rates."""
     first, *others = summaries[0].rewards
     columns = [(name, [_short(s.rewards[name].level.mean) for s in summaries]) for name in others]
+    for name in GUARDS:
+        found = [s.perplexity if name == "log_perplexity" else s.guards.get(name) for s in summaries]
+        if any(found):
+            means = ["-" if estimate is None else _short(estimate.mean) for estimate in found]
+            columns.append((f"guard: {name.removeprefix('log_')}", means))
     if summaries[0].rewards[first].groups:
         columns.append(("worst group", [_worst_group(s.rewards[first]) for s in summaries]))
     for lam in sorted({lam for summary in summaries for lam in summary.judged}):

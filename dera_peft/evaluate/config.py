@@ -1,5 +1,6 @@
 """The settings of a sweep."""
 
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,10 @@ from dera_peft.files import check_exists, check_file
 from dera_peft.settings import COUNT, Check, part, plain, setting, setting_like
 
 RADIUS = 1.0  # nats
-PROMPTS, SAMPLING, MEASURING = "Prompts", "Sampling", "Measuring"
+STANDARD_ERRORS = 1.0  # Breiman et al., Classification and Regression Trees (1984): the one-standard-error rule
+MAX_PERPLEXITY = 1.25  # times that of the text at λ=0 or 1, the higher one
+MAX_REPETITION = 0.05  # more than there, as a share of 4-grams
+PROMPTS, SAMPLING, MEASURING, CHOOSING = "Prompts", "Sampling", "Measuring", "Choosing"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,20 +108,57 @@ class SweepConfig(SystemSettings, Sampling, ModelSource):
     group: str | None = setting(
         None, "A column of the prompts: results for each of its values.", metavar="COLUMN", panel=MEASURING
     )
-    rule: Literal["reward", "lower_bound", "kl_budget", "worst_group", "robust"] = setting(
+    choose_by: str | None = setting(
+        None,
+        "The name of the reward that λ is chosen by; the first one, which the adapter was trained for, unless given.",
+        metavar="NAME",
+        panel=CHOOSING,
+    )
+    gold: str | None = setting(
+        None,
+        "The name of a reward that was not trained for: it is told from which λ the first one still rises while this "
+        "one falls. λ is chosen by it only with --choose-by.",
+        metavar="NAME",
+        panel=CHOOSING,
+    )
+    rule: Literal["reward", "kl_budget", "worst_group", "robust"] = setting(
         "reward",
-        "How λ is recommended: reward (the highest mean), lower_bound (the highest lower end of its interval), "
-        "kl_budget (the highest mean within --kl-budget), worst_group (the highest mean of the worst group), robust "
-        "(the highest mean under the worst reweighting of the prompts within --radius).",
+        "Which λ is best: reward (the highest mean), kl_budget (the highest mean within --kl-budget), worst_group (the "
+        "highest mean of the worst group), robust (the highest mean under the worst reweighting of the prompts within "
+        "--radius). Recommended is the smallest that can't be told from it, see --standard-errors.",
         metavar="RULE",
-        panel=MEASURING,
+        panel=CHOOSING,
+    )
+    standard_errors: float = setting(
+        STANDARD_ERRORS,
+        "The smallest λ is recommended whose paired difference to the best is within so many standard errors; 0 for "
+        "the best itself.",
+        check=Check(lambda value: 0 <= value < math.inf, "a number, 0 or more", names_type=True),
+        metavar="N",
+        panel=CHOOSING,
+    )
+    max_perplexity: float = setting(
+        MAX_PERPLEXITY,
+        "A guard: λ whose text has a perplexity under the reference of more than so many times that at λ=0 or 1, the "
+        "higher one, is passed over; inf for no such guard.",
+        check=Check(lambda value: value >= 1, "1 or more"),
+        metavar="FACTOR",
+        panel=CHOOSING,
+    )
+    max_repetition: float = setting(
+        MAX_REPETITION,
+        "A guard: λ whose texts repeat a share of their 4-grams that is by more than this above that at λ=0 or 1, the "
+        "higher one, is passed over; inf for no such guard.",
+        check=Check(lambda value: value >= 0, "0 or more"),
+        metavar="SHARE",
+        panel=CHOOSING,
     )
     kl_budget: float | None = setting(
         None,
         "KL to the reference, a completion, at most.",
         check=Check(lambda value: value >= 0, "a number of nats, 0 or more", names_type=True),
         metavar="NATS",
-        panel=MEASURING,
+        panel=CHOOSING,
     )
     radius: float | None = setting(
         None,
@@ -125,7 +166,7 @@ class SweepConfig(SystemSettings, Sampling, ModelSource):
         "covers every part of 37 % of the prompts or more (a part of the share s is covered from -log s on).",
         check=Check(lambda value: value >= 0, "a number of nats, 0 or more", names_type=True),
         metavar="NATS",
-        panel=MEASURING,
+        panel=CHOOSING,
     )
     output_dir: str | None = setting(
         None,

@@ -1,15 +1,16 @@
 """One process of a sweep: decodes, scores and rewards its prompts, and keeps every row in the sweep's folder."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from dera_peft.checkpoint.devices import free_memory
 from dera_peft.checkpoint.fingerprint import settings_fingerprint
 from dera_peft.decoding.batching import decode
+from dera_peft.decoding.lambdas import Lambda, values_of
 from dera_peft.decoding.prompts import Prompt, column_names
 from dera_peft.decoding.rows import Expected
 from dera_peft.engine.names import LOGITS
@@ -77,6 +78,12 @@ class SweepWorker:
         self.score_log = open_log(self.folder, ScoreRow, self.rank)
         self.reward_log = open_log(self.folder, RewardRow, self.rank)
         self.completions = {row.key: row for row in self.completion_log.rows if expected(row)}
+
+    def add_lambda(self, lam: Lambda) -> None:
+        """Plain λ is decoded at a further λ, one of the fine grid, which stays as it is."""
+        plain, *others = self.arms
+        lambdas = tuple(sorted({*cast("tuple[Lambda, ...]", plain.lambdas), lam}, key=values_of))
+        self.arms = [replace(plain, lambdas=lambdas), *others]
 
     # -- which rows there are ---------------------------------------------------------------------------------------
 

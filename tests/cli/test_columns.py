@@ -23,7 +23,7 @@ def files(tmp_path, monkeypatch) -> Path:
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (tmp_path / "reward.py").write_text(REWARD)
     for name in ("plot_sweep", "plot_pareto", "write_report"):  # they take seconds, and have tests of their own
-        monkeypatch.setattr(f"dera_peft.evaluate.run.{name}", lambda *_, **__: None)
+        monkeypatch.setattr(f"dera_peft.evaluate.results.{name}", lambda *_, **__: None)
     return tmp_path
 
 

@@ -89,7 +89,7 @@ def test_it_continues_its_own_rows_alone(dera, prompts, tmp_path):
 def test_score_and_sweep_and_check(dera, prompts, tmp_path, monkeypatch):
     output, scores, folder = tmp_path / "out.jsonl", tmp_path / "scores.jsonl", tmp_path / "sweep"
     for name in ("plot_sweep", "plot_pareto"):  # they take seconds
-        monkeypatch.setattr(f"dera_peft.evaluate.run.{name}", lambda *_, **__: None)
+        monkeypatch.setattr(f"dera_peft.evaluate.results.{name}", lambda *_, **__: None)
     given = ["--principle", PRINCIPLE]
     sampling = ["--lambda", "0,1,2", "--samples", 1, "--max-new-tokens", 6, "--seed", 3]
     assert dera("generate", *given, "--prompts", prompts, *sampling, "--output", output)[0] == 0

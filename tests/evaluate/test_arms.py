@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from two_models import load_two
 
 from dera_peft import DeRaError
-from dera_peft.evaluate import SweepConfig, run, sweep, worker
+from dera_peft.evaluate import SweepConfig, results, sweep, worker
 from dera_peft.evaluate.arms import by_model, make_arms
 from dera_peft.model import DeRaModel
 
@@ -31,7 +31,7 @@ def swept(tiny_base, tiny_adapter, tmp_path_factory):
     did: dict[str, list] = {"loaded": [], "decoded": []}
     with pytest.MonkeyPatch.context() as patch:
         for name in ("plot_sweep", "plot_pareto", "write_report"):
-            patch.setattr(run, name, lambda *arguments, **keywords: None)
+            patch.setattr(results, name, lambda *arguments, **keywords: None)
         common = {"prompts": PROMPTS, "rewards": ["length", "perplexity"], "lambdas": [0, 1], "samples": 1,
                   "max_new_tokens": 5, "base": str(tiny_base), "adapter": str(tiny_adapter),
                   "output_dir": str(folder)}  # fmt: skip

@@ -55,7 +55,7 @@ REQUIRED = {"prompts": "p.txt", "rewards": ["r.py:reward"], "output_dir": "out"}
             "arms: 'weights' is the name of two arms; give one of them another name",
         ),
         ({"arms": [{"adapter": "a", "name": "logits"}]}, "arms: 'logits' is the name of two arms"),
-        ({"rule": "best"}, "rule='best' is not known; choose one of reward, lower_bound"),
+        ({"rule": "best"}, "rule='best' is not known; choose one of reward, kl_budget"),
         ({"rule": "kl_budget"}, "rule='kl_budget' needs the budget: set kl_budget"),
         ({"kl_budget": 3}, "kl_budget=3 has no effect on rule='reward'"),
         ({"rule": "kl_budget", "kl_budget": -1}, "kl_budget=-1 must be a number of nats, 0 or more"),

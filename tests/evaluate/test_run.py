@@ -332,9 +332,9 @@ def test_a_prompts_own_lambda_is_left_aside_and_that_is_said(model, tmp_path, ca
 PROGRAM = """
 import sys
 sys.path.insert(0, {root!r})
-from dera_peft.evaluate import run, sweep
+from dera_peft.evaluate import results, sweep
 for name in {pictures!r}:
-    setattr(run, name, lambda *arguments, **keywords: None)
+    setattr(results, name, lambda *arguments, **keywords: None)
 result = sweep(**{settings!r}, output_dir={folder!r})
 if result is not None:
     print("found", len(result.rows), "rows")

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from dera_peft.decoding.lambdas import NamedLambda
 from dera_peft.engine.names import LOGITS
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate.analysis.choice import (
@@ -15,7 +16,10 @@ from dera_peft.evaluate.analysis.choice import (
     interval_text,
 )
 from dera_peft.evaluate.analysis.curve import Curve
-from dera_peft.evaluate.analysis.summary import Estimate, LambdaSummary, Resamples
+from dera_peft.evaluate.analysis.guards import Limit
+from dera_peft.evaluate.analysis.recommendation import numbers
+from dera_peft.evaluate.analysis.resamples import Estimate, Resamples
+from dera_peft.evaluate.analysis.summary import LambdaSummary
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,21 @@ class BestArm:
             f"({interval_text(value)}), at a KL of {kl.mean:.2f} nats."
         ]
         if self.best.estimated:
-            lines.append("It was not decoded: its numbers are estimated from the samples at the measured λ.")
+            lines.append("Its numbers are estimated from the samples at the measured λ.")
         return "\n".join([*lines, *self._comparison()])
+
+    def to_dict(self) -> dict:
+        """For JSON: None for what is unknown."""
+        return {
+            "rule": self.rule.name,
+            "reward": self.reward,
+            "best": _json(self.best),
+            "plain": None if self.plain is None else _json(self.plain),
+            "other": None if self.other is None else _json(self.other),
+            "difference": numbers(self.difference),
+            "count": self.count,
+            "use": self.use,
+        }
 
     def _comparison(self) -> list[str]:
         if self.plain is None or self.other is None:
@@ -91,6 +108,11 @@ class BestArm:
         return [f"{said} these prompts can't tell the two apart."]
 
 
+def _json(candidate: Candidate) -> dict:
+    lam = dict(candidate.lam) if isinstance(candidate.lam, NamedLambda) else candidate.lam
+    return {"arm": candidate.arm, "lambda": lam, "value": numbers(candidate.value), "kl": numbers(candidate.kl)}
+
+
 def name_of(candidate: Candidate) -> str:
     """In a sentence: "plain λ=1.5", "plausible:0.1 at λ=3", "aad:0.1"."""
     if candidate.arm == LOGITS:
@@ -99,38 +121,45 @@ def name_of(candidate: Candidate) -> str:
 
 
 def best_arm(
-    summaries: Sequence[LambdaSummary], curve: Curve | None, rule: Rule, reward: str, seed: int = 0
+    summaries: Sequence[LambdaSummary],
+    curve: Curve | None,
+    rule: Rule,
+    reward: str,
+    limits: Sequence[Limit] = (),
+    resamples: Resamples | None = None,
 ) -> BestArm | None:
     """
-    What the rule takes of all arms, and of the plain λ and the others apart.
+    What the rule takes of plain λ and of the other arms apart, and the better one of the two.
 
     Args:
         summaries: of the sweep, all arms'.
         curve: between the measured plain λ.
-        seed: of the bootstrap; that of the summaries.
+        limits: of guards.
+        resamples: of the sweep; of its prompts unless given.
 
     Returns:
         None where there is no other arm, or nothing that can be chosen.
     """
     among = candidates(summaries, curve, rule, reward)
-    plain = _choice([each for each in among if each.arm == LOGITS], rule, reward)
-    other = _choice([each for each in among if each.arm != LOGITS], rule, reward)
-    best = _choice(among, rule, reward)
-    if best is None or all(summary.arm == LOGITS for summary in summaries):
+    plain = _choice([each for each in among if each.arm == LOGITS], rule, reward, limits)
+    other = _choice([each for each in among if each.arm != LOGITS], rule, reward, limits)
+    both = [each for each in (plain, other) if each is not None]
+    if not both or all(summary.arm == LOGITS for summary in summaries):
         return None
-    difference = None if plain is None or other is None else _difference(other, plain, seed)
+    best = choose(both, replace(rule, standard_errors=0.0), reward).chosen
+    difference = None if plain is None or other is None else _difference(other, plain, resamples)
     return BestArm(rule, reward, best, plain, other, difference, len(among))
 
 
-def _choice(among: Sequence[Candidate], rule: Rule, reward: str) -> Candidate | None:
+def _choice(among: Sequence[Candidate], rule: Rule, reward: str, limits: Sequence[Limit]) -> Candidate | None:
     try:
-        return choose(among, rule, reward).best
-    except DeRaError:  # nothing has a value or is within the budget
+        return choose(among, rule, reward, limits).chosen
+    except DeRaError:  # nothing has a value, or is within the budget and the guards
         return None
 
 
-def _difference(one: Candidate, other: Candidate, seed: int) -> Estimate:
+def _difference(one: Candidate, other: Candidate, resamples: Resamples | None) -> Estimate:
     if one.by_prompt is None or other.by_prompt is None:
         return difference_of_draws(one.value, other.value)
     differences = one.by_prompt - other.by_prompt  # NaN for a prompt that one of them has no value of
-    return Resamples(len(differences), seed).means({0: differences})[0]
+    return (resamples or Resamples(len(differences))).means({0: differences})[0]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, cast
 
 import numpy
@@ -11,12 +11,14 @@ from dera_peft.decoding.lambdas import Lambda, NamedLambda, values_of, with_valu
 from dera_peft.engine.names import LOGITS
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate.analysis.curve import Curve
-from dera_peft.evaluate.analysis.summary import INTERVAL, Estimate, LambdaSummary, RewardSummary, number
+from dera_peft.evaluate.analysis.guards import Limit
+from dera_peft.evaluate.analysis.resamples import INTERVAL, Estimate
+from dera_peft.evaluate.analysis.summary import LambdaSummary, RewardSummary, number
+from dera_peft.evaluate.config import STANDARD_ERRORS
 
-RuleName = Literal["reward", "lower_bound", "kl_budget", "worst_group", "robust"]
+RuleName = Literal["reward", "kl_budget", "worst_group", "robust"]
 RULES: dict[str, str] = {
     "reward": "the highest mean reward",
-    "lower_bound": "the highest lower bound of the reward's interval",
     "kl_budget": "the highest mean reward within the KL budget",
     "worst_group": "the highest mean reward of the worst group",
     "robust": "the highest mean reward under the worst reweighting of the prompts",
@@ -34,6 +36,7 @@ class Rule:
         name: one of `RULES`.
         kl_budget: of "kl_budget", KL(π_λ ‖ π_ref) per sequence, in nats, not to be exceeded by the mean.
         radius: of "robust", of the KL ball of weights of the prompts, in nats.
+        standard_errors: how far below the best a smaller λ may lie to be taken in its place; 0 takes the best.
 
     Raises:
         DeRaError: there is no such rule, or it lacks what it needs.
@@ -42,6 +45,7 @@ class Rule:
     name: str
     kl_budget: float | None = None
     radius: float | None = None
+    standard_errors: float = STANDARD_ERRORS
 
     def __post_init__(self):
         if self.name not in RULES:
@@ -73,6 +77,7 @@ class Candidate:
         group: the worst one, by the rule "worst_group".
         by_prompt: the reward of each prompt where `value` is their mean, `[P]`; None of an estimate.
         estimated: by the curve.
+        guards: as in `LambdaSummary`.
     """
 
     arm: str
@@ -82,6 +87,13 @@ class Candidate:
     group: str | None = None
     by_prompt: numpy.ndarray | None = None
     estimated: bool = False
+    guards: dict[str, Estimate] = field(default_factory=dict)
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """By which the smallest λ is found: Σ|λ|, then the KL. Other arms' λ mean other things, and the KL decides."""
+        lam = 0.0 if self.arm != LOGITS or self.lam is None else round(sum(map(abs, values_of(self.lam))), 9)
+        return lam, self.kl.mean
 
 
 def candidates(summaries: Sequence[LambdaSummary], curve: Curve | None, rule: Rule, reward: str) -> list[Candidate]:
@@ -94,7 +106,7 @@ def candidates(summaries: Sequence[LambdaSummary], curve: Curve | None, rule: Ru
     if curve is not None and plain and rule.name not in OF_PROMPTS:
         measured = [_values(each) for each in plain]
         plain += [
-            Candidate(LOGITS, point.lam, value, point.kl, estimated=True)
+            Candidate(LOGITS, point.lam, value, point.kl, estimated=True, guards=_known(point.guards))
             for point in curve.points
             if point.kl is not None
             and (value := point.rewards[reward]) is not None
@@ -107,27 +119,38 @@ def candidates(summaries: Sequence[LambdaSummary], curve: Curve | None, rule: Ru
     return [each for each in (*plain, *others) if not math.isnan(each.value.mean) and not math.isnan(each.kl.mean)]
 
 
+def _known(guards: dict[str, Estimate | None]) -> dict[str, Estimate]:
+    return {name: estimate for name, estimate in guards.items() if estimate is not None}
+
+
 def _values(candidate: Candidate) -> tuple[float, ...]:
     assert candidate.lam is not None  # of plain λ
     return values_of(candidate.lam)
 
 
 def _measured(summary: LambdaSummary, reward: RewardSummary, rule: Rule) -> Candidate:
+    value, group, by_prompt = reward.level, None, reward.by_prompt
     if rule.name == "robust" and reward.robust is not None:
-        return Candidate(summary.arm, summary.lam, reward.robust, summary.kl)
-    group = reward.worst_group
-    if rule.name != "worst_group" or group is None:  # None: no value in any group
-        return Candidate(summary.arm, summary.lam, reward.level, summary.kl, by_prompt=reward.by_prompt)
-    # in each resample the group that is the worst there
-    draws = numpy.fmin.reduce([draws_of(level) for level in reward.groups.values()])
-    level = reward.groups[group]
-    value = Estimate(level.mean, level.se, level.low, level.high, draws)
-    return Candidate(summary.arm, summary.lam, value, summary.kl, group)
+        value, by_prompt = reward.robust, None
+    elif rule.name == "worst_group" and reward.worst_group is not None:  # None: no value in any group
+        group, by_prompt = reward.worst_group, None
+        level = reward.groups[group]
+        # in each resample the group that is the worst there
+        draws = numpy.fmin.reduce([draws_of(each) for each in reward.groups.values()])
+        # what was left out tells it where all groups are there
+        left_out = numpy.min([left_out_of(each) for each in reward.groups.values() if not math.isnan(each.mean)], 0)
+        value = Estimate(level.mean, level.se, level.low, level.high, draws, left_out)
+    return Candidate(summary.arm, summary.lam, value, summary.kl, group, by_prompt, guards=summary.guards)
 
 
 def draws_of(estimate: Estimate) -> numpy.ndarray:
     assert estimate.draws is not None  # of what was measured, or is estimated in the curve, there are resamples
     return estimate.draws
+
+
+def left_out_of(estimate: Estimate) -> numpy.ndarray:
+    """The means on what each resample left out; NaN of an estimate without."""
+    return numpy.full(len(draws_of(estimate)), numpy.nan) if estimate.out_of_bag is None else estimate.out_of_bag
 
 
 @dataclass(frozen=True)
@@ -136,58 +159,100 @@ class Choice:
     What a rule takes.
 
     Attributes:
-        best: of those with the highest value the one with the least KL.
-        indifferent: what the rule looks at is the same for all that could be chosen, so that only the KL decided.
+        best: of those with the highest value the smallest (`Candidate.size`).
+        chosen: the smallest that is within the rule's standard errors of the best.
+        lead: the value of the best minus that of the chosen one, paired over prompts. The best's lead is less by what
+            it gains from being the best of many: the mean over resamples of how much higher their best is there than in
+            all prompts. Its error is over resamples, each with a best of its own. None where the two are one.
+        indifferent: what the rule looks at is the same for all that could be chosen, so that only their size decided.
+        again: what the same rule chooses in each resample, those in which it can.
+        draws: which resamples these are.
     """
 
     best: Candidate
+    chosen: Candidate
+    lead: Estimate | None
     indifferent: bool
+    again: tuple[Candidate, ...]
+    draws: tuple[int, ...]
+
+    def left_out(self, other: Candidate | None = None) -> numpy.ndarray:
+        """In each resample the value of what it chooses, on the prompts that it left out; minus that of another."""
+        values = [left_out_of(each.value)[draw] for each, draw in zip(self.again, self.draws, strict=True)]
+        return numpy.array(values) - (0.0 if other is None else left_out_of(other.value)[list(self.draws)])
 
 
-def choose(among: Sequence[Candidate], rule: Rule, reward: str) -> Choice:
+def choose(among: Sequence[Candidate], rule: Rule, reward: str, limits: Sequence[Limit] = ()) -> Choice:
     """
-    What the rule takes of some candidates.
+    What the rule takes of some candidates: the smallest within its standard errors of the best.
+
+    Args:
+        limits: of guards; what is beyond one is passed over.
 
     Raises:
-        DeRaError: none has a value, an interval where the rule needs one, or a KL within the budget.
+        DeRaError: none has a value, or is within the KL budget and the limits.
     """
     if not among:
         raise DeRaError(f"reward={reward!r} has no value at any λ: there is nothing to recommend by.")
-    if rule.name == "lower_bound" and all(math.isnan(c.value.low) for c in among):
-        raise DeRaError("rule='lower_bound' needs at least two prompts: with one there is no interval.")
-    kl = numpy.array([[c.kl.mean] for c in among])  # [C, 1]
-    values = numpy.array([[c.value.low if rule.name == "lower_bound" else c.value.mean] for c in among])
-    values = _within(rule.budget, values, kl)
-    known = ~numpy.isnan(values)
-    if not known.any():
+    among = sorted(among, key=lambda candidate: candidate.size)
+    means = numpy.array([candidate.value.mean for candidate in among])  # [C]
+    fits = numpy.array([c.kl.mean <= rule.budget * (1 + ROUNDING) for c in among])
+    if not fits.any():
         least = min(among, key=lambda c: c.kl.mean)
         raise DeRaError(
             f"kl_budget={rule.kl_budget:g}: no λ has a KL so small; the least is {least.kl.mean:.3g} nats, at "
             f"λ={least.lam:g}. Raise the budget, or add a λ nearer to 0."
         )
-    best = among[_chosen(values, kl).item()]
-    return Choice(best, bool(known.sum() > 1 and _is_best(values)[known].all()))
+    fits &= numpy.array([all(limit.passes(c.guards) for limit in limits) for c in among])
+    if not fits.any():
+        names = " and ".join(f"max_{limit.guard.removeprefix('log_')}={limit.threshold:g}" for limit in limits)
+        raise DeRaError(f"{names}: the guards pass over every λ. Raise them, or add a λ nearer to 0.")
+    values = numpy.where(fits, means, numpy.nan)[:, None]  # [C, 1]
+    best = _is_best(values).argmax()
+
+    draws = numpy.stack([draws_of(c.value) for c in among])  # [C, 1000]
+    within = numpy.stack([draws_of(c.kl) for c in among]) <= rule.budget * (1 + ROUNDING)
+    for limit in limits:
+        within &= numpy.stack([limit.passing_draws(c.guards) for c in among])
+    drawn = numpy.where(within, draws, numpy.nan)
+    there = numpy.flatnonzero(~numpy.isnan(drawn).all(0))
+    drawn, errors, optimism = drawn[:, there], numpy.zeros((len(among), 1)), 0.0
+    if rule.standard_errors and len(there):
+        own_best = numpy.nanargmax(drawn, 0)
+        highest = numpy.take_along_axis(drawn, own_best[None], 0)[0]
+        optimism = max(0.0, float((highest - means[own_best]).mean()))
+        with numpy.errstate(invalid="ignore"):
+            errors = numpy.nanstd(highest - draws[:, there], axis=1)[:, None]
+    margins = optimism + rule.standard_errors * numpy.nan_to_num(errors)  # [C, 1]
+    chosen = _is_best(values, margins).argmax()
+    again = _is_best(drawn, margins).argmax(0) if len(there) else []
+    lead = None
+    if chosen != best:
+        lead = difference_of_draws(among[best].value, among[chosen].value)
+        error = float(errors[chosen, 0])
+        lead = Estimate(lead.mean - optimism, error, lead.low, lead.high) if rule.standard_errors else lead
+    known = values[fits]
+    return Choice(
+        among[best],
+        among[chosen],
+        lead,
+        bool(len(known) > 1 and _is_best(known).all()),
+        tuple(among[place] for place in again),
+        tuple(there.tolist()),
+    )
 
 
-def other_choices(among: Sequence[Candidate], rule: Rule) -> tuple[Lambda, Lambda] | None:
+def other_choices(choice: Choice) -> tuple[Lambda, Lambda] | None:
     """
     The least and the greatest plain λ that the rule takes in 95 % of the resamples of the prompts, of several adapters
     each by itself; None where they are unknown.
     """
-    if any(math.isnan(c.value.low) for c in among):
+    if not choice.again or math.isnan(choice.chosen.value.low):
         return None
-    values = numpy.stack([draws_of(c.value) for c in among])  # [C, 1000]
-    if rule.name == "lower_bound":  # as far below each resample's mean as it lies below the mean of all
-        values = values - numpy.array([[c.value.mean - c.value.low] for c in among])
-    kl = numpy.stack([draws_of(c.kl) for c in among])
-    values = _within(rule.budget, values, kl)
-    there = ~numpy.isnan(values).all(0)
-    if not there.any():
-        return None
-    chosen = numpy.array([_values(c) for c in among])[_chosen(values[:, there], kl[:, there])]  # [N, K]
+    chosen = numpy.array([_values(candidate) for candidate in choice.again])  # [N, K]
     # a λ that was chosen, not a number between two
     low, high = numpy.percentile(chosen, INTERVAL, axis=0, method="nearest").tolist()
-    like = cast("Lambda", among[0].lam)
+    like = cast("Lambda", choice.chosen.lam)
     return with_values(like, low), with_values(like, high)
 
 
@@ -201,19 +266,9 @@ def difference_of_draws(one: Estimate, other: Estimate) -> Estimate:
     return Estimate(mean, float(numpy.nanstd(draws, ddof=1)), float(low), float(high), draws)
 
 
-def _within(budget: float, values: numpy.ndarray, kl: numpy.ndarray) -> numpy.ndarray:
-    """What each candidate is worth in each resample, `[C, N]`; NaN where its KL, `[C, N]`, is beyond the budget."""
-    return numpy.where(kl <= budget * (1 + ROUNDING), values, numpy.nan)
-
-
-def _is_best(values: numpy.ndarray) -> numpy.ndarray:
-    """Where a candidate is as good as any in that resample: bool `[C, N]`, of values `[C, N]`, each column with one."""
-    return values >= numpy.nanmax(values, 0) - ROUNDING * numpy.nanmax(numpy.abs(values), 0)
-
-
-def _chosen(values: numpy.ndarray, kl: numpy.ndarray) -> numpy.ndarray:
-    """The candidate that is taken in each resample, `[N]`: of the best ones that of the least KL."""
-    return numpy.where(_is_best(values), kl, numpy.inf).argmin(0)
+def _is_best(values: numpy.ndarray, margins: numpy.ndarray | float = 0.0) -> numpy.ndarray:
+    """Where a candidate is within its margin of the best of that resample: bool `[C, N]`, of values `[C, N]`."""
+    return values >= numpy.nanmax(values, 0) - margins - ROUNDING * numpy.nanmax(numpy.abs(values), 0)
 
 
 def interval_text(estimate: Estimate, what: str = "over prompts") -> str:

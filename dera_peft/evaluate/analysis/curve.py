@@ -16,7 +16,8 @@ from dera_peft.decoding.lambdas import Lambda, NamedLambda, values_of
 from dera_peft.decoding.sampling import Sampling
 from dera_peft.engine.names import LOGITS
 from dera_peft.errors import DeRaError
-from dera_peft.evaluate.analysis.summary import Estimate, Resamples, prompt_positions
+from dera_peft.evaluate.analysis.resamples import Estimate
+from dera_peft.evaluate.analysis.summary import GUARDS, prompt_positions, resamples_of
 from dera_peft.evaluate.points import is_between, neighbours
 
 # When a point is drawn. At a λ that was decoded n times the effective size is about n or more: no weight is above 1/n.
@@ -44,6 +45,7 @@ class Point:
         mass: the mean weight, 1 where the samples reach all that π_λ writes.
         kl: KL(π_λ ‖ π_ref) per sequence, in nats; None where the samples don't carry an estimate.
         rewards: by name; None there as well, and for a reward that has no values.
+        guards: as in `LambdaSummary`; None as of `rewards`.
     """
 
     lam: Lambda
@@ -51,6 +53,7 @@ class Point:
     mass: float
     kl: Estimate | None
     rewards: dict[str, Estimate | None]
+    guards: dict[str, Estimate | None] = field(default_factory=dict)
 
     @property
     def drawn(self) -> bool:
@@ -99,16 +102,18 @@ def reason_off(sampling: Sampling) -> str | None:
     return None
 
 
-def estimate_curve(rows: Sequence[dict], grid: Sequence[Lambda], rewards: Sequence[str], seed: int = 0) -> Curve:
+def estimate_curve(
+    rows: Sequence[dict], grid: Sequence[Lambda], rewards: Sequence[str], seed: int = 0, group: str | None = None
+) -> Curve:
     """
-    Reward and KL at every λ of `grid`, from the rows of the arm "logits".
+    Reward, KL and guards at every λ of `grid`, from the rows of the arm "logits".
 
     Args:
         rows: of the sweep, all arms'. Those of "logits" carry `log_p` (log p_λ(y|x) as it was sampled, in nats) and
             `kl_grid` (KL along y at λ, in nats), one number per λ of the grid.
         grid: λ, those that were decoded among them; numbers ascending, points of several adapters between decoded ones.
         rewards: names.
-        seed: of the bootstrap; that of the summaries, so that draws are paired with theirs.
+        seed, group: of the bootstrap; those of the summaries, so that draws are paired with theirs.
 
     Raises:
         DeRaError: a decoded λ is not on the grid.
@@ -132,7 +137,7 @@ def estimate_curve(rows: Sequence[dict], grid: Sequence[Lambda], rewards: Sequen
     least, greatest = values_of(measured[0]), values_of(measured[-1])
     inside = [isinstance(lam, NamedLambda) or least <= values_of(lam) <= greatest for lam in grid]
 
-    resamples = Resamples(len(positions), seed)
+    resamples = resamples_of(rows, group, seed)
     starts = numpy.flatnonzero(numpy.diff(prompt, prepend=-1))
     places = prompt[starts]
 
@@ -147,11 +152,16 @@ def estimate_curve(rows: Sequence[dict], grid: Sequence[Lambda], rewards: Sequen
         return [estimate if drawn else None for estimate, drawn in zip(found, holds, strict=True)]
 
     kl = estimates(numpy.array([row["kl_grid"] for row in own]))
-    of_rewards = {
-        name: estimates(numpy.array([[row["rewards"].get(name)] for row in own], dtype=float)) for name in rewards
-    }
+
+    def of_each(kind: str, names: Sequence[str]) -> list[dict[str, Estimate | None]]:
+        values = [numpy.array([[row[kind].get(name)] for row in own], dtype=float) for name in names]
+        found = {name: estimates(each) for name, each in zip(names, values, strict=True)}
+        return [{name: each[g] for name, each in found.items()} for g in range(len(grid))]
+
+    of_rewards = of_each("rewards", rewards)
+    guards = of_each("guards", [name for name in GUARDS if any(name in row.get("guards", {}) for row in own)])
     points = [
-        Point(lam, float(ess), float(share), kl[g], {name: found[g] for name, found in of_rewards.items()})
+        Point(lam, float(ess), float(share), kl[g], of_rewards[g], guards[g])
         for g, (lam, ess, share) in enumerate(zip(grid, _effective_size(weights), mass, strict=True))
     ]
     return Curve(points, len(own), needed, _gaps(points, measured))

@@ -1,9 +1,7 @@
 """Which λ to use, by a stated rule, and the β to retrain at."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 from dera_peft.decoding.lambdas import Lambda, NamedLambda, values_of
 from dera_peft.engine.names import LOGITS
@@ -15,173 +13,16 @@ from dera_peft.evaluate.analysis.choice import (
     candidates,
     choose,
     difference_of_draws,
-    interval_text,
     other_choices,
 )
 from dera_peft.evaluate.analysis.curve import Curve
-from dera_peft.evaluate.analysis.summary import Estimate, LambdaSummary
-from dera_peft.evaluate.points import anchor_name, is_as_trained
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """
-    Attributes:
-        rule: its name, one of `choice.RULES`.
-        reward: the reward's name.
-        lam: λ*; of several adapters by name.
-        beta: β* = β/λ*; None if β is unknown, λ* is not above 0, or there are several adapters.
-        value: what the rule looks at, at λ*: the reward's mean, that of its worst group, or of the worst reweighting of
-            the prompts.
-        group: the worst group at λ*, by the rule "worst_group".
-        kl: KL(π_λ* ‖ π_ref) per sequence, in nats.
-        kl_budget, radius: of the rules "kl_budget" and "robust".
-        against: the λ of the adapter as it was trained, 1; of several adapters the best one alone, by name. None if it
-            was not measured, or has no value.
-        difference: `value` minus that at `against`, paired over prompts; None without it.
-        lam_low, lam_high: 95 % of the λ* that other prompts would give (bootstrap), of several adapters each by itself;
-            None with a single prompt.
-        estimated: λ* lies between two measured λ, and its numbers are the curve's.
-        between: λ between the measured ones could be chosen too, as far as the curve is known.
-        at_edge: λ* is the least or the greatest λ that was measured; of several adapters for one of them, where 0 is no
-            edge.
-        indifferent: what the rule looks at is the same at every λ that could be chosen, so that only the KL decided.
-        measured: the λ that were measured, ascending.
-        trained_beta: β of the adapter.
-        notes: what else a reader has to know, as sentences.
-    """
-
-    rule: str
-    reward: str
-    lam: Lambda
-    beta: float | None
-    value: Estimate
-    group: str | None
-    kl: Estimate
-    kl_budget: float | None
-    radius: float | None
-    against: Lambda | None
-    difference: Estimate | None
-    lam_low: Lambda | None
-    lam_high: Lambda | None
-    estimated: bool
-    between: bool
-    at_edge: bool
-    indifferent: bool
-    measured: tuple[Lambda, ...]
-    trained_beta: float | None
-    notes: tuple[str, ...]
-    prompts_differ: bool = False
-
-    @property
-    def distinguishable(self) -> bool | None:
-        """From `against`: whether the interval of the paired difference excludes 0; None if there is no difference."""
-        return None if self.difference is None else self.difference.excludes_zero
-
-    @property
-    def where(self) -> str:
-        """Which prompts the value is of, for a sentence: "" of all."""
-        if self.group is not None:
-            return f" in the group {self.group!r}"
-        return " under the worst reweighting of the prompts" if self.rule == "robust" else ""
-
-    def text(self) -> str:
-        """Plain sentences, one a line."""
-        return "\n".join([*self._choice(), *self._comparison(), *self._retraining(), *self.notes])
-
-    def _choice(self) -> list[str]:
-        rule = Rule(self.rule, self.kl_budget, self.radius)
-        between = " and those estimated between them" if self.between else ""
-        of = f"{self.reward!r}{self.where}"
-        of_several = isinstance(self.lam, NamedLambda)
-        listed = ", ".join(f"{lam:g}" for lam in self.measured)
-        measured = f"{len(self.measured)} measured points" if of_several else f"measured λ ({listed})"
-        lines = [
-            f"λ*{':' if of_several else ' ='} {self.lam:g} by the rule {rule}, among the {measured}{between}.",
-            f"There {of} is {self.value.mean:+.3f} ({interval_text(self.value)}), at a KL of {self.kl.mean:.2f} nats.",
-        ]
-        if self.estimated:
-            lines.append("This λ was not decoded: its numbers are estimated from the samples at the measured λ.")
-        if self.indifferent:
-            of_worst = {"worst_group": "The worst group's reward", "robust": "The worst reweighting's reward"}
-            what = of_worst.get(self.rule, "The reward")
-            where = "at every λ" if self.kl_budget is None else "at every λ within the budget"
-            lines.append(f"{what} is the same {where}: there is nothing to choose by, and the least KL was taken.")
-        low, high = self.lam_low, self.lam_high
-        if low is None or high is None:
-            return lines
-        if low == self.lam == high:
-            return [*lines, "Other prompts would put it there as well (95 % of resamples)."]
-        names = self.lam if isinstance(self.lam, NamedLambda) else ["λ*"]
-        ranges = [
-            f"{name} at {least:g}" if least == most else f"{name} between {least:g} and {most:g}"
-            for name, least, most in zip(names, values_of(low), values_of(high), strict=True)
-        ]
-        return [*lines, f"Other prompts would put {', '.join(ranges)} (95 % of resamples)."]
-
-    def _comparison(self) -> list[str]:
-        adapters = list(self.lam) if isinstance(self.lam, NamedLambda) else []
-        if is_as_trained(self.lam):
-            return [f"That is {anchor_name(self.lam)}."] if adapters else [f"That is {self._trained}."]
-        if not any(map(is_as_trained, self.measured)):
-            if adapters:
-                return ["No adapter was measured alone as it was trained, at λ=1: there is no comparison with one."]
-            return [f"λ=1, {self._trained}, was not measured: there is no comparison with it."]
-        if self.against is None or self.difference is None or math.isnan(self.difference.mean):
-            one = "an adapter alone as it was trained" if adapters else f"λ=1, {self._trained}"
-            return [f"There is no comparison with {one}: no sample has a value of {self.reward!r} both there and here."]
-        by = f"{self.difference.mean:+.3f} ({interval_text(self.difference, 'paired over prompts')})"
-        if math.isnan(self.difference.low):
-            one = anchor_name(self.against) if adapters else "λ=1"
-            return [f"Against {one} that is {by}: a single prompt does not tell whether they differ."]
-        trained = "the model with its own prompt" if self.prompts_differ else "the adapter as trained"
-        one = anchor_name(self.against) if adapters else f"λ=1, {trained}"
-        if self.distinguishable:
-            return [f"Against {one}, that is {by}: a difference that these prompts show."]
-        return [f"Against {one}, that is {by}: these prompts can't tell the two apart."]
-
-    @property
-    def _trained(self) -> str:
-        return "the model with its own prompt" if self.prompts_differ else "the adapter as it was trained"
-
-    def _retraining(self) -> list[str]:
-        if isinstance(self.lam, NamedLambda):
-            return [f"To use it: --lambda {self.lam:g}; dera export with that λ writes it as one adapter."]
-        if self.lam == 1 or self.prompts_differ:
-            return []
-        if self.lam == 0:
-            return ["At λ=0 the reference is used alone: there is no β to retrain at."]
-        if self.lam < 0:
-            return ["λ* is below 0, away from what the adapter was trained for: there is no β to retrain at."]
-        if self.trained_beta is None:
-            return ["The adapter's record holds no β, so that β* = β/λ* is not known."]
-        return [f"Retraining there: β* = β/λ* = {self.trained_beta:g}/{self.lam:g} = {self.beta:.4g}."]
-
-    def to_dict(self) -> dict:
-        """For JSON: None for what is unknown."""
-        return {
-            "rule": self.rule,
-            "reward": self.reward,
-            "lambda": _json(self.lam),
-            "beta": self.beta,
-            "value": _numbers(self.value),
-            "group": self.group,
-            "kl": _numbers(self.kl),
-            "kl_budget": self.kl_budget,
-            "radius": self.radius,
-            "against": _json(self.against),
-            "difference": None if self.difference is None else _numbers(self.difference),
-            "distinguishable": self.distinguishable,
-            "lambda_low": _json(self.lam_low),
-            "lambda_high": _json(self.lam_high),
-            "estimated": self.estimated,
-            "between": self.between,
-            "at_edge": self.at_edge,
-            "indifferent": self.indifferent,
-            "measured": list(map(_json, self.measured)),
-            "trained_beta": self.trained_beta,
-            "notes": list(self.notes),
-        }
+from dera_peft.evaluate.analysis.gold import gold_result
+from dera_peft.evaluate.analysis.guards import Limit, results_of
+from dera_peft.evaluate.analysis.recommendation import Recommendation
+from dera_peft.evaluate.analysis.resamples import Estimate, left_out_estimate
+from dera_peft.evaluate.analysis.summary import LambdaSummary
+from dera_peft.evaluate.config import STANDARD_ERRORS
+from dera_peft.evaluate.points import is_as_trained
 
 
 def recommend(
@@ -193,58 +34,80 @@ def recommend(
     beta: float | None = None,
     radius: float | None = None,
     prompts_differ: bool = False,
+    *,
+    standard_errors: float = STANDARD_ERRORS,
+    limits: Sequence[Limit] = (),
+    gold: tuple[str, str] | None = None,
 ) -> Recommendation:
     """
     λ* among the measured λ of the arm "logits" and those that the curve knows between them; never beyond.
 
-    Where several are best, the one of the least KL is taken. The interval of the difference to λ=1 is that of two λ
-    named beforehand: it does not know that one of them was chosen for its value.
+    It is the smallest λ within the rule's standard errors of the best. `out_of_bag_value` and `out_of_bag_difference`
+    know that it was chosen, `value` and `difference` do not.
 
     Args:
         summaries: of the sweep.
         curve: its estimates between the measured λ, if there are any. They are of all prompts together: "worst_group"
             and "robust" take a measured λ.
-        rule, kl_budget, radius: as in `choice.Rule`.
+        rule, kl_budget, radius, standard_errors: as in `choice.Rule`.
         reward: name of the reward that the rule looks at.
         beta: β of the adapter, if its record has it.
         prompts_differ: whether the branches have prompts of their own: λ then stands for no training.
+        limits: of guards; λ beyond them are passed over.
+        gold: the names of the trained reward and of a held-out one, to be compared.
 
     Raises:
         DeRaError: no such rule or reward; a rule without what it needs; no λ that fits.
     """
     own = [summary for summary in summaries if summary.arm == LOGITS]
-    by = Rule(rule, kl_budget, radius)
+    by = Rule(rule, kl_budget, radius, standard_errors)
     check_summaries(own, by, reward)
     among = candidates(own, curve, by, reward)
-    choice = choose(among, by, reward)
-    best, lam = choice.best, cast("Lambda", choice.best.lam)  # of plain λ
+    choice = choose(among, by, reward, limits)
+    chosen, lam = choice.chosen, cast("Lambda", choice.chosen.lam)  # of plain λ
     measured = tuple(cast("Lambda", summary.lam) for summary in own)
-    beyond = _beyond(lam, measured)
-    lam_low, lam_high = other_choices(among, by) or (None, None)
+    beyond = _beyond(cast("Lambda", choice.best.lam), measured)
+    lam_low, lam_high = other_choices(choice) or (None, None)
     alone = [c for c in among if c.lam is not None and is_as_trained(c.lam)]
     as_trained = max(alone, key=lambda c: c.value.mean, default=None)
+    clusters = own[0].clusters
+    by_itself = None if as_trained is None else left_out_estimate(choice.left_out(as_trained))
+    compared = None if gold is None else gold_result(own, curve, *gold, lam)
+    notes = _notes(own, curve, rule, reward, {} if choice.indifferent else beyond)
+    if gold is not None and compared is None:
+        why = "with several adapters there is no single λ along which they could part"
+        why = why if isinstance(lam, NamedLambda) else "there is no λ where both have a value"
+        notes += (f"{gold[0]!r} and the gold reward {gold[1]!r} are not compared: {why}.",)
     return Recommendation(
         rule=rule,
         reward=reward,
         lam=lam,
         beta=beta / lam if beta is not None and not isinstance(lam, NamedLambda) and lam > 0 else None,
-        value=best.value,
-        group=best.group,
-        kl=best.kl,
+        value=chosen.value,
+        group=chosen.group,
+        kl=chosen.kl,
         kl_budget=kl_budget if rule == "kl_budget" else None,
         radius=radius if rule == "robust" else None,
         against=None if as_trained is None else as_trained.lam,
-        difference=_difference(best, as_trained, own, reward, by),
+        difference=_difference(chosen, as_trained, own, reward, by),
         lam_low=lam_low,
         lam_high=lam_high,
-        estimated=best.estimated,
+        estimated=chosen.estimated,
         between=any(c.estimated for c in among),
-        at_edge=bool(beyond),
+        at_edge=bool(_beyond(lam, measured)),
         indifferent=choice.indifferent,
         measured=measured,
         trained_beta=beta,
-        notes=_notes(own, curve, rule, reward, {} if choice.indifferent else beyond),
+        notes=notes,
         prompts_differ=prompts_differ,
+        standard_errors=standard_errors,
+        best=choice.best,
+        lead=choice.lead,
+        out_of_bag_value=left_out_estimate(choice.left_out()),
+        out_of_bag_difference=by_itself,
+        guards=results_of(own, limits),
+        gold=compared,
+        clusters=clusters,
     )
 
 
@@ -326,15 +189,3 @@ def _notes(
         samples = sum(summary.samples for summary in own)
         notes.append(f"{failed} of {samples} samples have no {reward!r} and were left out.")
     return tuple(notes)
-
-
-def _numbers(estimate: Estimate) -> dict[str, float | None]:
-    return {name: _known(getattr(estimate, name)) for name in ("mean", "se", "low", "high")}
-
-
-def _json(lam: Lambda | None) -> Any:
-    return dict(lam) if isinstance(lam, NamedLambda) else lam
-
-
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else value

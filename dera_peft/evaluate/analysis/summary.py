@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,39 +11,10 @@ import numpy
 from dera_peft.decoding.lambdas import Lambda
 from dera_peft.engine.names import LOGITS
 from dera_peft.errors import DeRaError
-from dera_peft.evaluate.analysis.robust import worst_mean
+from dera_peft.evaluate.analysis.resamples import MIN_GROUPS, Estimate, Resamples
 from dera_peft.evaluate.points import anchors, ends
 
-RESAMPLES = 1000
-INTERVAL = (2.5, 97.5)  # percentiles: 95 %
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """
-    A mean over prompts, with its uncertainty. Each prompt counts the same, however many samples it has.
-
-    Samples of one prompt are not independent, so the error is that of drawing other prompts. With a single prompt it is
-    unknown: `se`, `low` and `high` are NaN then. Where there is no value at all, so is `mean`.
-
-    Attributes:
-        mean: over prompts.
-        se: its standard error.
-        low, high: 95 % percentile bootstrap over prompts.
-        draws: the mean in each bootstrap resample, fp64 `[1000]`. All estimates of a run share their resamples, so that
-            the differences of two estimates' draws are paired.
-    """
-
-    mean: float
-    se: float
-    low: float
-    high: float
-    draws: numpy.ndarray | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the interval does; False where there is none."""
-        return self.low > 0 or self.high < 0
+GUARDS = ("log_perplexity", "repetition")  # what `LambdaSummary.guards` may have
 
 
 @dataclass(frozen=True)
@@ -94,8 +65,8 @@ class RewardSummary:
         versus: by λ (those of `points.anchors` that the arm "logits" has: 0.0 and 1.0; of several adapters 0 for all,
             and each alone at 1), the comparison with that arm at that λ.
         groups: by the value of the column that names groups, the mean over that group's prompts.
-        robust: the worst mean over reweightings of the prompts (`robust.worst_mean`), of the first reward where a
-            radius is given.
+        robust: the worst mean over reweightings of the prompts (`robust.worst_mean`), of the reward that λ is
+            chosen by, where a radius is given.
         by_prompt: the mean over each prompt's samples, `[P]`; NaN for a prompt without any. All summaries of a run have
             the same prompts.
         failed: samples without a value; they are left out of all the numbers here, and of a pair both.
@@ -130,6 +101,9 @@ class LambdaSummary:
         ended: share of the completions that the model ended itself, before the limit of tokens.
         rewards: by name.
         judged: by λ, as `RewardSummary.versus`, where there is a judge.
+        guards: what tells that text breaks, as far as it was measured: "log_perplexity" (of the reference, in nats a
+            token; mean over completions) and "repetition" (the share of a completion's 4-grams that it had before).
+        clusters: what the bootstrap draws, as in `Resamples`.
     """
 
     arm: str
@@ -142,75 +116,37 @@ class LambdaSummary:
     ended: float
     rewards: dict[str, RewardSummary] = field(default_factory=dict)
     judged: dict[Lambda, Judged] = field(default_factory=dict)
+    guards: dict[str, Estimate] = field(default_factory=dict)
+    clusters: tuple[str, int] = ("prompts", 0)
+
+    @property
+    def perplexity(self) -> Estimate | None:
+        """Under the reference, per token: the geometric mean over completions; None where it was not measured."""
+        return exponential(self.guards["log_perplexity"]) if "log_perplexity" in self.guards else None
 
 
-class Resamples:
-    """
-    Bootstrap resamples of prompts: the same for every estimate of a run, so that their differences are paired.
-
-    Args:
-        prompts: how many there are.
-        seed: of the draws.
-    """
-
-    def __init__(self, prompts: int, seed: int = 0):
-        drawn = numpy.random.default_rng(seed).integers(prompts, size=(RESAMPLES, prompts))
-        flat = (drawn + prompts * numpy.arange(RESAMPLES)[:, None]).ravel()
-        # how often each resample holds each prompt, [1000, P]
-        self.counts = numpy.bincount(flat, minlength=RESAMPLES * prompts).reshape(RESAMPLES, prompts).astype(float)
-
-    def ratios(self, numerators: numpy.ndarray, denominators: numpy.ndarray) -> list[Estimate]:
-        """
-        Σ numerators / Σ denominators over prompts, for each of K columns: `[P, K]` both, fp64.
-
-        A prompt that has no part in a column has 0 in both. The standard error is the delta method's.
-        """
-        prompts = (denominators > 0).sum(0)
-        total = denominators.sum(0)
-        with numpy.errstate(divide="ignore", invalid="ignore"):
-            mean = numerators.sum(0) / total
-            residuals = numerators - mean * denominators
-            se = numpy.sqrt((residuals**2).sum(0) * prompts / (prompts - 1)) / total
-            draws = (self.counts @ numerators) / (self.counts @ denominators)  # [1000, K]; NaN where none was drawn
-        estimates = []
-        for column in range(numerators.shape[1]):
-            if prompts[column] < 2:
-                estimates.append(Estimate(float(mean[column]), math.nan, math.nan, math.nan, draws[:, column]))
-                continue
-            low, high = numpy.nanpercentile(draws[:, column], INTERVAL)
-            estimates.append(
-                Estimate(float(mean[column]), float(se[column]), float(low), float(high), draws[:, column])
-            )
-        return estimates
-
-    def means(self, columns: Mapping[Hashable, numpy.ndarray]) -> dict[Hashable, Estimate]:
-        """The mean of each column: one value per prompt, `[P]`, NaN for a prompt that has no part in it."""
-        values = numpy.stack(list(columns.values()), axis=1)  # [P, K]
-        there = ~numpy.isnan(values)
-        estimates = self.ratios(numpy.where(there, values, 0.0), there.astype(float))
-        return dict(zip(columns, estimates, strict=True))
-
-    def worst_mean(self, values: numpy.ndarray, radius: float) -> Estimate:
-        """The worst mean over reweightings of the prompts, of one value per prompt as in `means`."""
-        mean = float(worst_mean(values, numpy.ones((1, len(values))), radius)[0])
-        if (~numpy.isnan(values)).sum() < 2:
-            return Estimate(mean, math.nan, math.nan, math.nan)
-        draws = worst_mean(values, self.counts, radius)
-        low, high = numpy.nanpercentile(draws, INTERVAL)
-        return Estimate(mean, float(numpy.nanstd(draws, ddof=1)), float(low), float(high), draws)
+def exponential(estimate: Estimate) -> Estimate:
+    """exp of what was estimated."""
+    mean, low, high = (math.exp(value) for value in (estimate.mean, estimate.low, estimate.high))
+    return Estimate(mean, mean * estimate.se, low, high)
 
 
 def summarise(
-    rows: Sequence[dict], group: str | None = None, seed: int = 0, radius: float | None = None
+    rows: Sequence[dict],
+    group: str | None = None,
+    seed: int = 0,
+    radius: float | None = None,
+    chosen_by: str | None = None,
 ) -> list[LambdaSummary]:
     """
     One summary per arm and λ: arms as they appear, each by ascending λ.
 
     Args:
-        rows: with the keys of `samples.jsonl`.
+        rows: with the keys of `samples.jsonl`, and "guards" where those were measured.
         group: a column of the prompts that names their groups.
         seed: of the bootstrap.
-        radius: of the reweightings of the prompts whose worst mean of the first reward is wanted, in nats.
+        radius: of the reweightings of the prompts whose worst mean is wanted, in nats.
+        chosen_by: the reward that this is wanted of; the first one unless given.
 
     Raises:
         DeRaError: a row has no such column.
@@ -225,13 +161,22 @@ def summarise(
     names = reward_names(rows)
     cells = {key: _Cell(own, names, positions, shape) for key, own in by_cell.items()}
     groups = _groups(rows, group, positions)
-    resamples = Resamples(len(positions), seed)
+    resamples = resamples_of(rows, group, seed)
+    of_groups = Resamples(len(positions), seed)  # a group's own mean is over its prompts
     arms = list(dict.fromkeys(arm for arm, _ in cells))
     order = sorted(cells, key=lambda key: (arms.index(key[0]), key[1]))
     plain = [lam for arm, lam in cells if arm == LOGITS]
     against = {lam: cells[LOGITS, lam] for lam in anchors(plain)}
     judged = ends(plain[0]) if plain else []
-    return [_summary(key, cells[key], against, judged, groups, resamples, radius) for key in order]
+    robust = None if radius is None else (chosen_by or names[0], radius) if names else None
+    return [_summary(key, cells[key], against, judged, groups, resamples, of_groups, robust) for key in order]
+
+
+def resamples_of(rows: Sequence[dict], group: str | None, seed: int) -> Resamples:
+    """Of whole groups where there are enough of them, `MIN_GROUPS`; else of prompts."""
+    names = {row["prompt_index"]: str(row["columns"][group]) for row in rows} if group is not None else {}
+    by_place = [names[index] for index in prompt_positions(rows)] if names else []
+    return Resamples(len(prompt_positions(rows)), seed, by_place if len(set(by_place)) >= MIN_GROUPS else None)
 
 
 def reward_names(rows: Sequence[dict]) -> list[str]:
@@ -289,7 +234,8 @@ def _summary(
     judged: Sequence[Lambda],
     groups: dict[str, numpy.ndarray],
     resamples: Resamples,
-    radius: float | None,
+    of_groups: Resamples,
+    robust: tuple[str, float] | None,
 ) -> LambdaSummary:
     rows = cell.rows
     verdicts = {lam: [row.get("judged", {}).get(f"{lam:g}") for row in rows] for lam in judged}
@@ -298,11 +244,12 @@ def _summary(
     }
     signs: dict[Hashable, numpy.ndarray] = {}  # 1, 0, -1 by pair, [P, S]: of rewards' comparisons and of the judge's
     columns: dict[Hashable, numpy.ndarray] = {}  # all that is estimated at this λ, in one go, [P] each
+    in_groups: dict[Hashable, numpy.ndarray] = {}
     columns["kl"] = _per_prompt(cell.table([row["kl"] for row in rows]))
     for name, rewards in cell.rewards.items():
         level = columns["level", name] = _per_prompt(rewards)
         for group, members in groups.items():
-            columns["group", name, group] = numpy.where(members, level, numpy.nan)
+            in_groups["group", name, group] = numpy.where(members, level, numpy.nan)
         for lam, other in against.items():
             difference = rewards - other.rewards[name]
             columns["versus", name, lam] = _per_prompt(difference)
@@ -314,12 +261,15 @@ def _summary(
     for pair, sign in signs.items():
         for outcome in (1, 0, -1):
             columns[pair, outcome] = _per_prompt(numpy.where(numpy.isnan(sign), numpy.nan, sign == outcome))
-    estimates = resamples.means(columns)
+    for name in GUARDS:
+        if any(name in row.get("guards", {}) for row in rows):
+            columns["guard", name] = _per_prompt(cell.table([row["guards"].get(name) for row in rows]))
+    estimates = resamples.means(columns) | (of_groups.means(in_groups) if in_groups else {})
 
     def shares(pair: Hashable) -> list[float]:
         return [estimates[pair, outcome].mean for outcome in (1, 0, -1)]
 
-    tokens, first = sum(row["num_tokens"] for row in rows), next(iter(cell.rewards), None)
+    tokens = sum(row["num_tokens"] for row in rows)
     return LambdaSummary(
         arm=key[0],
         lam=key[1],
@@ -334,9 +284,9 @@ def _summary(
                 level=estimates["level", name],
                 versus={lam: Paired(estimates["versus", name, lam], *shares(("versus", name, lam))) for lam in against},
                 groups={group: estimates["group", name, group] for group in groups},
-                robust=None
-                if radius is None or name != first
-                else resamples.worst_mean(columns["level", name], radius),
+                robust=resamples.worst_mean(columns["level", name], robust[1])
+                if robust is not None and name == robust[0]
+                else None,
                 by_prompt=columns["level", name],
                 failed=failed,
             )
@@ -346,6 +296,8 @@ def _summary(
             lam: Judged(estimates["judged", lam], *shares(("judged", lam)), failed=found.count(None))
             for lam, found in verdicts.items()
         },
+        guards={name: estimates["guard", name] for name in GUARDS if ("guard", name) in estimates},
+        clusters=resamples.clusters,
     )
 
 

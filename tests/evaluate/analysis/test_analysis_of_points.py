@@ -48,9 +48,8 @@ def test_the_best_point_against_the_best_adapter_alone():
         "λ*: helpful=0.5,harmless=0.5 by the rule 'reward', the highest mean reward, among the 5 measured points.",
         "There 'r' is +2.000 (95 % interval over prompts: +2.000 to +2.000), at a KL of 0.50 nats.",
         "Other prompts would put it there as well (95 % of resamples).",
-        "Against harmless alone, as trained (λ=1), that is +0.500 (95 % interval paired over prompts: +0.500 to "
-        "+0.500): a difference that these prompts show.",
-        "To use it: --lambda helpful=0.5,harmless=0.5; dera export with that λ writes it as one adapter.",
+        "Against harmless alone, as trained (λ=1), that is +0.500 (95 % interval paired over prompts, the choice "
+        "included: +0.500 to +0.500): a difference that these prompts show.",
     ]
     as_json = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert (as_json["lambda"], as_json["against"]) == ({"helpful": 0.5, "harmless": 0.5}, {"helpful": 0, "harmless": 1})
@@ -60,8 +59,9 @@ def test_the_interval_is_each_adapters_own():
     """Half of the prompts are better at (1, 0.5), the others at (0.5, 0.5): harmless is the same for all."""
     rewards = {lam(0, 0): 0.0, lam(0.5, 0.5): 2.0, lam(1, 0.5): 2.1}
     found = recommend(
-        summaries(rewards, lambda point, index: point["helpful"] * (1, -1)[index % 2] * 4), None, "reward", "r"
-    )
+        summaries(rewards, lambda point, index: point["helpful"] * (1, -1)[index % 2] * 4), None, "reward", "r",
+        standard_errors=0,
+    )  # fmt: skip
     assert (found.lam_low, found.lam_high) == (lam(0.5, 0.5), lam(1, 0.5))
     said = found.text()
     assert "Other prompts would put helpful between 0.5 and 1, harmless at 0.5 (95 % of resamples)." in said

@@ -11,7 +11,8 @@ from scipy.interpolate import PchipInterpolator
 from dera_peft import DeRaError
 from dera_peft.decoding.sampling import Sampling
 from dera_peft.evaluate.analysis.curve import MIN_MASS, Curve, estimate_curve, reason_off, through_points
-from dera_peft.evaluate.analysis.summary import RESAMPLES, summarise
+from dera_peft.evaluate.analysis.resamples import RESAMPLES
+from dera_peft.evaluate.analysis.summary import summarise
 
 VOCABULARY, LENGTH = 3, 4
 TEXTS = list(itertools.product(range(VOCABULARY), repeat=LENGTH))

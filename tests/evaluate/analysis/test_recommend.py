@@ -10,7 +10,8 @@ import pytest
 from dera_peft import DeRaError
 from dera_peft.evaluate.analysis.curve import Curve, Gap, Point
 from dera_peft.evaluate.analysis.recommend import recommend
-from dera_peft.evaluate.analysis.summary import RESAMPLES, Estimate, summarise
+from dera_peft.evaluate.analysis.resamples import RESAMPLES, Estimate
+from dera_peft.evaluate.analysis.summary import summarise
 
 PROMPTS = 12
 
@@ -35,7 +36,8 @@ def summaries(rewards: dict[float, float], kl: dict[float, float] | None = None,
 
 def level(mean: float, se: float = 0.1, seed: int = 0) -> Estimate:
     draws = mean + se * numpy.random.default_rng(seed).normal(size=RESAMPLES)
-    return Estimate(mean, se, mean - 2 * se, mean + 2 * se, draws)
+    left_out = mean + se * numpy.random.default_rng(seed + 1).normal(size=RESAMPLES)
+    return Estimate(mean, se, mean - 2 * se, mean + 2 * se, draws, left_out)
 
 
 def point(lam: float, mean: float, kl: float, se: float = 0.1) -> Point:
@@ -60,13 +62,12 @@ def test_the_highest_mean_and_its_beta():
     assert "β* = β/λ* = 0.1/0.5 = 0.2." in said
 
 
-def test_a_lower_bound_prefers_what_is_sure():
+def test_the_best_may_be_another_with_other_prompts():
     """λ=0.5 is better by 0.2 on average, and very different from prompt to prompt; λ=1 is the same for all."""
     swing = summaries(
         {0.0: 0.0, 0.5: 1.2, 1.0: 1.0, 2.0: 0.0}, noise=lambda lam, index: 2 * (-1) ** index if lam == 0.5 else 0.0
     )
     assert recommend(swing, None, "reward", "r").lam == 0.5
-    assert recommend(swing, None, "lower_bound", "r").lam == 1.0
     # and the mean's lead of 0.2 is within the error of 2/√11 ≈ 0.6
     found = recommend(swing, None, "reward", "r")
     assert found.difference.mean == pytest.approx(0.2)
@@ -103,6 +104,7 @@ def test_the_worst_group():
     assert (found.lam, found.group, found.beta) == (0.5, "b", 0.6)
     assert found.value.mean == pytest.approx(0.8)
     assert found.difference.mean == pytest.approx(0.6)  # 0.8, b's at λ=0.5, minus 0.2, b's at λ=1
+    assert found.out_of_bag_difference.mean == pytest.approx(0.6), "the same in every prompt of the group"
     assert found.distinguishable
     assert json.loads(json.dumps(found.to_dict()))["indifferent"] is False
     assert "There 'r' in the group 'b' is +0.800" in found.text()
@@ -122,6 +124,7 @@ def test_a_lambda_between_the_measured_ones():
     assert found.difference.mean == pytest.approx(1.0)
     assert found.difference.se == pytest.approx(0.1, rel=0.1)  # λ=1 is the same in all resamples
     assert found.distinguishable
+    assert found.best.lam == 0.7
     said = found.text()
     assert "among the measured λ (0, 0.5, 1, 2) and those estimated between them." in said
     assert "This λ was not decoded: its numbers are estimated" in said
@@ -148,10 +151,11 @@ def test_where_there_is_no_beta():
     assert "holds no β" in recommend(summaries(REWARDS), None, "reward", "r").text()
 
 
-def test_ties_go_to_the_least_kl():
+def test_ties_go_to_the_smallest_lambda():
     found = recommend(summaries({0.0: 0.0, 0.5: 1.0, 1.0: 1.0}, kl={0.5: 3.0}), None, "reward", "r")
-    assert found.lam == 1.0
-    assert (found.lam_low, found.lam_high) == (1.0, 1.0), "with other prompts as well"
+    assert found.lam == 0.5, "whatever its KL"
+    assert (found.lam_low, found.lam_high) == (0.5, 0.5), "with other prompts as well"
+    assert recommend(summaries({-0.5: 1.0, 0.0: 0.0, 1.0: 1.0}), None, "reward", "r").lam == -0.5
     assert "Other prompts would put it there as well" in found.text()
     assert not found.indifferent
     # a difference of rounding is none: λ=0.2 is estimated, and a bit above the measured ones in its last digits
@@ -167,7 +171,7 @@ def test_other_prompts_may_agree_on_another_lambda():
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -3.0])
-@pytest.mark.parametrize("rule", ["reward", "lower_bound", "kl_budget"])
+@pytest.mark.parametrize("rule", ["reward", "kl_budget"])
 def test_a_reward_that_is_the_same_everywhere(value, rule):
     sweep = summaries({-0.5: value, 0.0: value, 1.0: value, 1.5: value})
     curve = Curve(points=[point(0.5, value * (1 + 1e-15), 0.25, se=0.0)])
@@ -175,7 +179,7 @@ def test_a_reward_that_is_the_same_everywhere(value, rule):
     assert (found.lam, found.indifferent, found.to_dict()["indifferent"]) == (0.0, True, True)
     said = found.text()
     assert "The reward is the same at every λ" in said
-    assert "there is nothing to choose by, and the least KL was taken" in said
+    assert "there is nothing to choose by, and the smallest λ was taken" in said
     assert ("within the budget" in said) == (rule == "kl_budget")
     assert "Extend" not in said
     edge = recommend(sweep[1:], None, rule, "r", kl_budget=1.0)
@@ -232,8 +236,6 @@ def test_little_to_go_by():
     as_json = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert as_json["value"] == {"mean": 2.0, "se": None, "low": None, "high": None}
     assert (as_json["lambda"], as_json["beta"], as_json["lambda_low"]) == (0.5, 0.2, None)
-    with pytest.raises(DeRaError, match="rule='lower_bound' needs at least two prompts"):
-        recommend(single, None, "lower_bound", "r")
 
 
 @pytest.mark.parametrize(
@@ -242,7 +244,7 @@ def test_little_to_go_by():
         (
             "best",
             "r",
-            r"rule='best' is not a rule; there are \['reward', 'lower_bound', 'kl_budget', 'worst_group', 'robust'\]",
+            r"rule='best' is not a rule; there are \['reward', 'kl_budget', 'worst_group', 'robust'\]",
         ),
         ("reward", "s", r"reward='s' is not a reward of this sweep; there are \['r'\]"),
         ("kl_budget", "r", "kl_budget=None: the rule 'kl_budget' needs a number of nats"),

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
+from dera_peft.evaluate.analysis.resamples import Resamples
 from dera_peft.evaluate.analysis.robust import worst_mean
-from dera_peft.evaluate.analysis.summary import Resamples
 
 
 def worst(values, radius, counts=None) -> float:

@@ -7,7 +7,8 @@ import numpy
 import pytest
 
 from dera_peft import DeRaError
-from dera_peft.evaluate.analysis.summary import RESAMPLES, Resamples, number, summarise
+from dera_peft.evaluate.analysis.resamples import RESAMPLES, Resamples
+from dera_peft.evaluate.analysis.summary import number, summarise
 from dera_peft.evaluate.analysis.table import check_names, write_csv
 
 
