@@ -111,7 +111,8 @@ class ScoredRow:
     What `dera score` says of one completion at one λ, in nats; null for a number that is not finite.
 
     Attributes:
-        prompt_index: the place of the completion's row in its file, from 0.
+        prompt_index: the place of the completion's row in its file, from 0; of a preference pair n, from 0, that is 2n
+            for chosen and 2n+1 for rejected.
         num_tokens: that were scored.
         log_p: log p_λ(completion | prompt); per_token is its mean over the tokens.
         kl: KL(π_λ ‖ π_ref) along the completion.
@@ -119,6 +120,7 @@ class ScoredRow:
         token_ids, token_texts, token_log_p, token_kl, token_disagreement: for each token, where they were asked for.
         combine, lambda_schedule: as of a `GeneratedRow`.
         token_lambda: the λ that these gave each token, where it was asked for; None as of a `GeneratedRow`.
+        of_pair: of a preference pair "chosen" or "rejected".
     """
 
     kind: ClassVar[str] = "scores"
@@ -143,6 +145,7 @@ class ScoredRow:
     combine: str | None = None
     lambda_schedule: dict[str, float] | None = None
     token_lambda: list[float | None] | None = None
+    of_pair: str | None = None
 
 
 Row = TypeVar("Row")
