@@ -598,6 +598,7 @@ def test_sweep(dera, model, tmp_path, monkeypatch):
     assert all(row["rewards"]["reward"] == row["completion"].count("a") for row in samples)
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         "parts", "samples.jsonl", "summary.csv", "report.html", "sweep.png", "sweep.svg", "pareto.png", "pareto.svg",
+        "recommendation.json",
     }  # fmt: skip
     assert "λ* = " in out
     assert "Rain fell on day 0" in out
