@@ -5,10 +5,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
+from pathlib import Path
 
 from dera_peft.decoding.rows import dumps
 from dera_peft.engine.names import LOGITS
 from dera_peft.errors import DeRaError
+from dera_peft.evaluate import benchmarks
 from dera_peft.evaluate.analysis.best import BestArm, best_arm
 from dera_peft.evaluate.analysis.choice import Rule
 from dera_peft.evaluate.analysis.curve import Curve, estimate_curve, reason_off
@@ -18,6 +20,7 @@ from dera_peft.evaluate.analysis.recommendation import Decoded, Recommendation
 from dera_peft.evaluate.analysis.summary import LambdaSummary, resamples_of, summarise
 from dera_peft.evaluate.analysis.table import write_csv
 from dera_peft.evaluate.arms import Arm
+from dera_peft.evaluate.benchmarks import BenchmarkRow
 from dera_peft.evaluate.config import SweepConfig
 from dera_peft.evaluate.report.findings import Findings
 from dera_peft.evaluate.report.page import write_report
@@ -129,6 +132,7 @@ def finish(
         adapter=adapter if first.record.branches_differ else "the principle",
         models={arm.name: arm.place for arm in worker.arms if not arm.is_own},
         ways={arm.name: _way(arm) for arm in worker.arms[1:]},
+        benchmarks=_benchmarks(folder, first),
     )  # fmt: skip
     title = f"{findings.adapter}: {len(worker.prompts)} prompts, {config.samples} samples each; bars: 95 % over prompts"
     shown = recommendation.reward if recommendation is not None else rewards[0].name
@@ -225,6 +229,13 @@ def _branch_facts(config: SweepConfig, arm: Arm) -> dict[str, str]:
         "system prompt, aligned": config.principle or "the prompt's own, if any",
         "system prompt, reference": config.reference_system or "the prompt's own, if any",
     }
+
+
+def _benchmarks(folder: Path, arm: Arm) -> dict[str, list[BenchmarkRow]]:
+    """Those that `dera lm-eval` left in the folder, of the arm's model as it is now."""
+    if not (folder / benchmarks.FILE).exists():
+        return {}
+    return benchmarks.by_line(benchmarks.read_benchmarks(folder, benchmarks.model_fingerprint(arm.record)))
 
 
 def _way(arm: Arm) -> str:

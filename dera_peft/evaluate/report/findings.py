@@ -10,6 +10,7 @@ from dera_peft.evaluate.analysis.best import BestArm
 from dera_peft.evaluate.analysis.curve import Curve
 from dera_peft.evaluate.analysis.recommend import Recommendation
 from dera_peft.evaluate.analysis.summary import LambdaSummary
+from dera_peft.evaluate.benchmarks import BenchmarkRow
 from dera_peft.evaluate.points import is_of_several
 from dera_peft.evaluate.report.scales import near_range
 
@@ -29,6 +30,7 @@ class Findings:
         models: the arms of other adapters: the λ that their λ=1 stands for, or None where that isn't known; those are
             not drawn where λ is the axis.
         ways: by arm, what differs from plain λ.
+        benchmarks: label -> what a benchmark gave at each λ, as of `benchmarks.by_line`.
     """
 
     summaries: Sequence[LambdaSummary]
@@ -39,6 +41,7 @@ class Findings:
     adapter: str = "the adapter"
     models: Mapping[str, float | None] = field(default_factory=dict)
     ways: Mapping[str, str] = field(default_factory=dict)
+    benchmarks: Mapping[str, Sequence[BenchmarkRow]] = field(default_factory=dict)
 
     @cached_property
     def arms(self) -> dict[str, list[LambdaSummary]]:

@@ -88,6 +88,7 @@ def set_scale(
     )
     forward, inverse = (root, square) if is_root else (same, same)
     start, end = forward(np.asarray(axis.get_data_interval())).tolist()
+    start = min(start, 0.0) if is_root else start  # what is so drawn is a distance from 0
     inside, beyond = (
         [value for value in forward(np.array([*values], dtype=float)).tolist() if math.isfinite(value)]
         for values in (near, far)

@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
-from dera_peft.decoding.lambdas import Lambda
+from dera_peft.decoding.lambdas import Lambda, values_of
 from dera_peft.engine.names import LOGITS
 from dera_peft.evaluate.analysis.resamples import Estimate
 from dera_peft.evaluate.analysis.summary import LambdaSummary, lambda_text
+from dera_peft.evaluate.benchmarks import BenchmarkRow
 from dera_peft.evaluate.points import anchor_name, anchors
 from dera_peft.evaluate.report.findings import Findings
 
-COLUMNS = 8  # of numbers, that a table has room for beside each other
+COLUMNS = 10  # of numbers, that a table has room for beside each other
 ROWS = 200
 LISTED_FAILURES = 20
 KL = "KL (nats a completion)"
@@ -64,6 +65,7 @@ def tabs(findings: Findings, rows: Sequence[dict]) -> dict[str, list[Table]]:
                 *(table for other in against for table in _comparison(findings, summaries, other)),
             ]
     found["By group"] = [table for reward in findings.rewards for table in _groups(findings, reward)]
+    found["Benchmarks"] = _benchmarks(findings)
     found["Without a value"] = _failures(rows, findings.rewards)
     return {name: tables for name, tables in found.items() if tables}
 
@@ -138,6 +140,31 @@ def _groups(findings: Findings, reward: str) -> list[Table]:
     columns["the group that fares worst"] = [Cell(s.rewards[reward].worst_group or "–") for s in of]
     note = "Means over each group's prompts, below them 95 % intervals."
     return _split(findings, of, f"{reward} by group", note, columns)
+
+
+def _benchmarks(findings: Findings) -> list[Table]:
+    """A row for each benchmark, a column for each λ."""
+    lambdas = sorted({row.lam for rows in findings.benchmarks.values() for row in rows}, key=values_of)
+    note = "Of lm-evaluation-harness; ± its standard error over the documents of a task. ↑ high is good, ↓ low is good."
+    tables = []
+    for start in range(0, len(lambdas), COLUMNS):
+        shown = lambdas[start : start + COLUMNS]
+        lines = []
+        for name, rows in findings.benchmarks.items():
+            at = {row.lam: row for row in rows}
+            arrow = {True: " ↑", False: " ↓", None: ""}[rows[0].higher_is_better]
+            lines.append([Cell(f"{name}{arrow}"), *(_benchmark(at.get(lam)) for lam in shown)])
+        title = "Benchmarks, continued" if start else "Benchmarks"
+        heads = [f"λ = {_number(lambda_text(lam))}" for lam in shown]
+        tables.append(Table(title, "" if start else note, ["benchmark", *heads], lines))
+    return tables
+
+
+def _benchmark(row: BenchmarkRow | None) -> Cell:
+    if row is None or row.value is None:
+        return Cell("–")
+    places = decimals(abs(row.value))
+    return Cell(_number(f"{row.value:.{places}f}"), "" if row.stderr is None else f"± {row.stderr:.{places}f}")
 
 
 def _failures(rows: Sequence[dict], rewards: Sequence[str]) -> list[Table]:

@@ -89,6 +89,8 @@ def _fluency(findings: Findings, arm: str, lam: Lambda | None) -> Tile:
         logs = {point.lam: point.guards.get("log_perplexity") for point in findings.curve.points}
         log = None if lam is None else logs.get(lam)
         found = None if log is None else exponential(log)
+    if found is None:
+        return Tile("Fluency", Cell("–"), "not measured")
     ends = [
         f"λ={end:g} has {_cell(measured[LOGITS, end]).text}"
         for end in (0.0, 1.0)
