@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import math
 import random
 import re
 import zlib
@@ -14,8 +15,11 @@ import pytest
 from swept import HOSTILE, LN2, PROMPTS, RULE, TOKENS, row, rows, swept
 
 from dera_peft.evaluate.analysis.curve import Curve
+from dera_peft.evaluate.analysis.guards import GuardResult
 from dera_peft.evaluate.analysis.recommend import recommend
+from dera_peft.evaluate.analysis.resamples import Estimate
 from dera_peft.evaluate.analysis.summary import summarise
+from dera_peft.evaluate.benchmarks import BenchmarkRow
 from dera_peft.evaluate.report import page as page_module
 from dera_peft.evaluate.report import samples, tables
 from dera_peft.evaluate.report.findings import Findings
@@ -82,7 +86,9 @@ def write(tmp_path, found: Findings, made: list[dict], title="A <sweep>", draw=F
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Page:
     folder = tmp_path_factory.mktemp("report")
-    made = written(folder, draw=True, command="dera dpo --beta 0.5 --x '<y>'")
+    found, rows_of_it = swept()
+    recommended = replace(found.recommendation, retrain="dera dpo --beta 0.5 --x '<y>'")
+    made = write(folder, replace(found, recommendation=recommended), rows_of_it, draw=True)
     assert [file.name for file in folder.iterdir()] == ["report.html"], "no temporary file is left"
     return made
 
@@ -149,19 +155,69 @@ def test_tiles(page):
         "λ* = 1 · β* = 0.5 $fun$ +1.250 95 % interval: +1.000 to +1.500 mean over prompts "
         "Difference to λ=1, as trained 0 that is λ=1 itself "
         "KL to the reference 1.000 95 % interval: 1.000 to 1.000 nats a completion "
-        "Fluency – not measured: add --reward perplexity "
+        "Fluency – not measured "
     )
 
 
-def test_tiles_of_another_lambda(tmp_path):
-    """Against λ=1 each prompt that has both loses 0.5; what fluency costs is told beside λ=0 and λ=1."""
-    made = [{**row, "rewards": row["rewards"] | {"perplexity": 2 + row["lambda"]}} for row in rows()]
+@pytest.fixture(scope="module")
+def guarded() -> tuple[Findings, list[dict]]:
+    """
+    Perplexity is 2 up to λ=0.5, and 8 at λ=1, where it is passed over; "gold" falls beyond λ=0, where "$fun$" rises.
+    """
+    made = [
+        {
+            **each,
+            "rewards": {
+                "$fun$": each["lambda"] + each["prompt_index"],
+                "gold": -abs(each["lambda"]) - each["prompt_index"],
+            },
+            "guards": {"log_perplexity": math.log(8 if each["lambda"] == 1 else 2), "repetition": 0.0},
+        }
+        for each in rows(views=False)
+    ]
     summaries = summarise(made)
-    chosen = recommend(summaries, None, "kl_budget", "$fun$", kl_budget=0.25)
-    page = write(tmp_path, Findings(summaries, None, chosen), made)
-    assert "Difference to λ=1, as trained −0.500 95 % interval: −0.500 to −0.500 these prompts show it" in page.text
-    assert "Fluency 2.500 95 % interval: 2.500 to 2.500 perplexity per token" in page.text
-    assert "λ=0 has 2.000; λ=1 has 3.000" in page.text
+    over = GuardResult("perplexity", 1.25, 0.0, 2.5, ((1.0, Estimate(8.0, 0.0, 8.0, 8.0)),), (1.0,))
+    recommended = recommend(summaries, None, "kl_budget", "$fun$", kl_budget=0.25, gold=("$fun$", "gold"))
+    use = {"generate": "dera generate '<x>'", "serve": "dera serve"}
+    recommended = replace(recommended, guards=(over,), use=use, retrain="dera dpo")
+    return Findings(summaries, None, recommended), made
+
+
+def test_tiles_of_another_lambda(tmp_path, guarded):
+    """At λ=0.5 the mean over prompts is 1.5, and against λ=1 each prompt loses 0.5."""
+    text = write(tmp_path, *guarded).text
+    assert "$fun$ +1.500 95 %" in text
+    assert "gold −1.500" in text
+    assert "highest at λ=0; falls from λ=0.5 on" in text
+    assert "Difference to λ=1, as trained −0.500 95 % interval: −0.500 to −0.500 these prompts show it" in text
+    assert "Fluency 2.000 95 % interval: 2.000 to 2.000 perplexity per token" in text
+    assert "λ=0 has 2.000; λ=1 has 8.000" in text
+
+
+def test_guards_gold_and_how_it_is_used(tmp_path, guarded):
+    text = write(tmp_path, *guarded).text
+    assert "Passed over for its perplexity: λ=1" in text
+    assert re.search(r"8\.000 8\.000 to 8\.000 above 2\.5: passed over", text), "in the table too"
+    assert "From λ=0.5 on $fun$ (the reward that was trained for) still rises, and gold (held out) falls." in text
+    said = ["To use it:", "dera generate '<x>'", "To serve it:", "dera serve", "To retrain there:", "dera dpo"]
+    places = [text.index(each) for each in said]
+    assert places == sorted(places), "first how it is used, then how to retrain"
+
+
+def test_benchmarks_have_a_tab(tmp_path):
+    def row(lam: float, value: float | None, stderr: float | None, better: bool) -> BenchmarkRow:
+        return BenchmarkRow("run", "model", lam, "t", "m", "none", value, stderr, 100, 0, better)
+
+    lines = {
+        "arc <easy> acc": [row(0.0, 0.5, 0.0125, True), row(1.0, 0.625, None, True)],
+        "wiki perplexity": [row(1.0, 12.5, 0.5, False), row(2.0, None, None, False)],
+    }
+    page = written(tmp_path, benchmarks=lines)
+    found = page.text[page.text.index("± its standard error over the documents") :]
+    assert (
+        "benchmark λ = 0 λ = 1 λ = 2 arc <easy> acc ↑ 0.500 ± 0.013 0.625 – wiki perplexity ↓ – 12.50 ± 0.50 –" in found
+    )
+    assert "Benchmarks" not in written(tmp_path).text
 
 
 def test_tables(page):

@@ -21,7 +21,7 @@ def browser(tmp_path_factory):
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     file = tmp_path_factory.mktemp("report") / "report.html"
-    write_report(file, "A sweep", {"adapter": "x"}, *swept(command="dera dpo"))
+    write_report(file, "A sweep", {"adapter": "x"}, *swept())
     return file
 
 

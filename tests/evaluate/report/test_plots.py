@@ -10,7 +10,9 @@ import pytest
 from matplotlib.figure import Figure
 from swept import RULE, curve, row, swept
 
-from dera_peft.evaluate.analysis.summary import Estimate, summarise
+from dera_peft.evaluate.analysis.gold import GoldResult, GoldStep
+from dera_peft.evaluate.analysis.resamples import Estimate
+from dera_peft.evaluate.analysis.summary import summarise
 from dera_peft.evaluate.report.findings import Findings
 from dera_peft.evaluate.report.marks import Star, draw_front, label, point_style
 from dera_peft.evaluate.report.plots import (
@@ -127,6 +129,20 @@ def test_a_far_lambda_does_not_flatten_the_axes(far):
         assert ((places >= 0) & (places <= 1)).all()
         for axis, values in ((panel.xaxis, x_far), (panel.yaxis, y_far)):
             assert any(np.isclose(axis.get_ticklocs(), value).any() for value in values)
+
+
+def test_where_proxy_and_gold_part_is_marked(sweep):
+    """In the panels of both over λ, and in no other."""
+    step = GoldStep(0.5, Estimate(0.2, 0.1, 0.1, 0.3), Estimate(-0.2, 0.1, -0.3, -0.1), False)
+    gold = GoldResult("$fun$", "length", 0.0, None, None, (step,), None, None, 1.0)
+    found = replace(sweep, recommendation=replace(sweep.recommendation, gold=gold))
+    marked = "$fun$ (trained) rises, length (gold) falls"
+    for shown, is_there in (("$fun$", True), ("length", True), (None, False)):
+        _draw_over_lambda(panel := Figure().subplots(), legend := {}, found, "$fun$", shown)
+        assert (marked in legend) == is_there
+        spans = [patch.get_x() for patch in panel.patches if patch.get_hatch()]
+        assert spans == ([0.5] if is_there else [])
+    assert marked not in texts(sweep_picture(sweep, "$fun$"))
 
 
 def test_an_axis_without_far_values_stays_as_it_is():
