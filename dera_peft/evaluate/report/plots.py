@@ -205,7 +205,7 @@ def _draw_against_kl(panel: Axes, legend: Legend, findings: Findings, reward: st
             labels = [each for each in labels if each[2] in front or each[2] == last[each[0]]]
     for star in stars:
         star.draw(panel, star.kl, star.value, legend)
-    panel.set_xlabel(wrapped(f"{KL}, square-root scale"))
+    panel.set_xlabel("KL to the reference (nats, √ scale)")
     panel.set_ylabel(wrapped(f"{reward} (mean over prompts)"))
     label(panel, labels, [(star.kl, star.value) for star in stars])
 
