@@ -137,7 +137,7 @@ def _groups(findings: Findings, reward: str) -> list[Table]:
         return []
     names = list(dict.fromkeys(name for s in of for name in s.rewards[reward].groups))
     columns = {name: _estimates([s.rewards[reward].groups.get(name) for s in of]) for name in names}
-    columns["the group that fares worst"] = [Cell(s.rewards[reward].worst_group or "–") for s in of]
+    columns["lowest mean"] = [Cell(s.rewards[reward].worst_group or "–") for s in of]
     note = "Means over each group's prompts, below them 95 % intervals."
     return _split(findings, of, f"{reward} by group", note, columns)
 
