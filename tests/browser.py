@@ -133,6 +133,14 @@ class Browser:
             raise RuntimeError(json.dumps(answer["exceptionDetails"]))
         return answer["result"].get("value")
 
+    def wait(self, condition: str) -> None:
+        """Until an expression is true."""
+        deadline = time.monotonic() + TIMEOUT
+        while not self.js(condition):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"never true: {condition}")
+            time.sleep(0.02)
+
     def text(self, selector: str) -> str:
         return self.js(f"document.querySelector({json.dumps(selector)}).textContent")
 

@@ -1,12 +1,14 @@
 """The rows of a small sweep, made by hand, with everything in them that a page may stumble over."""
 
 import math
+from dataclasses import replace
 
 from dera_peft.evaluate.analysis.best import best_arm
 from dera_peft.evaluate.analysis.choice import Rule
 from dera_peft.evaluate.analysis.curve import Curve, Gap, Point
 from dera_peft.evaluate.analysis.recommend import recommend
 from dera_peft.evaluate.analysis.summary import Estimate, summarise
+from dera_peft.evaluate.report.findings import Findings
 
 LN2 = math.log(2)
 # what could end a script or an element, turn the direction of text, ring a bell, or come apart over tokens
@@ -80,14 +82,15 @@ def curve() -> Curve:
     return Curve(points, samples=24, needed=4.5, gaps=[Gap(0.5, 1.0, 0.75)])
 
 
-def swept(views: bool = True, arms: tuple[str, ...] = ("logits",)) -> dict:
-    """The arguments of `write_report` and the pictures, by name."""
+def swept(views: bool = True, arms: tuple[str, ...] = ("logits",), **changes) -> tuple[Findings, list[dict]]:
+    """What was found, and the rows that it is from."""
     made = rows(views, arms)
     summaries = summarise(made, "group")
-    return {
-        "rows": made,
-        "summaries": summaries,
-        "curve": curve(),
-        "recommendation": recommend(summaries, None, "reward", "$fun$", beta=0.5),
-        "best": best_arm(summaries, None, Rule("reward"), "$fun$"),
-    }
+    found = Findings(
+        summaries,
+        curve(),
+        recommend(summaries, None, "reward", "$fun$", beta=0.5),
+        best=best_arm(summaries, None, Rule("reward"), "$fun$"),
+        adapter="runs/dpo",
+    )
+    return replace(found, **changes), made

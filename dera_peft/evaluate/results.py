@@ -5,10 +5,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
+from pathlib import Path
 
 from dera_peft.decoding.rows import dumps
 from dera_peft.engine.names import LOGITS
 from dera_peft.errors import DeRaError
+from dera_peft.evaluate import benchmarks
 from dera_peft.evaluate.analysis.best import BestArm, best_arm
 from dera_peft.evaluate.analysis.choice import Rule
 from dera_peft.evaluate.analysis.curve import Curve, estimate_curve, reason_off
@@ -18,7 +20,9 @@ from dera_peft.evaluate.analysis.recommendation import Decoded, Recommendation
 from dera_peft.evaluate.analysis.summary import LambdaSummary, resamples_of, summarise
 from dera_peft.evaluate.analysis.table import write_csv
 from dera_peft.evaluate.arms import Arm
+from dera_peft.evaluate.benchmarks import BenchmarkRow
 from dera_peft.evaluate.config import SweepConfig
+from dera_peft.evaluate.report.findings import Findings
 from dera_peft.evaluate.report.page import write_report
 from dera_peft.evaluate.report.plots import plot_pareto, plot_sweep
 from dera_peft.evaluate.result import SweepResult
@@ -121,13 +125,20 @@ def finish(
         arm = next(arm for arm in worker.arms if arm.name == best.best.arm)
         best = replace(best, use=arm.use(best.best.lam))
 
-    models = {arm.name: arm.place for arm in worker.arms if not arm.is_own}
-    title = f"{len(worker.prompts)} prompts, {config.samples} samples each; bars: 95 % over prompts"
+    aligned = first.record.aligned
+    adapter = first.adapter if len(aligned) == 1 else " and ".join(aligned)
+    findings = Findings(
+        found.summaries, found.curve, recommendation, found.reason, best,
+        adapter=adapter if first.record.branches_differ else "the principle",
+        models={arm.name: arm.place for arm in worker.arms if not arm.is_own},
+        ways={arm.name: _way(arm) for arm in worker.arms[1:]},
+        benchmarks=_benchmarks(folder, first),
+    )  # fmt: skip
+    title = f"{findings.adapter}: {len(worker.prompts)} prompts, {config.samples} samples each; bars: 95 % over prompts"
     shown = recommendation.reward if recommendation is not None else rewards[0].name
     for ending in ("png", "svg"):
-        inputs = found.summaries, found.curve, recommendation, shown
-        plot_sweep(*inputs, folder / f"sweep.{ending}", title, models, best)
-        plot_pareto(*inputs, folder / f"pareto.{ending}", title, models, best)
+        plot_sweep(findings, shown, folder / f"sweep.{ending}", title)
+        plot_pareto(findings, shown, folder / f"pareto.{ending}", title)
     lines = ({name: value for name, value in row.items() if name not in IN_MEMORY} for row in found.rows)
     write_atomically(folder / "samples.jsonl", "".join(dumps(line) + "\n" for line in lines))
     write_csv(found.summaries, folder / "summary.csv")
@@ -135,12 +146,8 @@ def finish(
     of_best = None if best is None else best.to_dict()
     told = {"recommendation": of_recommendation, "no_recommendation": found.reason, "best_arm": of_best}
     write_atomically(folder / RECOMMENDATION, json.dumps(told, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
-    facts = _facts(worker, rewards, judge)
-    aligned = first.record.aligned
-    what = first.adapter if len(aligned) == 1 else " and ".join(aligned)
-    title = f"How strong should {what if first.record.branches_differ else 'the principle'} be?"
-    inputs = found.summaries, found.curve, recommendation, found.rows, command, models
-    write_report(folder / "report.html", title, facts, *inputs, reason=found.reason, best=best)
+    title = f"How strong should {findings.adapter} be?"
+    write_report(folder / "report.html", title, _facts(worker, rewards, judge), findings, found.rows)
     failed = sum("errors" in row for row in found.rows)
     files = [*FILES, RETRAIN] if command is not None and RETRAIN in command else list(FILES)
     return SweepResult(
@@ -224,6 +231,18 @@ def _branch_facts(config: SweepConfig, arm: Arm) -> dict[str, str]:
     }
 
 
+def _benchmarks(folder: Path, arm: Arm) -> dict[str, list[BenchmarkRow]]:
+    """Those that `dera lm-eval` left in the folder, of the arm's model as it is now."""
+    if not (folder / benchmarks.FILE).exists():
+        return {}
+    return benchmarks.by_line(benchmarks.read_benchmarks(folder, benchmarks.model_fingerprint(arm.record)))
+
+
+def _way(arm: Arm) -> str:
+    beta = "" if arm.is_own or arm.beta is None else f" (β = {arm.beta:g})"
+    return f"{arm.ways}{beta}"
+
+
 def _facts(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJudge | None) -> dict[str, str]:
     """What was swept, for the report."""
     config, first = worker.config, worker.arms[0]
@@ -246,9 +265,8 @@ def _facts(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJudg
     }
     if judge is not None:
         facts["judge"] = judge.name
-    for arm in worker.arms[1:]:
-        beta = "" if arm.is_own or arm.beta is None else f" (β = {arm.beta:g})"
-        facts[f"arm {arm.name}"] = f"{arm.ways}{beta}"
+    if worker.arms[1:]:
+        facts["arms beside plain λ"] = ", ".join(arm.name for arm in worker.arms[1:])
     if sampling.temperature not in (0, 1):
         facts["KL and perplexity"] = "at temperature 1, along samples that were drawn at the temperature above"
     return facts | {

@@ -18,7 +18,7 @@ from dera_peft.evaluate.analysis.curve import reason_off
 from dera_peft.evaluate.arms import Arm
 from dera_peft.evaluate.config import SweepConfig
 from dera_peft.evaluate.points import anchors, fine_grid
-from dera_peft.evaluate.report.samples import sample_rows
+from dera_peft.evaluate.report.samples import viewed_rows
 from dera_peft.evaluate.rows import CompletionRow, Key, RewardRow, ScoreRow, open_log
 from dera_peft.evaluate.scorer import Scorer
 from dera_peft.model import DeRaModel
@@ -165,12 +165,12 @@ class SweepWorker:
             for key, row in ((key, self.completions[key]) for key in decoded)
         ]
         # chosen among this process's rows: at least those that the report will choose among all rows
-        sampled = {row["key"] for row in sample_rows(rows)} if rows and arm.mixing == LOGITS else set()
+        viewed = {row["key"] for row in viewed_rows(rows)} if rows and arm.mixing == LOGITS else set()
         scores = self.scores()
         return {
-            key: key in sampled
+            key: key in viewed
             for key in decoded
-            if key not in scores or (key in sampled and scores[key].token_views is None)
+            if key not in scores or (key in viewed and scores[key].token_views is None)
         }
 
     def _score(self, arm: Arm, model: DeRaModel, todo: Mapping[Key, bool]) -> None:

@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, Colormap
@@ -16,11 +15,9 @@ from matplotlib.ticker import MaxNLocator
 
 from dera_peft.decoding.lambdas import NamedLambda
 from dera_peft.engine.names import LOGITS
-from dera_peft.evaluate.analysis.best import BestArm
-from dera_peft.evaluate.analysis.curve import Curve
-from dera_peft.evaluate.analysis.recommend import Recommendation
-from dera_peft.evaluate.analysis.summary import Estimate, LambdaSummary
-from dera_peft.evaluate.report.marks import INK, MUTED, STYLE, Star, as_image, stars_of
+from dera_peft.evaluate.analysis.resamples import Estimate
+from dera_peft.evaluate.report.findings import Findings
+from dera_peft.evaluate.report.marks import INK, MUTED, Legend, Star, stars_of, wrapped
 
 COLORMAP = "cividis"  # the colour-blind see the same order in it
 LEVELS = 11
@@ -28,45 +25,34 @@ LEVELS = 11
 Values = Mapping[NamedLambda, float]  # of a reward, or of the KL, at each point where it is known
 
 
-def map_picture(
-    summaries: Sequence[LambdaSummary],
-    curve: Curve | None,
-    recommendation: Recommendation | None,
-    reward: str | None,
-    title: str = "",
-    best: BestArm | None = None,
-    format: str = "svg",
-) -> bytes:
+def draw_map(panel: Axes, legend: Legend, findings: Findings, reward: str | None, shown: str | None) -> None:
     """
-    A reward and the KL over the λ of several adapters, of the arm "logits". Of two it is a map: the measured points,
-    those that are estimated between them, and contours, which are no estimates; of more a line for each measured point
-    through an axis for each adapter. Arguments as in `plots.sweep_picture`.
+    A reward, or the KL where `shown` is None, over the λ of several adapters, of the arm "logits". Of two it is a map:
+    the measured points, those that are estimated between them, and contours, which are no estimates; of more a line for
+    each measured point through an axis for each adapter. With the stars of `reward`.
     """
-    own = [summary for summary in summaries if summary.arm == LOGITS]
-    points = curve.points if curve else []
-    panels: dict[str, tuple[Values, Values]] = {}  # what it shows -> what is measured, and what is estimated
-    if reward is not None:
-        levels = {s.lam: s.rewards[reward].level for s in own if reward in s.rewards}
-        panels[f"mean reward: {reward}"] = _known(levels), _known({p.lam: p.rewards.get(reward) for p in points})
-    panels["KL to the reference (nats)"] = _known({s.lam: s.kl for s in own}), _known({p.lam: p.kl for p in points})
-    names = next(list(s.lam) for s in own if isinstance(s.lam, NamedLambda))
+    own = [summary for summary in findings.summaries if summary.arm == LOGITS]
+    points = findings.curve.points if findings.curve else []
+    if shown is None:
+        name = "KL to the reference (nats)"
+        measured, estimated = _known({s.lam: s.kl for s in own}), _known({p.lam: p.kl for p in points})
+    else:
+        name = wrapped(f"{shown} (mean over prompts)")
+        measured = _known({s.lam: s.rewards[shown].level for s in own if shown in s.rewards})
+        estimated = _known({p.lam: p.rewards.get(shown) for p in points})
+    if not measured:
+        panel.set_axis_off()
+        return
+    names = list(next(iter(measured)))
+    norm, colors = _scale([*measured.values()])
     draw = _draw_map if len(names) == 2 else _draw_parallel
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.8 * len(panels), 4.2), layout="constrained")
-        axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        legend: dict[str, Artist] = {}
-        for panel, (label, (measured, estimated)) in zip(axes, panels.items(), strict=True):
-            if not measured:
-                panel.set_axis_off()
-                continue
-            norm, colors = _scale([*measured.values()])
-            draw(panel, names, measured, estimated, norm, colors, legend)
-            for star in stars_of(recommendation, best, reward):
-                if isinstance(star.lam, NamedLambda):
-                    _draw_star(panel, list(star.lam.values()), star, legend)
-            bar = figure.colorbar(ScalarMappable(norm, colors), ax=panel, label=label, ticks=MaxNLocator(6))
-            bar.outline.set_visible(False)
-        return as_image(figure, legend, title, format, columns=4)
+    draw(panel, names, measured, estimated, norm, colors, legend)
+    for star in stars_of(findings.recommendation, findings.best, reward):
+        if isinstance(star.lam, NamedLambda):
+            _draw_star(panel, list(star.lam.values()), star, legend)
+    figure = cast("Figure", panel.figure)
+    bar = figure.colorbar(ScalarMappable(norm, colors), ax=panel, label=name, ticks=MaxNLocator(6))
+    bar.outline.set_visible(False)
 
 
 def _known(values: Mapping[Any, Estimate | None]) -> Values:
@@ -87,7 +73,7 @@ def _scale(values: Sequence[float]) -> tuple[BoundaryNorm, Colormap]:
 
 
 def _draw_map(
-    panel: Axes, names: Sequence[str], measured: Values, estimated: Values, norm: Any, colors: Any, legend: dict
+    panel: Axes, names: Sequence[str], measured: Values, estimated: Values, norm: Any, colors: Any, legend: Legend
 ) -> None:
     x, y = np.array([tuple(lam.values()) for lam in measured]).T
     style = {"norm": norm, "cmap": colors, "edgecolors": INK, "zorder": 3}
@@ -110,7 +96,7 @@ def _draw_map(
 
 
 def _draw_parallel(
-    panel: Axes, names: Sequence[str], measured: Values, estimated: Values, norm: Any, colors: Any, legend: dict
+    panel: Axes, names: Sequence[str], measured: Values, estimated: Values, norm: Any, colors: Any, legend: Legend
 ) -> None:
     """The points of the greatest value lie above the others."""
     for lam, value in sorted(measured.items(), key=lambda item: item[1]):
@@ -121,7 +107,7 @@ def _draw_parallel(
     panel.margins(x=0.08, y=0.08)
 
 
-def _draw_star(panel: Axes, values: Sequence[float], star: Star, legend: dict[str, Artist]) -> None:
+def _draw_star(panel: Axes, values: Sequence[float], star: Star, legend: Legend) -> None:
     if len(values) == 2:
         star.draw(panel, values[0], values[1], legend)
         return

@@ -1,10 +1,12 @@
 """How arms are marked in the pictures of a sweep: colours, markers, stars, labels, the legend, and the front."""
 
 import io
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -13,10 +15,12 @@ from matplotlib.lines import Line2D
 from matplotlib.typing import LineStyleType
 
 from dera_peft.decoding.lambdas import Lambda, NamedLambda
-from dera_peft.engine.names import LOGITS, WEIGHTS
+from dera_peft.engine.names import LOGITS
 from dera_peft.evaluate.analysis.best import BestArm
 from dera_peft.evaluate.analysis.recommend import Recommendation
-from dera_peft.evaluate.analysis.summary import Estimate
+from dera_peft.evaluate.analysis.resamples import Estimate
+
+Legend = dict[str, Artist]  # what a mark stands for -> the mark
 
 INK, MUTED, PAPER = "#1f2328", "#6e7681", "#ffffff"
 STYLE = {
@@ -55,7 +59,6 @@ LABELLED = 2  # arms of which every λ is written at its point; of more only som
 DASHES: LineStyleType = (0, (4, 2.5))
 POINT: LineStyleType = "none"
 LEVEL: LineStyleType = (0, (6, 1.5, 1, 1.5))
-NAMES = {LOGITS: "DeRa (logits mixed)", WEIGHTS: "adapter's weights scaled by λ"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Star:
     kl: float
     style: Mapping[str, Any]
 
-    def draw(self, panel: Axes, x: float | None, y: float, legend: dict[str, Artist]) -> None:
+    def draw(self, panel: Axes, x: float | None, y: float, legend: Legend) -> None:
         """At `x`; at the right end of the panel where it has no place on the axis."""
         if x is None:
             panel.plot([0.985], [y], zorder=5, transform=panel.get_yaxis_transform(), clip_on=False, **self.style)
@@ -98,7 +101,7 @@ def _of_prompts(rule: str, group: str | None) -> str:
     return " (worst reweighting)" if rule == "robust" else ""
 
 
-def draw_front(panel: Axes, places: Iterable[tuple[float, float]], legend: dict[str, Artist]) -> list[tuple]:
+def draw_front(panel: Axes, places: Iterable[tuple[float, float]], legend: Legend) -> list[tuple]:
     """The (KL, reward) that no other one beats in both, as steps; returns them."""
     front: list[tuple[float, float]] = []
     for kl, reward in sorted(places, key=lambda place: (place[0], -place[1])):
@@ -118,11 +121,12 @@ def label(
     for number, lam, place in labels:
         offset: dict[str, Any] = {"xytext": (8, -3 if lam == 0 else -11)}
         distances = [to_panel(star) - to_panel(place) for star in stars]
+        is_last = to_panel(place)[0] > 0.9
         # a star would lie on a label to the right
-        if number % 2 or any(-0.03 < right < 0.12 and abs(up) < 0.08 for right, up in distances):
+        if number % 2 or is_last or any(-0.03 < right < 0.12 and abs(up) < 0.08 for right, up in distances):
             offset = {"xytext": (-3, 7), "ha": "right"}
         text = ", ".join(f"{value:.2g}" for value in lam.values()) if isinstance(lam, NamedLambda) else f"λ={lam:g}"
-        panel.annotate(text, place, textcoords="offset points", fontsize=8, color=color_of(number), **offset)
+        panel.annotate(text, place, textcoords="offset points", fontsize="small", color=color_of(number), **offset)
 
 
 def color_of(number: int) -> str:
@@ -147,36 +151,55 @@ def point_style(number: int) -> dict:
     }
 
 
-def legend_of(lines: Mapping[str, LineStyleType], numbers: Mapping[str, int]) -> dict[str, Artist]:
-    """The entries of the arms that are drawn, with the kind of their line; what else is there adds its own."""
-    legend: dict[str, Artist] = {}
-    for arm, line in lines.items():
-        style: dict[str, Any] = {name: point_style(numbers[arm])[name] for name in ("color", "marker", "markersize")}
-        if line == LEVEL:
-            style = {"color": style["color"], "linewidth": 1.6}
-        legend[NAMES.get(arm, arm)] = Line2D([], [], linestyle=line, **style)
-    return legend
+def mark_of(number: int, line: LineStyleType) -> Artist:
+    """An arm's entry in the legend, with the kind of its line."""
+    if line == LEVEL:
+        return Line2D([], [], color=color_of(number), linewidth=1.6, linestyle=line)
+    style: dict[str, Any] = {name: point_style(number)[name] for name in ("color", "marker", "markersize")}
+    return Line2D([], [], linestyle=line, **style)
 
 
 def mark_ends(panel: Axes) -> None:
+    """Tells the reference and the adapter as trained on the axis of λ."""
     left, right = panel.get_xlim()
-    for lam, name in ((0.0, "reference"), (1.0, "as trained")):
+    to_panel = panel.transScale + panel.transLimits
+    start, end = (to_panel.transform((lam, 0.0))[0] for lam in (0.0, 1.0))
+    sides = ("right", "left") if end - start < 0.3 else ("center", "center")  # beside each other if there is no room
+    for lam, name, side in ((0.0, "reference", sides[0]), (1.0, "as trained", sides[1])):
         if left <= lam <= right:
             panel.axvline(lam, color=MUTED, alpha=0.6, linewidth=0.9, linestyle=":", zorder=0)
+            shift = {"right": 6, "left": -2, "center": 0}[side]
             panel.annotate(
-                name, (lam, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points",
-                va="bottom", ha="center", fontsize=8, color=MUTED,
+                name, (lam, 1.0), xycoords=("data", "axes fraction"), xytext=(shift, 2), textcoords="offset points",
+                va="bottom", ha=side, fontsize="small", color=MUTED,
             )  # fmt: skip
 
 
-def as_image(figure: Figure, legend: dict[str, Artist], title: str, format: str, columns: int) -> bytes:
-    """The finished figure, with its legend, as a file of a format."""
+def wrapped(text: str) -> str:
+    """A label of an axis, in lines that a small panel has room for."""
+    return textwrap.fill(text, 36)
+
+
+def save(figure: Figure, format: str) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format=format, dpi=160, metadata={"Date": None} if format == "svg" else None)
+    return stream.getvalue()
+
+
+def with_legend(figure: Figure, legend: Legend, title: str, format: str, columns: int) -> bytes:
+    """The finished figure, with its title and its legend below, as a file of a format."""
     rows = -(-len(legend) // columns)
     width, height = figure.get_size_inches()
     figure.set_size_inches(width, height + 0.2 * max(0, rows - USUAL_ROWS))  # the panels keep their size
     figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=columns, fontsize=9)
     if title:
         figure.suptitle(title, fontsize=11)
-    stream = io.BytesIO()
-    figure.savefig(stream, format=format, dpi=160, metadata={"Date": None} if format == "svg" else None)
-    return stream.getvalue()
+    return save(figure, format)
+
+
+def mark_picture(mark: Artist) -> bytes:
+    """The mark of an entry in a legend, as an SVG of its own."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(0.42, 0.22))
+        figure.legend([mark], [""], loc="center", borderpad=0, handletextpad=0, handlelength=2.2, fontsize=9)
+        return save(figure, "svg")

@@ -9,10 +9,11 @@ import numpy as np
 
 from dera_peft.engine.names import LOGITS
 from dera_peft.evaluate.analysis.curve import Curve, through_points
-from dera_peft.evaluate.analysis.summary import Estimate, LambdaSummary
+from dera_peft.evaluate.analysis.resamples import Estimate
+from dera_peft.evaluate.analysis.summary import LambdaSummary
 from dera_peft.evaluate.points import is_of_several
 
-STEPS = 400  # in which the lines between measured points are drawn
+STEPS = 160  # in which a line through all measured points is drawn, as many between any two of them
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Quantity:
         if len(known) == 1:
             unknown = np.full(1, math.nan)
             return cls(known, np.array(lambdas), np.array(means), unknown, unknown, unknown)
-        lam = np.union1d(np.linspace(min(lambdas), max(lambdas), STEPS + 1), lambdas)
+        parts = np.linspace(0, len(known) - 1, 1 + (len(known) - 1) * max(4, STEPS // (len(known) - 1)))
+        lam = np.interp(parts, range(len(known)), lambdas)
         smooth = np.asarray(through_points(lambdas, means, lam))
         estimates = [
             np.interp(lam, list(between), [math.nan if e is None else getattr(e, name) for e in between.values()])

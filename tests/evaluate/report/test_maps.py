@@ -1,6 +1,7 @@
 """The pictures and the page of a sweep over the λ of several adapters."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -9,12 +10,13 @@ from dera_peft.evaluate.analysis.curve import Curve, Point
 from dera_peft.evaluate.analysis.recommend import recommend
 from dera_peft.evaluate.analysis.summary import Estimate, summarise
 from dera_peft.evaluate.points import fine_grid, simplex
+from dera_peft.evaluate.report.findings import Findings
 from dera_peft.evaluate.report.page import write_report
 from dera_peft.evaluate.report.plots import pareto_picture, sweep_picture
 
 
-def swept(names: list[str], line: bool = False) -> dict:
-    """The arguments of the pictures: a reward that is the highest at the first adapter alone."""
+def swept(names: list[str], line: bool = False) -> tuple[Findings, list[dict]]:
+    """Findings and rows: a reward that is the highest at the first adapter alone."""
     points = [*([] if line else [NamedLambda(dict.fromkeys(names, 0.0))]), *simplex(names, 2)]
     rows = [
         {
@@ -29,12 +31,8 @@ def swept(names: list[str], line: bool = False) -> dict:
     between = [lam for lam in fine_grid(points) if lam not in points]
     estimate = Estimate(0.5, 0.1, 0.4, 0.6)
     curve = Curve([Point(lam, 50.0, 1.0, estimate, {"r": estimate}) for lam in between], samples=len(rows), needed=5.0)
-    return {
-        "summaries": summaries,
-        "curve": curve,
-        "recommendation": recommend(summaries, None, "reward", "r"),
-        "rows": rows,
-    }
+    found = Findings(summaries, curve, recommend(summaries, None, "reward", "r"), adapter=" and ".join(names))
+    return found, rows
 
 
 def texts(svg: bytes) -> list[str]:
@@ -44,24 +42,20 @@ def texts(svg: bytes) -> list[str]:
 @pytest.mark.parametrize("names", [["helpful", "harmless"], ["helpful", "harmless", "brief"]])
 @pytest.mark.parametrize("line", [False, True], ids=["with the reference", "on a line"])
 def test_a_map_of_two_and_axes_of_three(names, line):
-    made = swept(names, line)
-    pictures = made["summaries"], made["curve"], made["recommendation"], "r"
-    shown = texts(sweep_picture(*pictures))
+    found, _ = swept(names, line)
+    shown = texts(sweep_picture(found, "r"))
     assert {f"λ of {name}" for name in names} <= set(shown)
-    assert {"recommended", "mean reward: r", "KL to the reference (nats)"} <= set(shown)
+    assert {"recommended", "r (mean over prompts)", "KL to the reference (nats)"} <= set(shown)
     assert ("estimated between" in shown) == (len(names) == 2)
     assert ("contours between the points, no estimate" in shown) == (len(names) == 2 and not line)
-    assert sweep_picture(made["summaries"], None, None, None), "of the KL alone, without a curve"
-    shown = texts(pareto_picture(*pictures))
+    assert sweep_picture(replace(found, curve=None, recommendation=None), None), "of the KL alone, without a curve"
+    shown = texts(pareto_picture(found, "r"))
     assert f"labels: λ of {', '.join(names)}" in shown
     assert ", ".join(["1", *"0" * (len(names) - 1)]) in shown, "the best one is on the front"
 
 
 def test_the_page_names_points(tmp_path):
-    made = swept(["helpful", "harmless"])
-    write_report(
-        tmp_path / "report.html", "title", {}, *(made[n] for n in ("summaries", "curve", "recommendation", "rows"))
-    )
+    write_report(tmp_path / "report.html", "title", {}, *swept(["helpful", "harmless"]))
     page = (tmp_path / "report.html").read_text()
     assert '<p class="lead">λ*: helpful=1, harmless=0</p>' in page
     assert '<th scope="row" dir="auto">helpful=0.5, harmless=0.5</th>' in page

@@ -3,16 +3,28 @@
 import math
 import re
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from swept import RULE, curve, swept
+from swept import RULE, curve, row, swept
 
-from dera_peft.evaluate.analysis.summary import Estimate
+from dera_peft.evaluate.analysis.gold import GoldResult, GoldStep
+from dera_peft.evaluate.analysis.resamples import Estimate
+from dera_peft.evaluate.analysis.summary import summarise
+from dera_peft.evaluate.report.findings import Findings
 from dera_peft.evaluate.report.marks import Star, draw_front, label, point_style
-from dera_peft.evaluate.report.plots import _root_ticks, pareto_picture, plot_pareto, plot_sweep, sweep_picture
+from dera_peft.evaluate.report.plots import (
+    _draw_against_kl,
+    _draw_over_lambda,
+    pareto_picture,
+    plot_pareto,
+    plot_sweep,
+    sweep_picture,
+)
 from dera_peft.evaluate.report.quantities import Quantity
+from dera_peft.evaluate.report.scales import Broken, near_range, set_scale
 
 ARMS = ("logits", "weights", "retrained at <β=1>", "of unknown β")
 MODELS = {"retrained at <β=1>": 0.5, "of unknown β": None}
@@ -29,25 +41,34 @@ def points(svg: bytes, color: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def sweep() -> dict:
-    made = swept(arms=ARMS)
-    return {name: made[name] for name in ("summaries", "curve", "recommendation")}
+def sweep() -> Findings:
+    return swept(arms=ARMS, best=None, models=MODELS)[0]
 
 
 def test_pictures_name_what_is_drawn(sweep):
-    over_lam = texts(sweep_picture(**sweep, reward="$fun$", title="a title", models=MODELS))
-    for text in ("mean reward: $fun$", "λ", "reference", "as trained", "recommended", "DeRa (logits mixed)", "a title"):
+    over_lam = texts(sweep_picture(sweep, "$fun$", title="a title"))
+    for text in ("$fun$ (mean over prompts)", "λ of runs/dpo", "reference", "as trained", "recommended", "a title"):
         assert text in over_lam
+    assert {"runs/dpo (DeRa)", "runs/dpo, its weights scaled by λ"} <= {*over_lam}
     assert {"estimated between the points", "95 % band of the estimate", "smooth line, no estimate"} <= {*over_lam}
     assert "retrained at &lt;β=1&gt;" in over_lam
     assert "of unknown β" not in over_lam, "it has no place on the axis of λ"
-    pareto = texts(pareto_picture(**sweep, reward="$fun$", models=MODELS))
+    pareto = texts(pareto_picture(sweep, "$fun$"))
     assert {"λ=0", "λ=0.5", "λ=1", "recommended", "retrained at &lt;β=1&gt;", "of unknown β"} <= {*pareto}
+
+
+def test_a_long_name_of_an_adapter_keeps_its_end():
+    def short(adapter: str) -> str:
+        return Findings([], adapter=adapter).short
+
+    assert short("org/adapter") == "org/adapter"
+    assert short("/home/me/experiments-2026/llama-3.1-8b-dpo/checkpoint-1200/") == "…/llama-3.1-8b-dpo/checkpoint-1200"
+    assert short("x" * 60) == "…" + "x" * 44
 
 
 def test_a_further_model_stands_at_its_own_lambda(sweep):
     def places(models) -> set[str]:
-        svg = sweep_picture(**sweep, reward="$fun$", models=models).decode()
+        svg = sweep_picture(replace(sweep, models=models), "$fun$").decode()
         return set(re.findall(r'<use [^>]*x="([\d.]+)"[^>]*style="fill: #009e73', svg))
 
     at_half, at_one = places({**MODELS, ARMS[2]: 0.5}), places({**MODELS, ARMS[2]: 1.0})
@@ -55,29 +76,89 @@ def test_a_further_model_stands_at_its_own_lambda(sweep):
 
 
 def test_without_an_estimate_or_a_recommendation(sweep):
-    svg = sweep_picture(sweep["summaries"], None, None, "$fun$", models=MODELS)
-    assert "smooth line, no estimate" in texts(svg)
-    assert not {"estimated between the points", "recommended"} & {*texts(svg)}
-    assert "mean reward: None" not in texts(sweep_picture(sweep["summaries"], None, None, None))
-    other = texts(sweep_picture(**sweep, reward="length", models=MODELS))
-    assert "recommended" not in other, "the recommendation is of another reward"
+    bare = replace(sweep, curve=None, recommendation=None)
+    shown = texts(sweep_picture(bare, "$fun$"))
+    assert "smooth line, no estimate" in shown
+    assert not {"estimated between the points", "recommended"} & {*shown}
+    assert not [text for text in texts(sweep_picture(bare, None)) if "None" in text]
+    assert "recommended" not in texts(sweep_picture(sweep, "length")), "the recommendation is of another reward"
 
 
 def test_the_star_is_at_the_recommended_value(sweep, monkeypatch):
     """Which the curve, from all samples, may miss; and that of a worst group is off the line of means."""
     drawn = []
     monkeypatch.setattr(Star, "draw", lambda star, panel, x, y, legend: drawn.append((x, y)))
-    best = sweep["recommendation"]
+    best = sweep.recommendation
     best = replace(best, lam=0.5, value=replace(best.value, mean=7.0), kl=replace(best.kl, mean=3.0))
-    sweep_picture(sweep["summaries"], sweep["curve"], best, "$fun$", models=MODELS)
-    pareto_picture(sweep["summaries"], sweep["curve"], best, "$fun$", models=MODELS)
+    found = replace(sweep, recommendation=best)
+    sweep_picture(found, "$fun$")
+    pareto_picture(found, "$fun$")
     assert drawn == [(0.5, 7.0), (0.5, 3.0), (3.0, 7.0)]
 
 
 def test_a_star_of_a_worst_group_is_called_so(sweep):
-    best = replace(sweep["recommendation"], group="a")
+    found = replace(sweep, curve=None, recommendation=replace(sweep.recommendation, group="a"))
     for picture in (sweep_picture, pareto_picture):
-        assert "recommended (its worst group)" in texts(picture(sweep["summaries"], None, best, "$fun$"))
+        assert "recommended (its worst group)" in texts(picture(found, "$fun$"))
+
+
+@pytest.mark.parametrize("far", [[50.0], [-40.0], [30.0, 50.0]])
+def test_a_far_lambda_does_not_flatten_the_axes(far):
+    """What is measured near the adapter as trained keeps most of both axes, and the far values have their own ticks."""
+    near = [0.0, 0.25, 0.5, 1.0, 1.5]
+    assert near_range([*near, *far]) == (0.0, 1.5)
+    made = [
+        {**row("logits", index, lam, 0, -lam if lam in far else lam / 2 + index / 8), "kl": lam**2}
+        for lam in (*near, *far)
+        for index in range(3)
+    ]
+    found = Findings(summarise(made))
+    for draw, x_far, y_far in (
+        (partial(_draw_over_lambda, reward=None, shown="$fun$"), far, [-lam for lam in far]),
+        (partial(_draw_over_lambda, reward=None, shown=None), far, [lam**2 for lam in far]),
+        (partial(_draw_against_kl, reward="$fun$"), [lam**2 for lam in far], [-lam for lam in far]),
+    ):
+        panel = Figure().subplots()
+        draw(panel, legend := {}, found)
+        assert "beyond the break: axis compressed" in legend
+        line = next(line for line in panel.lines if line.get_marker() == "o")
+        is_near = [lam in near for lam in sorted([*near, *far])]
+        places = panel.transAxes.inverted().transform(panel.transData.transform(line.get_xydata()))
+        spread = np.ptp(places[is_near], axis=0)
+        assert (spread > 0.6).all(), spread
+        assert ((places >= 0) & (places <= 1)).all()
+        for axis, values in ((panel.xaxis, x_far), (panel.yaxis, y_far)):
+            assert any(np.isclose(axis.get_ticklocs(), value).any() for value in values)
+
+
+def test_where_proxy_and_gold_part_is_marked(sweep):
+    """In the panels of both over λ, and in no other."""
+    step = GoldStep(0.5, Estimate(0.2, 0.1, 0.1, 0.3), Estimate(-0.2, 0.1, -0.3, -0.1), False)
+    gold = GoldResult("$fun$", "length", 0.0, None, None, (step,), None, None, 1.0)
+    found = replace(sweep, recommendation=replace(sweep.recommendation, gold=gold))
+    marked = "$fun$ (trained) rises, length (gold) falls"
+    for shown, is_there in (("$fun$", True), ("length", True), (None, False)):
+        _draw_over_lambda(panel := Figure().subplots(), legend := {}, found, "$fun$", shown)
+        assert (marked in legend) == is_there
+        spans = [patch.get_x() for patch in panel.patches if patch.get_hatch()]
+        assert spans == ([0.5] if is_there else [])
+    assert marked not in texts(sweep_picture(sweep, "$fun$"))
+
+
+def test_an_axis_without_far_values_stays_as_it_is():
+    assert near_range([-0.5, 0, 0.25, 0.5, 0.75, 1, 1.5, 2]) == (-0.5, 2)
+    assert near_range([1, 2, 4, 8, 16]) == (1, 16)
+    panel = Figure().subplots()
+    panel.plot([0, 1, 2], [0, 1, 4])
+    set_scale(panel, "x", [0, 1, 2], [], legend := {})
+    set_scale(panel, "y", [0, 1], [2], legend)
+    assert (panel.get_xscale(), panel.get_yscale(), legend) == ("linear", "linear", {})
+
+
+def test_a_broken_scale_is_inverted_by_its_inverse():
+    scale = Broken(0.0, 2.0, 0.1, 0.01)
+    assert scale.to_axis(np.array([-1.0, 0.5, 2.0, 12.0])) == pytest.approx([-0.1, 0.5, 2.0, 2.1])
+    assert scale.from_axis(np.array([-0.1, 0.5, 2.0, 2.1])) == pytest.approx([-1.0, 0.5, 2.0, 12.0])
 
 
 def test_a_label_makes_room_for_the_star():
@@ -97,21 +178,20 @@ def test_a_label_makes_room_for_the_star():
 def test_an_arm_that_knows_no_lambda_is_a_level_line(monkeypatch):
     drawn = []
     monkeypatch.setattr(Star, "draw", lambda star, panel, x, y, legend: drawn.append((star.name, x, y)))
-    made = swept(arms=("logits", RULE))
-    inputs = {name: made[name] for name in ("summaries", "curve", "recommendation", "best")}
-    svg = sweep_picture(**inputs, reward="$fun$")
+    found, _ = swept(arms=("logits", RULE))
+    svg = sweep_picture(found, "$fun$")
     level = re.findall(r'd="M ([\d.]+) ([\d.]+) \nL ([\d.]+) ([\d.]+) \n"[^>]*stroke: #d55e00', svg.decode())
     across = [line for line in level if line[1] == line[3] and float(line[2]) - float(line[0]) > 200]
     assert len(across) == 2, "one in each panel"
     assert RULE in texts(svg)
-    best, plain = made["best"].best, made["recommendation"]
+    best, plain = found.best.best, found.recommendation
     assert drawn == [
-        ("best plain λ", 1.0, plain.value.mean), ("best plain λ", 1.0, plain.kl.mean),
-        ("recommended", None, best.value.mean), ("recommended", None, best.kl.mean),
+        ("best plain λ", 1.0, plain.value.mean), ("recommended", None, best.value.mean),
+        ("best plain λ", 1.0, plain.kl.mean), ("recommended", None, best.kl.mean),
     ]  # fmt: skip
-    pareto = texts(pareto_picture(**inputs, reward="$fun$"))
+    pareto = texts(pareto_picture(found, "$fun$"))
     assert {RULE, "Pareto front"} <= {*pareto}
-    assert "Pareto front" not in texts(pareto_picture(**{**inputs, "summaries": swept()["summaries"]}, reward="$fun$"))
+    assert "Pareto front" not in texts(pareto_picture(replace(found, summaries=swept()[0].summaries), "$fun$"))
 
 
 def test_the_front_is_what_no_point_beats_in_both():
@@ -148,31 +228,37 @@ def test_what_is_unknown_is_left_out():
 def test_a_kl_that_is_no_number_and_a_reward_that_an_arm_lacks_are_left_out(sweep):
     """As in the folder of a sweep whose model gave no finite numbers, or by the rows of an earlier version."""
     nan = Estimate(math.nan, math.nan, math.nan, math.nan)
-    summaries = [replace(s, kl=nan if s.lam in (0.5, 1.0) else s.kl) for s in sweep["summaries"]]
+    summaries = [replace(s, kl=nan if s.lam in (0.5, 1.0) else s.kl) for s in sweep.summaries]
     summaries = [replace(s, rewards={}) if s.lam == 0.0 else s for s in summaries]
-    for curve_or_none in (sweep["curve"], None):
+    for curve_or_none in (sweep.curve, None):
+        found = replace(sweep, summaries=summaries, curve=curve_or_none, recommendation=None)
         for reward in ("$fun$", "unknown"):
-            labels = texts(pareto_picture(summaries, curve_or_none, None, reward, models=MODELS))
+            labels = texts(pareto_picture(found, reward))
             assert ("λ=-0.5" in labels) == (reward == "$fun$")
             assert not {"λ=0", "λ=0.5", "λ=1"} & {*labels}
-            sweep_picture(summaries, curve_or_none, None, reward, models=MODELS)
-    pareto_picture([replace(s, kl=nan) for s in summaries], None, None, "$fun$")
+            sweep_picture(found, reward)
+    pareto_picture(replace(found, summaries=[replace(s, kl=nan) for s in summaries]), "$fun$")
 
 
 def test_ticks_of_a_square_root_scale():
-    assert _root_ticks(9.0) == [0.0, 0.1, 0.5, 1.0, 2.0, 5.0]
-    assert _root_ticks(0.0) == [0.0]
+    panel = Figure().subplots()
+    panel.plot([0.0, 9.0], [0.0, 1.0])
+    set_scale(panel, "x", [0.0, 9.0], [], {}, is_root=True)
+    ticks = panel.get_xticks().tolist()
+    assert ticks[0] == 0.0
+    assert {1.0, 2.0, 5.0} <= {*ticks}
+    assert np.diff(np.sqrt(ticks)).min() >= 0.09 * 3.0
 
 
 def test_files_are_written_whole_in_the_format_of_their_ending(sweep, tmp_path):
     for plot, name in ((plot_sweep, "sweep"), (plot_pareto, "pareto")):
         for ending in ("png", "svg"):
-            plot(**sweep, reward="$fun$", file=tmp_path / f"{name}.{ending}", models=MODELS)
+            plot(sweep, "$fun$", tmp_path / f"{name}.{ending}")
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == PNG
         assert (tmp_path / f"{name}.svg").read_bytes()[:5] == b"<?xml"
     assert sorted(f.name for f in tmp_path.iterdir()) == ["pareto.png", "pareto.svg", "sweep.png", "sweep.svg"]
     before = (tmp_path / "sweep.svg").read_bytes()
-    plot_sweep(**sweep, reward="$fun$", file=tmp_path / "sweep.svg", models=MODELS)
+    plot_sweep(sweep, "$fun$", tmp_path / "sweep.svg")
     assert (tmp_path / "sweep.svg").read_bytes() == before, "the same picture is the same file"
     with pytest.raises(ValueError, match="not supported"):
-        plot_sweep(**sweep, reward="$fun$", file=tmp_path / "sweep.abc")
+        plot_sweep(sweep, "$fun$", tmp_path / "sweep.abc")

@@ -1,4 +1,3 @@
-"use strict";
 // The samples of a sweep: a prompt is chosen, a slider moves through λ, and a token shows what each branch would have said.
 // Texts reach the page as text alone (textContent), never as HTML.
 
@@ -43,26 +42,38 @@
 
   // ---- what is shown
 
-  let pair = data.pairs[0];
+  let pair = data.pairs[0]; // as it is listed
+  let content = null; // its prompt, texts and rows
   let arm = data.arms[0];
   let place = 0; // of the slider, among the arm's λ
   let fixed = [data.arms[0], 0]; // arm and place of the pane beside
   let held = null; // the token that was clicked
 
-  const rowAt = (of, at) => (pair.rows[of.arm] || []).find((row) => row.lambda === of.lambdas[at]);
+  async function unpack(packed) {
+    const bytes = Uint8Array.from(atob(packed), (letter) => letter.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+    return new Response(stream).json();
+  }
+
+  const rowAt = (of, at) => (content.rows[of.arm] || []).find((row) => row.lambda === of.lambdas[at]);
   const nameOf = (of, at) => {
     const strength = of.lambdas[at] === null ? [] : [strengthOf(of.lambdas[at])];
     return [...strength, ...(data.arms.length > 1 ? [of.name] : [])].join(" · ");
   };
   const [bestArm, bestLambda] = data.recommended || [null, null];
   const isBest = (of, value) => of.arm === bestArm && value === bestLambda;
+  const firstReward = () => Object.keys(content.rows[arm.arm] ? content.rows[arm.arm][0].rewards : {})[0];
 
-  function showPair() {
+  async function showPair() {
+    const wanted = pair;
+    const unpacked = await unpack(wanted.packed);
+    if (pair !== wanted) return; // another one was chosen meanwhile
+    content = unpacked;
     byId("pair").value = String(data.pairs.indexOf(pair));
     byId("previous").disabled = pair === data.pairs[0];
     byId("next").disabled = pair === data.pairs[data.pairs.length - 1];
     byId("prompt").replaceChildren(
-      ...pair.prompt.map(([role, text]) => {
+      ...content.prompt.map(([role, text]) => {
         const turn = element("div", "turn", ...(role ? [element("span", "role", seen(role))] : []), written(text));
         turn.dir = "auto";
         return turn;
@@ -71,12 +82,13 @@
     showTicks();
     showPane("fixed", ...fixed);
     showMoving();
+    byId("viewer").hidden = false;
   }
 
   function showTicks() {
     const last = arm.lambdas.length - 1;
-    const [first] = Object.keys(pair.rows[arm.arm] ? pair.rows[arm.arm][0].rewards : {});
-    byId("ticks-of").textContent = first && last < 16 ? `below: ${seen(first)}` : "";
+    const first = firstReward();
+    byId("ticks-of").textContent = first && last < 16 ? `below each λ: ${seen(first)} of this sample` : "";
     byId("ticks").style.height = `${1.3 * (valuesOf(arm.lambdas[0]).length + 1)}em`;
     const every = Math.ceil(arm.lambdas.length / (window.innerWidth < 600 ? 8 : 16));
     byId("ticks").replaceChildren(
@@ -96,7 +108,9 @@
 
   function showMoving() {
     byId("strength").textContent = valuesOf(arm.lambdas[place]).join(", ");
-    byId("lambda").setAttribute("aria-valuetext", nameOf(arm, place));
+    const [first, row] = [firstReward(), rowAt(arm, place)];
+    const reward = first && row ? `, ${seen(first)} ${short(row.rewards[first])}` : "";
+    byId("lambda").setAttribute("aria-valuetext", nameOf(arm, place) + reward);
     byId("moving-name").textContent = nameOf(arm, place);
     showPane("moving", arm, place);
   }
@@ -104,6 +118,7 @@
   function showPane(pane, of, at) {
     const row = rowAt(of, at);
     const text = byId(`${pane}-text`);
+    byId(`${pane}-link`).href = linkTo(of, at);
     byId(`${pane}-figures`).replaceChildren(...(row ? figuresOf(row) : []));
     if (held && text.contains(held)) hold(null);
     text.replaceChildren(!row ? "not sampled" : row.token_views ? tokens(row.token_views, row.token_lambda) : written(row.text));
@@ -115,7 +130,7 @@
     const rewards = Object.entries(row.rewards).map(([name, value]) => `${seen(name)} ${short(value)}`);
     const outcome = { 1: "wins", 0: "ties", "-1": "loses" };
     const judged = Object.entries(row.judged).map(
-      ([against, verdict]) => `judge: ${verdict === null ? "no verdict" : outcome[verdict]} against λ=${against}`,
+      ([against, verdict]) => `judge: ${verdict === null ? "no verdict" : outcome[verdict]} against λ=${lam(against)}`,
     );
     const how = row.finish_reason === "length" ? "cut at the limit" : "ended";
     const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
@@ -134,7 +149,7 @@
     const parts = document.createDocumentFragment();
     for (const [at, view] of views.entries()) {
       const token = element("span", "token");
-      const text = data.texts[view[0]];
+      const text = content.texts[view[0]];
       token.append(text === "" ? element("span", "unseen", "·") : written(text));
       token.style.setProperty("--depth", depth(view[1]));
       token.tabIndex = -1;
@@ -154,7 +169,7 @@
     const branches = data.branches.map((branch, at) => {
       const items = [];
       for (let n = at * width; n < (at + 1) * width; n += 2) {
-        const said = element("span", "said", quoted(data.texts[rest[n]]));
+        const said = element("span", "said", quoted(content.texts[rest[n]]));
         said.title = said.textContent;
         const bar = element("span", "bar");
         bar.style.width = `${100 * rest[n + 1]}%`;
@@ -164,10 +179,18 @@
       }
       return element("section", "", element("h4", "", `${seen(branch)} would say`), element("ol", "", ...items));
     });
-    const shown = element("b", "", quoted(data.texts[text]));
+    const shown = element("b", "", quoted(content.texts[text]));
     shown.style.setProperty("--depth", depth(js));
     const of = element("p", "of", shown, ` disagreement ${number(js)} of at most ${number(most)} nats${token.strength}`);
     byId("detail").replaceChildren(of, element("div", "branches", ...branches));
+  }
+
+  // Beside the texts where there is room; on a narrow screen in the text, below the token.
+  const narrow = matchMedia("(max-width: 64rem)");
+  function placeDetail() {
+    const detail = byId("detail");
+    if (narrow.matches && held) held.after(detail);
+    else byId("side").append(detail);
   }
 
   function hold(token) {
@@ -181,13 +204,14 @@
       token.setAttribute("aria-pressed", "true");
       showDetail(token);
     }
+    placeDetail();
   }
 
   function listenToTokens(text) {
     const tokenOf = (event) => event.target.closest(".token");
     const show = (event) => {
       const token = tokenOf(event);
-      if (token && !held) showDetail(token);
+      if (token && !held && !narrow.matches) showDetail(token);
     };
     text.addEventListener("mouseover", show);
     text.addEventListener("focusin", show);
@@ -225,9 +249,16 @@
   function chooseArm(index) {
     const before = arm.lambdas[place];
     arm = data.arms[index];
+    place = nearest(arm, before);
+    limitSlider();
+    showTicks();
+    showMoving();
+  }
+
+  function limitSlider() {
     byId("lambda").max = String(arm.lambdas.length - 1);
     byId("lambda").disabled = arm.lambdas.length === 1;
-    moveTo(nearest(arm, before));
+    byId("lambda").value = String(place);
   }
 
   function nearest(of, value) {
@@ -246,19 +277,55 @@
     showPair();
   }
 
+  // ---- links to a row
+
+  function linkTo(of, at) {
+    const arms = data.arms.length > 1 ? { arm: of.arm } : {};
+    const strength = of.lambdas[at] === null ? {} : { lambda: of.lambdas[at] };
+    return `#${new URLSearchParams({ prompt: pair.index, sample: pair.sample, ...strength, ...arms })}`;
+  }
+
+  // Shows the row that a link names, by the numbers in samples.jsonl; says so where it is not there.
+  async function follow(link) {
+    const wanted = new URLSearchParams(link.slice(1));
+    if (!wanted.has("prompt")) return;
+    const [index, sample] = [Number(wanted.get("prompt")), Number(wanted.get("sample") || 0)];
+    const found = data.pairs.find((other) => other.index === index && other.sample === sample);
+    const of = wanted.has("arm") ? data.arms.find((other) => other.arm === wanted.get("arm")) : data.arms[0];
+    const strength = wanted.get("lambda");
+    const isOne = (value) => (value === null ? strength === null : typeof value === "string" ? value === strength : value === Number(strength));
+    const at = !of ? -1 : strength === null ? 0 : of.lambdas.findIndex(isOne);
+    const named = `prompt ${index}, sample ${sample}${strength === null ? "" : `, λ = ${lam(strength)}`}`;
+    byId("missing").hidden = Boolean(found) && at >= 0;
+    if (!byId("missing").hidden) {
+      byId("missing").textContent = found
+        ? `There is no row of ${named}${wanted.has("arm") ? `, arm ${seen(wanted.get("arm"))}` : ""}: it was not decoded.`
+        : `This page has no row of ${named}. If it was decoded, it is in samples.jsonl (prompt_index ${index}, sample ${sample}).`;
+      byId("missing").scrollIntoView({ block: "center" });
+      return;
+    }
+    pair = found;
+    byId("arm").value = String(data.arms.indexOf(of));
+    arm = of;
+    place = at;
+    limitSlider();
+    await showPair();
+    byId("viewer").scrollIntoView();
+    byId("moving-text").focus({ preventScroll: true });
+  }
+
   function option(text, value) {
     const made = element("option", "", text);
     made.value = String(value);
     return made;
   }
 
-  function start() {
+  async function start() {
     const several = data.pairs.some((other) => other.sample > 0);
     byId("pair").append(
       ...data.pairs.map((other, at) => {
-        const [, text] = other.prompt[other.prompt.length - 1] || [null, ""];
-        const head = `${other.index + 1}${several ? `, sample ${other.sample + 1}` : ""}: `;
-        return option(head + Array.from(quoted(text)).slice(0, 160).join(""), at);
+        const head = `prompt ${other.index}${several ? `, sample ${other.sample}` : ""}: `;
+        return option(head + quoted(other.head), at);
       }),
     );
     byId("pair").addEventListener("change", (event) => {
@@ -281,8 +348,11 @@
     });
     fixed = [arm, nearest(arm, 0)];
     byId("fixed").value = String(fixed[1]);
+    for (const link of document.querySelectorAll(".row-link")) {
+      link.addEventListener("click", () => copyText(link.href, link, () => {}));
+    }
 
-    if (byId("scale")) {
+    if (byId("detail")) {
       byId("scale").append(
         element("i", ""),
         ...[0, 0.01, 0.1, 0.3, most].map((js) => {
@@ -294,26 +364,22 @@
       listenToTokens(byId("fixed-text"));
       listenToTokens(byId("moving-text"));
       document.addEventListener("keydown", (event) => event.key === "Escape" && hold(null));
+      narrow.addEventListener("change", placeDetail);
     }
+    const best = Math.max(0, data.arms.findIndex((of) => of.arm === bestArm));
+    byId("arm").value = String(best);
+    arm = data.arms[best];
+    place = nearest(arm, bestArm === null ? 1 : bestLambda);
+    limitSlider();
+    await showPair();
     window.addEventListener("resize", showTicks);
-    byId("viewer").hidden = false;
-    showPair();
-    const first = data.arms.findIndex((of) => of.arm === bestArm);
-    byId("arm").value = String(Math.max(0, first));
-    chooseArm(Math.max(0, first));
-    moveTo(nearest(arm, first < 0 ? 1 : bestLambda));
+    window.addEventListener("hashchange", () => follow(location.hash));
+    await follow(location.hash);
+    document.documentElement.dataset.ready = ""; // all is shown
   }
 
-  function copy(button) {
-    const command = byId(button.dataset.of);
-    const select = () => {
-      getSelection().selectAllChildren(command);
-      button.textContent = "Selected";
-    };
-    if (!navigator.clipboard) return select();
-    navigator.clipboard.writeText(command.textContent).then(() => (button.textContent = "Copied"), select);
-  }
-
-  for (const button of document.querySelectorAll(".copy")) button.addEventListener("click", () => copy(button));
-  if (data.pairs.length) start();
+  if (typeof DecompressionStream === "undefined") {
+    byId("missing").textContent = "This browser is too old to show the samples: they are compressed. They are in samples.jsonl.";
+    byId("missing").hidden = false;
+  } else if (data.pairs.length) start();
 })();
