@@ -3,6 +3,7 @@
 # make lint   set up, then check style and types
 # make gpu-check   on a machine with a GPU and the packages: its tests, the demo, and the figures of docs/performance.md
 # make serve-check   the server's requests against generate, on every base of the compatibility page (minutes)
+# make test-lm-eval   the tests of dera lm-eval, in an environment of their own with lm-evaluation-harness
 # make docs   set up, then build the documentation into site/; a broken link or reference fails
 
 PYTHON ?= python3
@@ -10,10 +11,12 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 SETUP := $(VENV)/.complete
 DOCS_SETUP := $(VENV)/.docs-complete
+LM_EVAL := .venv-lm-eval
 # to compile all modules at once takes over a minute; those that are used are compiled when they are first imported
-INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+PIP_OPTIONS := --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+INSTALL := $(RUN) -m pip install $(PIP_OPTIONS)
 
-.PHONY: demo test lint docs setup clean gpu-check serve-check
+.PHONY: demo test lint docs setup clean gpu-check serve-check test-lm-eval
 
 demo: $(SETUP)
 	$(VENV)/bin/dera sft --config configs/tiny/sft.yaml
@@ -35,6 +38,9 @@ gpu-check: # installs nothing: such a machine may have no network
 serve-check: $(SETUP)
 	$(RUN) tests/serve_check.py
 
+test-lm-eval: $(LM_EVAL)/.complete
+	$(LM_EVAL)/bin/python -m pytest tests/evaluate/test_lm_eval.py
+
 docs: $(DOCS_SETUP)
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict # with --quiet warnings would not be counted
 	@echo 'The pages are in site/: open site/index.html (to search: $(RUN) -m http.server --directory site)'
@@ -53,5 +59,10 @@ $(DOCS_SETUP): $(SETUP)
 	$(INSTALL) --editable '.[docs]'
 	@touch $@
 
+$(LM_EVAL)/.complete: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(LM_EVAL)
+	$(LM_EVAL)/bin/python -m pip install $(PIP_OPTIONS) --editable '.[dev,lm-eval]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) runs site
+	rm -rf $(VENV) $(LM_EVAL) runs site

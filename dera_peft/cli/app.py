@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dera_peft.cli import bench, chat, export, generate, info, push, score, serve, sweep, train
+from dera_peft.cli import bench, chat, export, generate, info, lm_eval, push, score, serve, sweep, train
 from dera_peft.cli.options import command, group
 from dera_peft.cli.program import run_program, split_debug
 from dera_peft.messages import messages_on_stderr
@@ -53,6 +53,7 @@ command(app, info.InfoSettings)(info.info)
 command(app, export.ExportSettings)(export.export)
 command(app, push.PushSettings)(push.push)
 command(app, sweep.SweepSettings)(sweep.sweep)
+command(app, lm_eval.LmEvalSettings, "lm-eval", passes_on=True)(lm_eval.lm_eval)
 command(app, serve.ServeSettings)(serve.serve)
 command(app, chat.ChatSettings)(chat.chat)
 for program in (train.sft, train.preferences, train.dpo):

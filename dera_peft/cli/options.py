@@ -30,15 +30,20 @@ Config = Annotated[
 ]
 
 
-def command(app: typer.Typer, settings: type, name: str | None = None) -> Callable:
+def command(app: typer.Typer, settings: type, name: str | None = None, passes_on: bool = False) -> Callable:
     """
     Makes a function of one argument, a `settings`, a command of `app`, with an option for each field and `--config`.
 
     The function's docstring is the command's help page.
+
+    Args:
+        passes_on: whether what the command line has beside these is given to the function, as a second argument; it is
+            an error otherwise.
     """
 
-    def register(function: Callable[[Any], None]) -> Callable[[Any], None]:
-        app.command(name)(_with_options(function, settings))
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        context = {"ignore_unknown_options": True, "allow_extra_args": True} if passes_on else None
+        app.command(name, context_settings=context)(_with_options(function, settings, passes_on))
         return function
 
     return register
@@ -54,7 +59,7 @@ def group(app: typer.Typer, settings: type) -> Callable:
     return register
 
 
-def _with_options(function: Callable[[Any], None], settings: type) -> Callable[..., None]:
+def _with_options(function: Callable[..., None], settings: type, passes_on: bool = False) -> Callable[..., None]:
     """The function with a signature of which Typer makes the options."""
     shown = shown_fields(settings)
     by_name = {each.name: each for each in shown}
@@ -71,7 +76,7 @@ def _with_options(function: Callable[[Any], None], settings: type) -> Callable[.
             return
         be_quiet()
         values = {name: _parsed(by_name[name], hints[name], value) for name, value in given.items()}
-        function(settings.read(config, **values))
+        function(settings.read(config, **values), *([context.args] if passes_on else []))
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [
