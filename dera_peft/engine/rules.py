@@ -204,6 +204,8 @@ def read_rules(combine: Any, lambda_schedule: Any, batch_size: int) -> Rules | N
     Raises:
         DeRaError: a rule or a schedule is none, or there is another number of them than sequences.
     """
+    if combine is None and lambda_schedule is None:
+        return None
     if isinstance(lambda_schedule, (Mapping, str)) and not lambda_schedule:
         read_schedule(lambda_schedule)  # which says what it lacks
     rules = _one_each("combine", combine, batch_size, isinstance(combine, (list, tuple)))
