@@ -150,7 +150,7 @@ class Engine:
         with self._changed:
             if self._closing:
                 raise EngineClosed("the engine was closed, and takes no more requests.")
-            self._unfinished = [each for each in self._unfinished if not (each.done or each.handle.cancelled)]
+            self._forget_finished()
             if self.max_queue is not None and self._waiting_beside(states) > self.max_queue:
                 raise QueueFull(f"as many requests wait as may, {self.max_queue} (max_queue): try again later.")
             self._unfinished += states
@@ -163,6 +163,9 @@ class Engine:
         plan = self.model.plan(request.lam, 1, combine=request.combine, lambda_schedule=request.schedule or None)
         ends = () if request.ignore_eos else configured_end_tokens(self.model.generation_config)
         return State(Handle(request), plan, self._kind(request), frozenset(ends), self.tokenizer)
+
+    def _forget_finished(self) -> None:
+        self._unfinished = [each for each in self._unfinished if not (each.done or each.handle.cancelled)]
 
     def _waiting_beside(self, new: Sequence[State]) -> int:
         """How many of the unfinished requests and new ones have to wait, as there is no room to compute them."""
@@ -203,6 +206,9 @@ class Engine:
                 logger.exception("the engine's step failed: all of its requests end")
                 scheduler.end_all("error", f"decoding failed: {first_line(error)}")
                 is_busy = False
+            if not is_busy:
+                with self._changed:
+                    self._forget_finished()
             self._statistics = Statistics(
                 running=len(scheduler.active),
                 rows=scheduler.rows,
