@@ -37,8 +37,11 @@ def command(app: typer.Typer, settings: type, name: str | None = None) -> Callab
     The function's docstring is the command's help page.
     """
 
+    takes_rest = _rest_of(settings) is not None
+    context = {"ignore_unknown_options": True, "allow_extra_args": True} if takes_rest else {}
+
     def register(function: Callable[[Any], None]) -> Callable[[Any], None]:
-        app.command(name)(_with_options(function, settings))
+        app.command(name, context_settings=context)(_with_options(function, settings))
         return function
 
     return register
@@ -59,6 +62,7 @@ def _with_options(function: Callable[[Any], None], settings: type) -> Callable[.
     shown = shown_fields(settings)
     by_name = {each.name: each for each in shown}
     hints = type_hints(settings)
+    rest = _rest_of(settings)
 
     @functools.wraps(function)
     def run(context: typer.Context, config: Path | None = None, **options: Any) -> None:
@@ -71,6 +75,8 @@ def _with_options(function: Callable[[Any], None], settings: type) -> Callable[.
             return
         be_quiet()
         values = {name: _parsed(by_name[name], hints[name], value) for name, value in given.items()}
+        if context.args and rest is not None:
+            values[rest] = (*values.get(rest, ()), *context.args)
         function(settings.read(config, **values))
 
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -85,6 +91,11 @@ def _with_options(function: Callable[[Any], None], settings: type) -> Callable[.
     run.__signature__ = inspect.Signature(parameters)  # pyrefly: ignore[missing-attribute] # inspect looks for it
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def _rest_of(settings: type) -> str | None:
+    """The field that takes what is no option; None where that is an error."""
+    return next((each.name for each in user_fields(settings) if setting_of(each).is_rest), None)
 
 
 def shown_fields(settings: type) -> list[Field]:
