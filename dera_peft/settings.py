@@ -78,6 +78,7 @@ class Setting:
         normalize: makes of a checked value the one that is kept.
         has_no: whether a switch has a `--no-` form, for what a file says.
         on_command_line: False for a value of Python alone, which is neither an option nor a key.
+        is_rest: whether what a command line has beside the options is added to it.
     """
 
     help: str
@@ -89,6 +90,7 @@ class Setting:
     normalize: Callable[[Any], Any] | None = None
     has_no: bool = True
     on_command_line: bool = True
+    is_rest: bool = False
 
 
 def setting(default: Any = MISSING, help: str = "", **values: Any) -> Any:

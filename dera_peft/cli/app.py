@@ -53,7 +53,7 @@ command(app, info.InfoSettings)(info.info)
 command(app, export.ExportSettings)(export.export)
 command(app, push.PushSettings)(push.push)
 command(app, sweep.SweepSettings)(sweep.sweep)
-command(app, lm_eval.LmEvalSettings, "lm-eval", passes_on=True)(lm_eval.lm_eval)
+command(app, lm_eval.LmEvalSettings, "lm-eval")(lm_eval.lm_eval)
 command(app, serve.ServeSettings)(serve.serve)
 command(app, chat.ChatSettings)(chat.chat)
 for program in (train.sft, train.preferences, train.dpo):

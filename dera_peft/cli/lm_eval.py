@@ -1,7 +1,7 @@
 """`dera lm-eval`: benchmarks of lm-evaluation-harness by λ."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from dera_peft.checkpoint.source import ModelSource
 from dera_peft.decoding.lambdas import lambdas_setting
 from dera_peft.errors import DeRaError
-from dera_peft.settings import part
+from dera_peft.settings import part, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +19,13 @@ class LmEvalSettings(ModelSource):
     lambdas: tuple[float | Mapping[str, Any], ...] = lambdas_setting(
         (0.0, 0.5, 1.0), "Strengths. Of several adapters a point is name=λ,name=λ, and there is no default.", "Sampling"
     )
+    harness: tuple[str, ...] = setting(
+        (), "Further arguments of the harness, which the command line also takes as they are.", metavar="ARGUMENT",
+        is_rest=True,
+    )  # fmt: skip
 
 
-def lm_eval(settings: LmEvalSettings, arguments: Sequence[str]) -> None:
+def lm_eval(settings: LmEvalSettings) -> None:
     """Run benchmarks of lm-evaluation-harness at several λ, from one load: what alignment costs, by λ.
 
     All further options are the harness's own, which `lm-eval run --help` lists: --tasks, --num_fewshot, --limit,
@@ -39,10 +43,10 @@ def lm_eval(settings: LmEvalSettings, arguments: Sequence[str]) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise DeRaError("dera lm-eval is one process; a model on several GPUs: --device-map auto, without torchrun.")
     settings.check_paths()
-    _lm_eval(settings, arguments)
+    _lm_eval(settings)
 
 
-def _lm_eval(settings: LmEvalSettings, arguments: Sequence[str]) -> None:
+def _lm_eval(settings: LmEvalSettings) -> None:
     from rich.console import Console
 
     from dera_peft.cli.sweep_tables import tables, tell
@@ -56,7 +60,7 @@ def _lm_eval(settings: LmEvalSettings, arguments: Sequence[str]) -> None:
     source = part(settings, ModelSource)
     source.check_has_adapter("dera lm-eval")
     lambdas = for_adapters(settings.lambdas, source.resolve().aligned)
-    harness = Harness(source, arguments)
+    harness = Harness(source, settings.harness)
     output = harness.output
     with hold(output, "--output_path", is_folder=True):
         log = None if output is None else RowLog(output / FILE, BenchmarkRow, argument="--output_path")

@@ -30,20 +30,18 @@ Config = Annotated[
 ]
 
 
-def command(app: typer.Typer, settings: type, name: str | None = None, passes_on: bool = False) -> Callable:
+def command(app: typer.Typer, settings: type, name: str | None = None) -> Callable:
     """
     Makes a function of one argument, a `settings`, a command of `app`, with an option for each field and `--config`.
 
     The function's docstring is the command's help page.
-
-    Args:
-        passes_on: whether what the command line has beside these is given to the function, as a second argument; it is
-            an error otherwise.
     """
 
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        context = {"ignore_unknown_options": True, "allow_extra_args": True} if passes_on else None
-        app.command(name, context_settings=context)(_with_options(function, settings, passes_on))
+    takes_rest = _rest_of(settings) is not None
+    context = {"ignore_unknown_options": True, "allow_extra_args": True} if takes_rest else {}
+
+    def register(function: Callable[[Any], None]) -> Callable[[Any], None]:
+        app.command(name, context_settings=context)(_with_options(function, settings))
         return function
 
     return register
@@ -59,11 +57,12 @@ def group(app: typer.Typer, settings: type) -> Callable:
     return register
 
 
-def _with_options(function: Callable[..., None], settings: type, passes_on: bool = False) -> Callable[..., None]:
+def _with_options(function: Callable[[Any], None], settings: type) -> Callable[..., None]:
     """The function with a signature of which Typer makes the options."""
     shown = shown_fields(settings)
     by_name = {each.name: each for each in shown}
     hints = type_hints(settings)
+    rest = _rest_of(settings)
 
     @functools.wraps(function)
     def run(context: typer.Context, config: Path | None = None, **options: Any) -> None:
@@ -76,7 +75,9 @@ def _with_options(function: Callable[..., None], settings: type, passes_on: bool
             return
         be_quiet()
         values = {name: _parsed(by_name[name], hints[name], value) for name, value in given.items()}
-        function(settings.read(config, **values), *([context.args] if passes_on else []))
+        if context.args and rest is not None:
+            values[rest] = (*values.get(rest, ()), *context.args)
+        function(settings.read(config, **values))
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [
@@ -90,6 +91,11 @@ def _with_options(function: Callable[..., None], settings: type, passes_on: bool
     run.__signature__ = inspect.Signature(parameters)  # pyrefly: ignore[missing-attribute] # inspect looks for it
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def _rest_of(settings: type) -> str | None:
+    """The field that takes what is no option; None where that is an error."""
+    return next((each.name for each in user_fields(settings) if setting_of(each).is_rest), None)
 
 
 def shown_fields(settings: type) -> list[Field]:

@@ -16,8 +16,15 @@ def serve(settings: ServeSettings) -> None:
     `dera serve --base org/base --adapter helpful=./helpful --adapter harmless=./harmless --quantization nf4`
 
     `dera serve --adapter ./dpo --host 0.0.0.0 --api-key-file key.txt --allow-origin https://chat.example.org`
+
+    `dera serve --engine vllm --adapter ./dpo --tensor-parallel-size 2 --quantization fp8`
     """
     settings.check()
-    from dera_peft.serve.server import serve as run  # torch, and the extra's packages
+    if settings.engine == "vllm":
+        from dera_peft.vllm.command import serve as become_vllm
 
-    run(settings)
+        become_vllm(settings)
+    else:
+        from dera_peft.serve.server import serve as run  # torch, and the extra's packages
+
+        run(settings)

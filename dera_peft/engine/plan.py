@@ -106,7 +106,7 @@ def read_lam(lam, batch_size: int, aligned: Sequence[str]) -> torch.Tensor:
     return values
 
 
-def _branch_weights(lam: torch.Tensor) -> torch.Tensor:
+def branch_weights(lam: torch.Tensor) -> torch.Tensor:
     """
     `[B, K]` λ to the weights of the reference and the aligned branches, `[B, K+1]`, which sum to one.
 
@@ -161,7 +161,7 @@ class BatchPlan:
         self.rules = rules
         self.batch_size = lam.shape[0]
 
-        weights = _branch_weights(lam)
+        weights = branch_weights(lam)
         computed = weights != 0 if rules is None else torch.tensor(rules.needed(weights[:, 1].tolist()))
         if every_branch:
             computed = torch.ones_like(computed)
@@ -171,8 +171,8 @@ class BatchPlan:
             sequences = computed[:, index].nonzero()[:, 0]
             stop = start + len(sequences)
             if stop > start:
-                branch_weights = weights[sequences, index].to(self.device, torch.float32)
-                self.segments.append(Segment(branch, start, stop, sequences.to(self.device), branch_weights))
+                own = weights[sequences, index].to(self.device, torch.float32)
+                self.segments.append(Segment(branch, start, stop, sequences.to(self.device), own))
             start = stop
         self.num_rows = start
         # [K+1, B] int64: the row of each branch of a sequence; that of its first one in place of those not computed
@@ -284,7 +284,7 @@ class BatchPlan:
         """
         joined = self.join(logits.float().log_softmax(-1))
         joined = joined.masked_fill(~joined.isfinite(), -torch.inf)  # a token without probability in a branch
-        is_single = (_branch_weights(self.lam) != 0).sum(1, keepdim=True) == 1
+        is_single = (branch_weights(self.lam) != 0).sum(1, keepdim=True) == 1
         return joined, {"log_z": joined.logsumexp(-1).masked_fill(is_single.to(joined.device), 0)}
 
     def split(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -355,7 +355,7 @@ class WeightPlan(BatchPlan):
         super().__init__([single], lam[:, :0], device)
         self.lam = lam
         self.mixed_branches = tuple(branches)
-        weights = _branch_weights(lam)
+        weights = branch_weights(lam)
         common = set.intersection(*(set(branch.adapters) for branch in branches))
         for name in names:
             if name not in common:

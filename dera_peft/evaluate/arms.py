@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from dera_peft.checkpoint.check import check
 from dera_peft.checkpoint.fingerprint import (
     base_fingerprint,
     settings_fingerprint,
     weights_fingerprint,
 )
-from dera_peft.checkpoint.loading import check
 from dera_peft.checkpoint.record import Record
 from dera_peft.checkpoint.source import ModelSource
 from dera_peft.decoding.lambdas import Lambda, for_adapters

@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dera_peft.checkpoint.source import ModelSource
 from dera_peft.decoding.lambdas import Lambda, NamedLambda, is_lambda
 from dera_peft.engine.rules import read_number
 from dera_peft.serve.errors import APIError
+from dera_peft.serve.settings import folder_name
 
 AT, PLUS = "@", "+"
 
@@ -150,3 +152,13 @@ class ModelNames:
         if len(self.branches) == 1:
             return next(iter(lam.values()), 0.0)
         return NamedLambda({branch: lam.get(name, 0.0) for name, branch in self.branches.items()})
+
+
+def served_names(source: ModelSource, aligned: Sequence[str]) -> dict[str, str]:
+    """Served name -> aligned branch: an adapter's own name, else that of its folder; see `ModelNames`."""
+    if len(aligned) > 1 or source.adapters is not None:
+        return {name: name for name in aligned}
+    name = folder_name(source.name)
+    for mark in (AT, PLUS):
+        name = name.replace(mark, "_")
+    return {name: aligned[0]}

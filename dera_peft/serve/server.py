@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 
 from dera_peft.checkpoint.end_tokens import configured_end_tokens
 from dera_peft.checkpoint.fingerprint import settings_fingerprint
-from dera_peft.checkpoint.source import ModelSource
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.padding import num_rows
 from dera_peft.errors import DeRaError
@@ -24,7 +23,7 @@ from dera_peft.model import DeRaModel
 from dera_peft.serve.app import make_app
 from dera_peft.serve.engine import Engine
 from dera_peft.serve.grammars import Grammars
-from dera_peft.serve.names import AT, PLUS, ModelNames
+from dera_peft.serve.names import ModelNames, served_names
 from dera_peft.serve.preparing import Preparer
 from dera_peft.serve.service import Service
 from dera_peft.serve.settings import ServeSettings, folder_name
@@ -55,7 +54,8 @@ def make_service(settings: ServeSettings) -> Service:
     tokenizer = source.tokenizer()
     model = DeRaModel.from_source(source)
     about = source.fingerprint()
-    return service_of(model, tokenizer, served_names(source, model), source.resolve().base, settings, about, trace)
+    names = served_names(source, model.aligned) if model.branches_differ else {}
+    return service_of(model, tokenizer, names, source.resolve().base, settings, about, trace)
 
 
 def service_of(
@@ -79,18 +79,6 @@ def service_of(
     grammars = Grammars(tokenizer, vocabulary, sorted(configured_end_tokens(model.generation_config)))
     preparer = Preparer(tokenizer, names, grammars, num_rows(model), engine.context, settings.max_queue)
     return Service(model, tokenizer, engine, names, preparer, f"dera_{settings_fingerprint(dict(about))}", trace)
-
-
-def served_names(source: ModelSource, model: MixtureModel) -> dict[str, str]:
-    """Served name -> aligned branch: an adapter's own name, else that of its folder; see `ModelNames`."""
-    if not model.branches_differ:
-        return {}
-    if len(model.aligned) == 1 and source.adapters is None:
-        name = folder_name(source.name)
-        for mark in (AT, PLUS):
-            name = name.replace(mark, "_")
-        return {name: model.aligned[0]}
-    return {name: name for name in model.aligned}
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -5,13 +5,13 @@ import re
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
-from dera_peft.checkpoint.source import ModelSource
+from dera_peft.checkpoint.source import ModelSource, Quantization
 from dera_peft.decoding.lambdas import is_lambda, read_lambdas
 from dera_peft.errors import DeRaError
 from dera_peft.files import check_writable
-from dera_peft.settings import AT_LEAST_1, Check, setting
+from dera_peft.settings import AT_LEAST_1, Check, nearest, option_name, setting, setting_like, user_fields
 
 PANEL = "Server"
 NAMED = re.compile(r"([^\W\d]\w*)=(.+)")  # NAME=LORA
@@ -64,6 +64,8 @@ class EngineSettings(ModelSource):
     def source(self) -> ModelSource:
         """The base and its adapters. An adapter without a name, beside others, has that of its folder."""
         values: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(ModelSource)}
+        if values["quantization"] not in get_args(Quantization):  # one of vLLM's
+            values["quantization"] = None
         adapters = dict(self.adapters or {})
         single = len(self.adapter) == 1 and not adapters and _named(self.adapter[0]) is None
         if single:
@@ -113,6 +115,17 @@ def is_loopback(host: str) -> bool:
 class ServeSettings(EngineSettings):
     """The settings of `dera serve`."""
 
+    # any of vLLM's own with it, where ModelSource takes bitsandbytes'
+    quantization: str | None = setting_like(ModelSource, "quantization")  # pyrefly: ignore[bad-override]
+    engine: Literal["dera", "vllm"] = setting(
+        "dera",
+        "What decodes: dera, which takes every base, or vllm, for several GPUs and many clients. Options that are not "
+        "known here are then passed on to vllm serve, as --tensor-parallel-size 2.",
+        panel=PANEL,
+    )
+    vllm: tuple[str, ...] = setting(
+        (), "Further arguments of vllm serve, with engine=vllm.", metavar="ARGUMENT", panel=PANEL, is_rest=True
+    )
     host: str = setting("127.0.0.1", "Address to listen at; any but this machine's own needs a key.", panel=PANEL)
     port: int = setting(
         8000,
@@ -174,6 +187,8 @@ class ServeSettings(EngineSettings):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.engine == "dera":
+            self._check_own_engine()
         low, high = self.lambda_range
         if outside := [lam for lam in self.model_lambdas if not low <= lam <= high]:
             raise DeRaError(f"model_lambdas: {outside[0]:g} is not in lambda_range, {low:g} to {high:g}.")
@@ -190,11 +205,27 @@ class ServeSettings(EngineSettings):
         Raises:
             DeRaError: a package, a folder or a file is not there, or can't be written.
         """
-        check_packages()
+        if self.engine == "dera":
+            check_packages()
         self.check_paths()
         self.api_keys()
         if self.trace is not None:
             check_writable(self.trace, "--trace")
+
+    def _check_own_engine(self) -> None:
+        """Raises `DeRaError` where something is given that only vLLM knows."""
+        if self.vllm:
+            known = [option_name(each) for each in user_fields(type(self))]
+            raise DeRaError(
+                f"No such option: {self.vllm[0]}; {nearest(self.vllm[0], known)} With --engine vllm what is not known "
+                "here is passed on to vllm serve."
+            )
+        kinds = get_args(Quantization)
+        if self.quantization is not None and self.quantization not in kinds:
+            raise DeRaError(
+                f"quantization={self.quantization!r} is not known; choose one of {', '.join(kinds)}, or with --engine "
+                "vllm one of vLLM's own."
+            )
 
     def api_keys(self) -> tuple[bytes, ...]:
         """Those that clients may send; none where no key is asked for."""

@@ -14,8 +14,9 @@ from transformers.utils.hub import cached_file
 
 from dera_peft.checkpoint.adapter_file import CONFIG_FILE, base_of, check_named, read_adapter_config
 from dera_peft.checkpoint.base import load_base
+from dera_peft.checkpoint.check import Checked, check
 from dera_peft.checkpoint.fingerprint import cached_revision, file_fingerprint, weights_fingerprint
-from dera_peft.checkpoint.loading import Checked, check, end_as_trained
+from dera_peft.checkpoint.loading import end_as_trained
 from dera_peft.checkpoint.record import Record
 from dera_peft.checkpoint.resolve import resolve
 from dera_peft.checkpoint.source import ModelSource

@@ -13,7 +13,8 @@ import pytest
 from dera_peft.errors import DeRaError
 from dera_peft.serve.bodies import CompletionBody
 from dera_peft.serve.errors import APIError
-from dera_peft.serve.server import listen, make_service, run, served_names
+from dera_peft.serve.names import served_names
+from dera_peft.serve.server import listen, make_service, run
 from dera_peft.serve.settings import ServeSettings
 
 
@@ -88,4 +89,4 @@ def test_a_port_that_is_taken_is_told_before_a_model_is_loaded():
 
 def test_adapters_are_served_by_their_names(served_model, tiny_base, tiny_adapter):
     at = ServeSettings(base=str(tiny_base), adapter=(f"{tiny_adapter}/",)).source
-    assert served_names(at, served_model) == {tiny_adapter.name: "aligned"}
+    assert served_names(at, served_model.aligned) == {tiny_adapter.name: "aligned"}
