@@ -55,7 +55,7 @@ command(app, push.PushSettings)(push.push)
 command(app, sweep.SweepSettings)(sweep.sweep)
 command(app, serve.ServeSettings)(serve.serve)
 command(app, chat.ChatSettings)(chat.chat)
-for program in (train.sft, train.preferences, train.dpo):
+for program in (train.sft, train.preferences, train.dpo, train.distill):
     app.command(**train.PASSED_ON)(program)
 
 bench_app = typer.Typer(rich_markup_mode="markdown", context_settings=CONTEXT)
