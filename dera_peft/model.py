@@ -11,7 +11,7 @@ import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dera_peft.checkpoint.adapters import detach_adapter
-from dera_peft.checkpoint.export import export
+from dera_peft.checkpoint.export import Format, export
 from dera_peft.checkpoint.loading import load_adapter, save
 from dera_peft.checkpoint.push import push
 from dera_peft.checkpoint.record import Record
@@ -42,6 +42,7 @@ class DeRaModel(MixtureModel):
 
     record: Record | None = None
     _loaded: Record | None = None  # the record before any adapter was added or removed
+    _base_arguments: Mapping[str, Any] = {}  # of `from_pretrained`, as the base was loaded
 
     @classmethod
     def from_pretrained(
@@ -122,6 +123,7 @@ class DeRaModel(MixtureModel):
         lam, mixing = record.lam if lam is None else lam, record.mixing if mixing is None else mixing
         model = cls(loaded.model, branches, lam, mixing)
         model.record = model._loaded = record
+        model._base_arguments = source.load_arguments()
         model.capture = source.capture
         return model
 
@@ -307,19 +309,24 @@ class DeRaModel(MixtureModel):
         folder: PathLike,
         prompts: Sequence[Sequence[int]] = (),
         overwrite: bool = False,
+        format: Format = "peft",
     ) -> dict:
         """
-        Writes one plain PEFT adapter whose weights are scaled by λ, for any server that loads LoRA.
+        Writes one plain PEFT adapter whose weights are scaled by λ, for any server that loads LoRA; or that as
+        llama.cpp's file ("gguf"), or merged into the base ("safetensors").
 
         It is an approximation of DeRa (it mixes weights, not logits); how far it is from it is measured on `prompts`.
-        The adapter's tokenizer is saved beside it, if it has one. See `checkpoint.export.export` for arguments, what it
-        returns and raises.
+        The tokenizer is saved beside it: the adapter's, if it has one, and of a merged model else the base's. See
+        `checkpoint.export.export` for arguments, what it returns and raises.
         """
         self._check_wrapped()
         self._check_has_adapter("export writes an adapter")
-        fit = export(self, lam, folder, prompts, record=self.record, overwrite=overwrite)
-        if self.record is not None:
-            copy_tokenizer(self.record, os.fspath(folder))
+        fit = export(
+            self, lam, folder, prompts, format=format, record=self.record, base_arguments=self._base_arguments,
+            overwrite=overwrite,
+        )  # fmt: skip
+        if self.record is not None and format != "gguf":  # a GGUF base has its own
+            copy_tokenizer(self.record, os.fspath(folder), with_base=format == "safetensors")
         return fit
 
 

@@ -19,17 +19,19 @@ from dera_peft.cli.generate import PromptSettings
 from dera_peft.cli.options import PANELS, default_text, shown_fields
 from dera_peft.decoding.sampling import Sampling
 from dera_peft.settings import KEY, Settings, alternatives, option_name, setting_of, type_hints
-from dera_peft.training import dpo, preferences, sft, trainer
+from dera_peft.training import distill, distillation, dpo, preferences, sft, trainer
 
 SHARED = {"Model": ModelSource, "Sampling": Sampling, "Prompts": PromptSettings}  # by their headings on the page
 TRAINING = {  # each program's module, and what its keys are besides those that the module declares
     "sft": (sft, [trainer.SFTConfig, trainer.ModelConfig]),
     "preferences": (preferences, []),
     "dpo": (dpo, [trainer.DPOConfig, trainer.ModelConfig]),
+    "distill": (distill, [distillation.DistillationConfig]),
 }
 TRL = {  # whose keys a training command takes too
     "SFTConfig": "https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig",
     "DPOConfig": "https://huggingface.co/docs/trl/dpo_trainer#trl.DPOConfig",
+    "DistillationConfig": "https://huggingface.co/docs/trl/distillation_trainer#trl.DistillationConfig",
     "ModelConfig": "https://huggingface.co/docs/trl/script_utils#trl.ModelConfig",
 }
 NONE = "–"

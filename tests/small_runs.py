@@ -25,10 +25,12 @@ PICTURES = ("plot_sweep", "plot_pareto", "write_report")  # of a sweep, in `resu
 
 
 def train(program: str, output_dir: Path, **settings) -> Path:
-    """Runs `dera <program>` in this process; returns its folder."""
+    """Runs `dera <program>` in this process, without the settings that are None; returns its folder."""
     settings = {**COMMON, **(LORA if program == "dpo" else {}), **settings}
     arguments = ["--output_dir", str(output_dir)]
     for name, value in settings.items():
+        if value is None:
+            continue
         values = value if isinstance(value, list) else [value]
         arguments += [f"--{name}", *map(str, values)]
     with messages_on_stderr():

@@ -4,6 +4,7 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCardData
 
@@ -13,7 +14,7 @@ from dera_peft.files import write_atomically
 
 FILE_NAME = "README.md"
 PROMPT = "Once upon a time"
-METHODS = {"dpo": "aligned by DPO", "sft": "fine-tuned on texts (SFT)"}
+METHODS = {"dpo": "aligned by DPO", "sft": "fine-tuned on texts (SFT)", "distill": "distilled from DeRa at one λ"}
 CARD = """{head}
 # {title}
 
@@ -38,9 +39,9 @@ The base is not in this folder. With PEFT alone the adapter is what λ=1 is. λ 
 token: decoding-time realignment (DeRa, [arXiv 2402.02992](https://arxiv.org/abs/2402.02992)).
 """
 EXPORTED = """{head}
-# A LoRA adapter exported at {lam}
+# {what} at {lam}
 
-Made by `dera export` from {sources}: a plain LoRA adapter for the base alone, whose weights are scaled once.
+Made by `dera export` from {sources}: {made}, whose weights are scaled once.
 
 It is an approximation of decoding-time realignment (DeRa, arXiv 2402.02992), which mixes the models' logits; here their
 weights are mixed.
@@ -51,7 +52,17 @@ weights are mixed.
 
 ## Use
 
-Any program that loads LoRA adapters takes it as it is:
+{use}
+
+Its λ is fixed{but}.{command}
+"""
+WHAT = {
+    "peft": ("A LoRA adapter exported", "a plain LoRA adapter for the base alone"),
+    "safetensors": ("A model exported", "the base with a LoRA adapter merged into it"),
+    "gguf": ("A LoRA adapter for llama.cpp, exported", "a LoRA adapter for the base alone, as a GGUF file"),
+}
+USE = {
+    "peft": """Any program that loads LoRA adapters takes it as it is:
 
 ```python
 from peft import PeftModel
@@ -59,10 +70,24 @@ from transformers import AutoModelForCausalLM
 
 base = AutoModelForCausalLM.from_pretrained({base!r})
 model = PeftModel.from_pretrained(base, {folder!r})
+```""",
+    "safetensors": """Any program that loads the base takes it in its place:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({folder!r})
+```""",
+    "gguf": """With the base as a GGUF file (llama.cpp's `convert_hf_to_gguf.py` makes it):
+
+```bash
+llama-server --model base.gguf --lora adapter.gguf
+llama-server --model base.gguf --lora-scaled adapter.gguf:0.5
 ```
 
-Its λ is fixed.{command}
-"""
+The second command scales the weights once more, here by 0.5. For Ollama, put base.gguf beside the Modelfile:
+`ollama create NAME -f Modelfile`.""",
+}
 
 
 def write_card(record: Record, folder: str | os.PathLike, name: str | None = None) -> None:
@@ -85,38 +110,43 @@ def write_card(record: Record, folder: str | os.PathLike, name: str | None = Non
 
 
 def write_export_card(
-    folder: Path, target: Path, record: Record | None, base: str, lam: str, sources: Mapping[str, float], fit: str
-) -> None:
+    folder: Path, target: Path, record: Record | None, base: str, lam: str, sources: Mapping[str, float], fit: str,
+    format: str,
+) -> None:  # fmt: skip
     """
-    The card of an exported adapter.
+    The card of an export.
 
     Args:
         folder: that it is written into.
-        target: where the adapter will lie.
+        target: where it will lie.
         record: of the model that is exported, if it was loaded from files.
         base: its name.
         lam: λ in words.
         sources: adapter -> the factor that its weights are multiplied by.
         fit: how far it is from DeRa, in words.
+        format: of `export.Format`.
     """
     facts = {"base": f"`{base}`"} if record is None else _facts(record)
+    what, made = WHAT[format]
     text = EXPORTED.format(
-        head=_head(base, ["lora", "dera"]),
+        head=_head(base, ["lora", "dera"], "transformers" if format == "safetensors" else "peft"),
         lam=lam,
         sources=" and ".join(f"`{name}` (times {factor:g})" for name, factor in sources.items()),
         fit=fit,
         facts=_table(facts),
-        base=base,
-        folder=str(target),
+        what=what,
+        made=made,
+        use=USE[format].format(base=base, folder=str(target)),
+        but=", but for llama.cpp's own scale" if format == "gguf" else "",
         command=_command_of_sources(record),
     )
     write_atomically(folder / FILE_NAME, text)
 
 
-def _head(base: str, tags: Sequence[str]) -> str:
+def _head(base: str, tags: Sequence[str], library: str = "peft") -> str:
     """The hub's metadata, which name a base of the hub alone."""
     of_hub = None if os.path.isdir(base) or not base else base
-    data = ModelCardData(base_model=of_hub, library_name="peft", pipeline_tag="text-generation", tags=list(tags))
+    data = ModelCardData(base_model=of_hub, library_name=library, pipeline_tag="text-generation", tags=list(tags))
     return f"---\n{data.to_yaml()}\n---\n"
 
 
@@ -134,6 +164,7 @@ def _facts(record: Record, folder: Path | None = None) -> dict[str, str]:
     facts = {
         "base": f"`{record.base}`" + (f" at `{record.base_revision}`" if record.base_revision else ""),
         "reference (λ=0)": "the base" + "".join(f" with the adapter `{adapter}`" for adapter in under),
+        **_distilled(training),
         "β": None if training.get("beta") is None else f"{training['beta']:g}",
         "loss": ", ".join(training["loss_type"]) if isinstance(training.get("loss_type"), list) else None,
         "data": training.get("dataset"),
@@ -142,6 +173,18 @@ def _facts(record: Record, folder: Path | None = None) -> dict[str, str]:
         "base in training": "quantized to " + training["quantization"] if training.get("quantization") else None,
     }
     return {name: str(value) for name, value in facts.items() if value is not None}
+
+
+def _distilled(training: Mapping[str, Any]) -> dict[str, str]:
+    """What is known of a distilled adapter's teacher, by its heading."""
+    if training.get("method") != "distill":
+        return {}
+    scaled, distilled = (training["kl"][name] for name in ("scaled", "distilled"))
+    return {
+        "distilled from": f"DeRa at λ={training['lambda']:g}, which it is at λ=1",
+        "KL(DeRa ‖ this adapter)": f"{distilled['kl']:.4g} nats a token ({distilled['tokens']} held-out tokens)",
+        "KL(DeRa ‖ the adapter scaled by λ)": f"{scaled['kl']:.4g} nats a token",
+    }
 
 
 def _command(record: Record, folder: str, aligned: Sequence[str]) -> str:

@@ -1,4 +1,7 @@
-"""A mixture as one plain PEFT adapter, for servers that load LoRA; and how far that is from DeRa."""
+"""
+A mixture at a fixed λ for programs that know nothing of it: as one plain PEFT adapter, as llama.cpp's file of one, or
+merged into the base; and how far that is from DeRa.
+"""
 
 import itertools
 import os
@@ -6,10 +9,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, cast
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors.torch import save_file
 from torch import nn
@@ -17,16 +21,19 @@ from torch import nn
 from dera_peft.checkpoint.adapter_check import CheckedAdapter
 from dera_peft.checkpoint.adapter_file import PREFIX, WEIGHTS_FILE, AdapterFile
 from dera_peft.checkpoint.adapters import attach_adapter, detach_adapter
-from dera_peft.checkpoint.base import has_added_tokens
+from dera_peft.checkpoint.base import has_added_tokens, load_base
 from dera_peft.checkpoint.card import write_export_card
-from dera_peft.checkpoint.merging import check_same, probe
+from dera_peft.checkpoint.end_tokens import recorded_end_tokens
+from dera_peft.checkpoint.fit import compare, describe_fit
+from dera_peft.checkpoint.gguf import FILE_NAME, MODELFILE, check_can_be_gguf, modelfile, write_gguf
+from dera_peft.checkpoint.loading import check, end_as_trained
+from dera_peft.checkpoint.merging import check_same, probe, save_merged
 from dera_peft.checkpoint.record import Record
 from dera_peft.checkpoint.vocabulary import own_tokens_alone
 from dera_peft.engine.biases import biases_at
-from dera_peft.engine.generation import plain_generation
 from dera_peft.engine.lora import check_scales
 from dera_peft.engine.mixture import MixtureModel
-from dera_peft.engine.names import REFERENCE
+from dera_peft.engine.names import ALIGNED, REFERENCE
 from dera_peft.engine.plan import Branch, WeightPlan, read_lam
 from dera_peft.engine.quantized import keep_packed
 from dera_peft.errors import DeRaError
@@ -34,9 +41,11 @@ from dera_peft.files import RUN_FILE, check_new_folder, written_as_a_whole
 
 SECOND = re.compile(r"\.lora_(embedding_)?B(\.|$)")  # B of B·A, and its bias
 COMBINED = "dera_export"  # a name that the PeftModel holds for a moment
-NEW_TOKENS = 32  # of each prompt's continuation, on which the two are compared
-# an adapter's, which an export takes the place of; a record beside it would tell of other weights
-REPLACED = ("adapter_model*", "dera.json", RUN_FILE)
+
+Format = Literal["peft", "safetensors", "gguf"]
+# of each format, the files that an export takes the place of
+WEIGHTS = {"peft": ("adapter_model*",), "safetensors": ("model*.safetensors*",), "gguf": (FILE_NAME, MODELFILE)}
+OF_OTHER_WEIGHTS = ("dera.json", RUN_FILE)  # which a record beside them would tell of
 
 
 @torch.no_grad()
@@ -46,19 +55,24 @@ def export(
     folder: str | os.PathLike,
     prompts: Sequence[Sequence[int]] = (),
     *,
+    format: Format = "peft",
     record: Record | None = None,
+    base_arguments: Mapping[str, Any] = {},
     overwrite: bool = False,
 ) -> dict:
     """
-    Writes one plain PEFT adapter whose weights are scaled by λ, with a card.
+    Writes one adapter whose weights are scaled by λ, with a card.
 
     Args:
         lam: a number, or a dict by aligned branch.
-        folder: of the new adapter: a new or an empty one.
+        folder: of what is written: a new or an empty one.
         prompts: token ids. Each is continued greedily by DeRa, and both are compared at every new token.
+        format: a plain PEFT adapter; "safetensors", the base (unquantized, loaded anew) with it merged into its
+            weights; or "gguf", llama.cpp's file of it with a Modelfile for Ollama.
         record: of the model, if it was loaded from files.
-        overwrite: whether the folder may have something in it. An adapter there is replaced, with its record; other
-            files stay.
+        base_arguments: of `from_pretrained`, with which the base was loaded.
+        overwrite: whether the folder may have something in it. What is there in the same format is replaced, with its
+            record; other files stay.
 
     Returns:
         `{"kl": mean KL(DeRa ‖ exported) in nats a token, "max_kl": ..., "tokens": how many, "prompts": how many}`.
@@ -66,11 +80,14 @@ def export(
 
     Raises:
         DeRaError: an adapter can't be scaled (DoRA, modules_to_save of other modules than linear ones and embeddings),
-            several can't be combined, or what was made computes something else; or the folder is one that the model was
-            loaded from, has something in it, or can't be written.
+            several can't be combined, the format can't hold it, or what was made computes something else; or the folder
+            is one that the model was loaded from, has something in it, or can't be written.
     """
-    known = [] if record is None else [record.base, *record.adapters.values()]
-    check_new_folder(folder, overwrite, [*known, model.config.name_or_path or ""])
+    base = model.config.name_or_path or ""
+    known = [base] if record is None else [record.base, base, *record.adapters.values()]
+    check_new_folder(folder, overwrite, known)
+    folder = Path(folder)
+    _check_format(model, base, folder, format)
     if any(len(prompt) == 0 for prompt in prompts):
         raise DeRaError("prompts: one is empty; leave it out, or give at least the token that begins a text.")
     weights = read_lam(lam, 1, model.aligned)
@@ -78,33 +95,61 @@ def export(
     plan = WeightPlan(model.branches, weights)
     factors = {name: float(plan.adapter_scale.get(name, torch.ones(1))) for name in plan.branches[0].adapters}
     tensors, config = _scale(model, factors) if len(factors) == 1 else _combine(model, factors)
-    folder = Path(folder)
-    base = model.config.name_or_path or ""
     config = replace(config, inference_mode=True, base_model_name_or_path=base or None)
-    named = zip(model.aligned, weights[0].tolist(), strict=True)
+    named = list(zip(model.aligned, weights[0].tolist(), strict=True))
     strengths = ", ".join(
         f"λ={value:g}" if len(model.aligned) == 1 else f"λ({name})={value:g}" for name, value in named
     )
-    with written_as_a_whole(folder) as made:
-        save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, made / WEIGHTS_FILE)
-        config.save_pretrained(str(made))
-        _check_export(model, weights, str(made))
-        fit = _compare(model, weights, prompts) if prompts else {}
-        write_export_card(made, folder, record, base, strengths, factors, describe_fit(fit))
-        for old in itertools.chain.from_iterable(map(folder.glob, REPLACED)):
+    with written_as_a_whole(folder) as made, TemporaryDirectory() as apart:
+        adapter = made if format == "peft" else Path(apart)
+        save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, adapter / WEIGHTS_FILE)
+        config.save_pretrained(str(adapter))
+        _check_export(model, weights, str(adapter))
+        scaled = WeightPlan(model.branches, weights, model.device)
+        fit = compare(model, dict(named), scaled, prompts) if prompts else {}
+        if format == "safetensors":
+            _merge(model, adapter, made, record, base_arguments)
+        if format == "gguf":
+            write_gguf(adapter, model.config, made / FILE_NAME)
+            stops = [] if record is None else recorded_end_tokens(record)
+            (made / MODELFILE).write_text(modelfile(base, strengths, stops), encoding="utf-8")
+        write_export_card(made, folder, record, base, strengths, factors, describe_fit(fit), format)
+        for old in itertools.chain.from_iterable(map(folder.glob, (*WEIGHTS[format], *OF_OTHER_WEIGHTS))):
             old.unlink()
     return fit
 
 
-def describe_fit(fit: dict) -> str:
-    """What `export` returned, as a sentence."""
-    if not fit:
-        return "How far it is from DeRa was not measured: no prompts were given."
-    return (
-        f"Measured over {fit['tokens']} tokens that DeRa wrote at this λ (greedily, at most {NEW_TOKENS} a prompt, "
-        f"{fit['prompts']} prompts): KL(DeRa ‖ this adapter) is {fit['kl']:.4g} nats a token, at most "
-        f"{fit['max_kl']:.4g}."
-    )
+def _check_format(model: MixtureModel, base: str, folder: Path, format: str) -> None:
+    """Raises `DeRaError` where a format can't be had of this base, or the folder holds weights in another one."""
+    if format not in WEIGHTS:
+        raise DeRaError(f"format={format!r} is not known; choose one of {', '.join(WEIGHTS)}.")
+    for other, patterns in WEIGHTS.items():
+        if other != format and (found := next(itertools.chain.from_iterable(map(folder.glob, patterns)), None)):
+            raise DeRaError(f"output={str(folder)!r} holds {found.name!r}, of the format {other}: name another folder.")
+    if format == "gguf":
+        check_can_be_gguf(model.config, base)
+    if format == "safetensors":
+        if model.config.is_encoder_decoder:
+            raise DeRaError(f"base={base!r} has an encoder; only decoders are merged.")
+        if not base:
+            raise DeRaError("the base has no name (it was not loaded from a hub or a folder) to load it by, unmerged.")
+
+
+def _merge(
+    model: MixtureModel, adapter: Path, folder: Path, record: Record | None, base_arguments: Mapping[str, Any]
+) -> None:
+    """Merges an exported adapter into its base, on the CPU, where there is more room."""
+    base = model.config.name_or_path if record is None else record.base
+    arguments = {name: value for name, value in base_arguments.items() if name != "quantization_config"}
+    of_export = Record(base, {"default": str(adapter)}, {REFERENCE: [], ALIGNED: ["default"]})
+    checked = check(of_export, arguments)
+    if getattr(checked.config, "quantization_config", None) is not None:
+        raise DeRaError(f"base={base!r} is stored quantized: merging needs full weights. Name a base with them.")
+    dtype = None if "quantization_config" in vars(model.config) else model.dtype
+    full = load_base(base, checked.config, None, dtype, "cpu", skeleton=checked.skeleton, **arguments)
+    peft_model = cast("PeftModel", checked.attach(full))
+    end_as_trained(full, of_export if record is None else record, arguments)
+    save_merged(peft_model, folder, "the merged model", "It was not saved.")
 
 
 def _scale(model: MixtureModel, factors: dict[str, float]) -> tuple[dict[str, torch.Tensor], LoraConfig]:
@@ -233,20 +278,3 @@ def _adapts(config: LoraConfig, modules: list[str]) -> LoraConfig:
 
 def _lora_config(model: MixtureModel, name: str) -> LoraConfig:
     return cast("LoraConfig", model.peft_model.peft_config[name])  # a MixtureModel has no other adapters
-
-
-def _compare(model: MixtureModel, weights: torch.Tensor, prompts: Sequence[Sequence[int]]) -> dict:
-    if model.config.is_encoder_decoder:
-        raise DeRaError("prompts: an export of an encoder-decoder model is not compared; leave the prompts out.")
-    divergences = []
-    lam = dict(zip(model.aligned, weights[0].tolist(), strict=True))
-    for prompt in prompts:
-        ids = torch.tensor([list(prompt)], device=model.device)
-        sequence = model.generate(ids, lam=lam, **plain_generation(max_new_tokens=NEW_TOKENS))
-        keep = {"logits_to_keep": sequence.shape[1] - ids.shape[1] + 1, "use_cache": False}
-        log_p = model(sequence, lam=lam, **keep).logits[0, :-1].float().log_softmax(-1)  # [new, V]
-        scaled = WeightPlan(model.branches, weights, model.device)
-        log_q = model(sequence, lam=scaled, **keep).logits[0, :-1].float().log_softmax(-1)
-        divergences.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0))
-    kl = torch.cat(divergences)
-    return {"kl": kl.mean().item(), "max_kl": kl.max().item(), "tokens": len(kl), "prompts": len(prompts)}

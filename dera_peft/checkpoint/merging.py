@@ -1,6 +1,7 @@
 """An adapter merged into its base, and whether what was made of weights computes what they did apart."""
 
 import logging
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -8,6 +9,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from dera_peft.checkpoint.base import load_base, load_config
 from dera_peft.checkpoint.vocabulary import embeddings
 from dera_peft.engine.padding import num_rows
 from dera_peft.engine.wrapped import own_module
@@ -33,6 +35,29 @@ def merge(peft_model: PeftModel) -> PreTrainedModel:
         head.weight = nn.Parameter(cast("torch.Tensor", head.weight).detach().clone(), requires_grad=False)
         base.config.tie_word_embeddings = base.config.get_text_config().tie_word_embeddings = False
     return cast("PreTrainedModel", peft_model.merge_and_unload(safe_merge=True))
+
+
+def save_merged(peft_model: PeftModel, folder: Path, named: str, way_out: str) -> None:
+    """
+    Merges the one adapter of an unquantized model into its base, and saves that. It is read back, and compared with the
+    base and its adapter on a few tokens.
+
+    Args:
+        named, way_out: see `check_same`.
+
+    Raises:
+        DeRaError: they differ by more than rounding.
+    """
+    with torch.no_grad():
+        model_base = cast("PreTrainedModel", peft_model.get_base_model())
+        dtype, tokens = model_base.dtype, probe(model_base)
+        expected = peft_model(input_ids=tokens).logits
+        with peft_model.disable_adapter():
+            base = peft_model(input_ids=tokens).logits
+        merge(peft_model).save_pretrained(folder)
+        del peft_model, model_base  # what was saved may need its memory
+        found = load_base(str(folder), load_config(str(folder)), dtype=dtype, device_map="cpu")
+        check_same(expected, found(input_ids=tokens).logits, base, dtype, named, way_out)
 
 
 def probe(model: PreTrainedModel) -> torch.Tensor:

@@ -37,10 +37,16 @@ def find_tokenizer(*names: str, **how: Any) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def copy_tokenizer(record: Record, folder: str) -> None:
-    """Saves the tokenizer of a model's adapters, if they have one of their own, beside a copy of them."""
-    *adapters, _ = tokenizer_places(record)
-    if (tokenizer := find_tokenizer(*adapters, padding_side=None)) is not None:
+def copy_tokenizer(record: Record, folder: str, with_base: bool = False) -> None:
+    """
+    Saves the tokenizer of a model's adapters, if they have one of their own, beside a copy of them.
+
+    Args:
+        with_base: whether the base's is saved otherwise.
+    """
+    *adapters, base = tokenizer_places(record)
+    places = [*adapters, base] if with_base else adapters
+    if (tokenizer := find_tokenizer(*places, padding_side=None)) is not None:
         tokenizer.save_pretrained(folder)
 
 

@@ -56,7 +56,7 @@ command(app, sweep.SweepSettings)(sweep.sweep)
 command(app, lm_eval.LmEvalSettings, "lm-eval")(lm_eval.lm_eval)
 command(app, serve.ServeSettings)(serve.serve)
 command(app, chat.ChatSettings)(chat.chat)
-for program in (train.sft, train.preferences, train.dpo):
+for program in (train.sft, train.preferences, train.dpo, train.distill):
     app.command(**train.PASSED_ON)(program)
 
 bench_app = typer.Typer(rich_markup_mode="markdown", context_settings=CONTEXT)

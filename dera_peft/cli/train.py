@@ -1,4 +1,4 @@
-"""`dera sft`, `dera preferences` and `dera dpo`: the training programs, whose options are TRL's and their own."""
+"""`dera sft`, `preferences`, `dpo` and `distill`: the training programs, whose options are TRL's and their own."""
 
 from collections.abc import Callable, Sequence
 
@@ -36,6 +36,14 @@ def dpo(context: typer.Context) -> None:
     from dera_peft.training import dpo
 
     run(dpo.main, context.args)
+
+
+def distill(context: typer.Context) -> None:
+    """Bake DeRa at one λ into a LoRA adapter of its own, by TRL's distillation."""
+    be_quiet()
+    from dera_peft.training import distill
+
+    run(distill.main, context.args)
 
 
 def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> None:

@@ -15,8 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from dera_peft.checkpoint.adapter_file import CONFIG_FILE, WEIGHTS_FILE
-from dera_peft.checkpoint.base import load_base, load_config
-from dera_peft.checkpoint.merging import check_same, merge, probe
+from dera_peft.checkpoint.merging import save_merged
 from dera_peft.engine.adapter_kinds import check_adapter_kind, check_keeps_biases
 from dera_peft.engine.lora import find_adapted
 from dera_peft.errors import DeRaError
@@ -153,7 +152,6 @@ def check_tokens_train(model: nn.Module) -> None:
             )
 
 
-@torch.no_grad()
 def merge_and_save(model: SFTModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """
     Merges an SFT model's adapter into its unquantized base, and saves that and the tokenizer; whole, or not at all. It
@@ -165,22 +163,12 @@ def merge_and_save(model: SFTModel, tokenizer: PreTrainedTokenizerBase, folder: 
         DeRaError: they differ by more than rounding.
     """
     unfinished, old = folder.with_name(f"{folder.name}.unfinished"), folder.with_name(f"{folder.name}.old")
-    peft_model = model.load_unquantized()
-    model_base = cast("PreTrainedModel", peft_model.get_base_model())
-    dtype, tokens = model_base.dtype, probe(model_base)
-    expected = peft_model(input_ids=tokens).logits
-    with peft_model.disable_adapter():
-        base = peft_model(input_ids=tokens).logits
-    merge(peft_model).save_pretrained(unfinished)
-    del peft_model, model_base  # what was saved may need its memory
-    found = load_base(str(unfinished), load_config(str(unfinished)), dtype=dtype, device_map="cpu")
     way_out = "Leave merge_adapter out: dera dpo takes the adapter as it is."
     try:
-        check_same(expected, found(input_ids=tokens).logits, base, dtype, f"merge_adapter: {str(folder)!r}", way_out)
+        save_merged(model.load_unquantized(), unfinished, f"merge_adapter: {str(folder)!r}", way_out)
     except DeRaError:
-        shutil.rmtree(unfinished)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    del found
     tokenizer.save_pretrained(unfinished)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)

@@ -189,7 +189,7 @@ def align(arguments: Sequence[str] | None, held: ExitStack) -> None:
             "method": "dpo",
             "beta": training_args.beta,
             "loss_type": training_args.loss_type,
-            **training_record(trainer, settings, output.record["inputs"]["dataset"], count, metrics),
+            **training_record(trainer, settings.dataset_name, output.record["inputs"]["dataset"], count, metrics),
         }
         folder = Path(training_args.output_dir)
         if sft_model.adapter is not None:

@@ -138,10 +138,12 @@ def argparse_form(settings: type[Settings]) -> type:
 
 def _argparse_field(each: Field, hint: Any) -> tuple[str, Any, Any]:
     about = setting_of(each)
-    metadata = {"help": about.help.replace("%", "%%")}
+    metadata: dict[str, Any] = {"help": about.help.replace("%", "%%")}
     kinds = [kind for kind in alternatives(hint) if kind is not type(None)]
     if about.metavar is not None and not any(kind is bool or get_origin(kind) is Literal for kind in kinds):
         metadata["metavar"] = about.metavar
+    if about.option is not None:
+        metadata["aliases"] = [about.option]
     if hint is Any:
         hint = str | None
     if get_origin(hint) is tuple:

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 # What the programs write, beside a tokenizer, which every run writes anew; with --overwrite it goes.
 MODEL_FILES = ("adapter_config.json", "adapter_model.*", "config.json", "generation_config.json", "model*.safetensors*")
 MODEL_FOLDERS = ("merged", "sft")
-SOURCES = ("model_name_or_path", "sft_adapter")  # settings that name what a run begins with
+SOURCES = ("model_name_or_path", "sft_adapter", "base", "adapter")  # settings that name what a run begins with
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def check_files(arguments: Sequence[str] | None) -> None:
     if "config" in named:
         of_file = {str(key).replace("-", "_"): value for key, value in read_yaml(named["config"]).items()}
         named = {**of_file, **named}
-    for name in (*SOURCES, "reward", "dataset_name", "prompts"):
+    for name in (*SOURCES, "reward", "dataset_name", "prompts", "held_out_prompts"):
         value = named.get(name)
         if value is None or value == "":
             continue

@@ -17,7 +17,7 @@ from dera_peft.versions import package_versions
 
 
 def training_record(
-    trainer: Trainer, settings: Any, dataset_fingerprint: str, count: RowCount, metrics: dict[str, float]
+    trainer: Trainer, dataset: str | None, dataset_fingerprint: str, count: RowCount, metrics: dict[str, float]
 ) -> dict[str, Any]:
     """How an adapter was trained, beside its method and loss: see `Record.training`."""
     args = trainer.args
@@ -26,7 +26,7 @@ def training_record(
         "quantization": quantization_of(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "mixed_precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else None,
-        "dataset": settings.dataset_name,
+        "dataset": dataset,
         "dataset_fingerprint": dataset_fingerprint,
         "rows": count.as_dict(),
         "steps": trainer.state.global_step,

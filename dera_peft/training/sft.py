@@ -164,7 +164,7 @@ def fine_tune(arguments: Sequence[str] | None, held: ExitStack) -> None:
             "method": "sft",
             "beta": None,
             "loss_type": training_args.loss_type,
-            **training_record(trainer, settings, output.record["inputs"]["dataset"], count, metrics),
+            **training_record(trainer, settings.dataset_name, output.record["inputs"]["dataset"], count, metrics),
         }
         folder = Path(training_args.output_dir)
         record = adapter_record(base, folder, False, training)

@@ -71,7 +71,7 @@ def test_a_merge_is_the_base_with_its_adapter(tied, settings, bases, tmp_path):
 def test_a_merge_that_is_another_model_is_not_saved(bases, tmp_path, monkeypatch):
     adapt(load(bases[False]), target_modules=["q_proj"]).save_pretrained(tmp_path / "adapter")
     model = SFTModel(base=str(bases[False]), adapter=str(tmp_path / "adapter"))
-    monkeypatch.setattr("dera_peft.training.adapters.merge", lambda peft_model: peft_model.unload())
+    monkeypatch.setattr("dera_peft.checkpoint.merging.merge", lambda peft_model: peft_model.unload())
     with pytest.raises(DeRaError, match="does not compute what the adapter does over its base"):
         merge_and_save(model, AutoTokenizer.from_pretrained(bases[False]), tmp_path / "merged")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

@@ -1,4 +1,4 @@
-"""The tiny recipe's four commands and the quickstart, scaled down, in a folder of their own."""
+"""The tiny recipe's five commands and the quickstart, scaled down, in a folder of their own."""
 
 import importlib
 import json
@@ -17,7 +17,7 @@ from dera_peft.checkpoint.record import Record
 from dera_peft.cli.app import app, main
 from dera_peft.evaluate.retrain import retrain_command
 from dera_peft.messages import messages_on_stderr
-from dera_peft.training import dpo, preferences, sft
+from dera_peft.training import distill, dpo, preferences, sft
 from dera_peft.user_code import load_object
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,6 +57,14 @@ def recipe(tmp_path_factory, in_the_repository) -> Path:
         "--dataset_name", folder / "preferences" / "preferences.jsonl", *DPO,
     )  # fmt: skip
     return folder
+
+
+def test_a_lambda_is_distilled(recipe, tmp_path):
+    prompts = ["--prompts", recipe / "prompts.jsonl", "--held_out_prompts", recipe / "prompts.jsonl", "--held_out", 2]
+    steps = ["--max_steps", 2, "--max_completion_length", 8, "--save_strategy", "no"]
+    run(distill, "distill.yaml", tmp_path / "out", "--adapter", recipe / "dpo", *prompts, *steps)
+    training = Record.load(tmp_path / "out").training
+    assert (training["lambda"], training["beta"], training["steps"]) == (1.5, pytest.approx(0.5 / 1.5), 2)
 
 
 def test_preferences_are_in_trls_format(recipe):
