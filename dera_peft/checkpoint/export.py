@@ -139,7 +139,7 @@ def _merge(
     model: MixtureModel, adapter: Path, folder: Path, record: Record | None, base_arguments: Mapping[str, Any]
 ) -> None:
     """Merges an exported adapter into its base, on the CPU, where there is more room."""
-    base = model.config.name_or_path if record is None else record.base
+    base = str(model.config.name_or_path if record is None else record.base)
     arguments = {name: value for name, value in base_arguments.items() if name != "quantization_config"}
     of_export = Record(base, {"default": str(adapter)}, {REFERENCE: [], ALIGNED: ["default"]})
     checked = check(of_export, arguments)

@@ -1,14 +1,14 @@
 """Prompts in the form in which TRL samples on them, which must be the tokens that decoding makes of them."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dera_peft.decoding.chats import whole_prompt
 from dera_peft.decoding.prompts import Prompt, PromptTooLong, encode
 from dera_peft.training.rows import RowCount
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedConfig, PreTrainedTokenizerBase
 
 TOO_LONG = "are too long for the model's context with max_completion_length"
 OTHER_TOKENS = "become other tokens in TRL than in decoding (a prefilled answer, tools, or an end token behind a text)"
@@ -60,4 +60,4 @@ def _as_trl(
     if isinstance(content, str):
         return list(tokenizer(text=content)["input_ids"])
     rendered = tokenizer.apply_chat_template(content, add_generation_prompt=True, return_dict=True, **arguments)
-    return list(rendered["input_ids"])
+    return list(cast("BatchEncoding", rendered)["input_ids"])
