@@ -33,6 +33,7 @@ class Scored:
         kl: `[L, T]` fp32, KL(p_λ ‖ p_ref) between the whole next-token distributions at temperature 1. Its sum over a
             sample of π_λ estimates KL(π_λ ‖ π_ref) with less variance than the sample's log-ratios, and is never
             negative.
+        log_p_at_1: `[L, T]` fp32, as `log_p`, at temperature 1.
         disagreement: `[T]` fp32, the Jensen-Shannon divergence between the branches' next-token distributions at
             temperature 1, all branches weighing the same; None with mixing="weights", which has no branches.
         best: branch name -> its most probable next tokens, (ids `[T, k]` int64, probabilities `[T, k]` fp32), best
@@ -43,6 +44,7 @@ class Scored:
 
     log_p: torch.Tensor
     kl: torch.Tensor
+    log_p_at_1: torch.Tensor
     disagreement: torch.Tensor | None = None
     best: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     token_lambda: torch.Tensor | None = None
@@ -265,11 +267,15 @@ def _score_slice(
 
         mixtures = (_mix(log_ref, differences, each) if is_plain else by_rule(float(each)) for each in lam)
     targets = torch.tensor([token for completion in completions for token in completion], device=log_ref.device)
-    log_p, kl = [], []
+    targets = targets.long()[:, None]
+    log_p, kl, log_p_at_1 = [], [], []
     for mixed, strength in zip(mixtures, lam, strict=True):
         log_mixed = mixed.log_softmax(-1)
-        each = log_mixed if temperature == 1 else (mixed / temperature).log_softmax(-1)
-        log_p.append(each.gather(-1, targets.long()[:, None])[:, 0].cpu())
+        log_p_at_1.append(log_mixed.gather(-1, targets)[:, 0].cpu())
+        if temperature == 1:
+            log_p.append(log_p_at_1[-1])
+        else:
+            log_p.append((mixed / temperature).log_softmax(-1).gather(-1, targets)[:, 0].cpu())
         if not is_plain:  # which may leave tokens out
             kl.append(divergence(log_mixed, log_ref).clamp(min=0).cpu())
             continue
@@ -277,7 +283,7 @@ def _score_slice(
         if not strength.any():
             kl[-1].zero_()  # without the rounding
 
-    parts = [torch.stack(values).split(lengths, dim=1) for values in (log_p, kl)]
+    parts = [torch.stack(values).split(lengths, dim=1) for values in (log_p, kl, log_p_at_1)]
     if not branches:
         return [Scored(*values) for values in zip(*parts, strict=True)]
     parts.append(_disagreement(list(branches.values())).split(lengths))

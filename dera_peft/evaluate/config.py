@@ -168,6 +168,12 @@ class SweepConfig(SystemSettings, Sampling, ModelSource):
         metavar="NATS",
         panel=CHOOSING,
     )
+    curve: bool = setting(
+        True,
+        "Estimate reward and KL between the λ too. Each completion is scored at up to 81 λ for it, which on a CPU can "
+        "take longer than to decode it.",
+        panel=MEASURING,
+    )
     output_dir: str | None = setting(
         None,
         "For report.html, the plots, summary.csv and samples.jsonl; and what is made on the way, in parts/.",

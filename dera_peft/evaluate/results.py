@@ -73,7 +73,7 @@ def analyse(worker: SweepWorker, rewards: Sequence[NamedReward], judge: NamedJud
     if worker.reads_grid:
         curve = estimate_curve(rows, worker.grid, names, config.seed, config.group)
     else:
-        curve = Curve(reason=reason_off(config.sampling))
+        curve = Curve(reason=reason_off(config.sampling, config.curve))
     limits = limits_of(summaries, config.max_perplexity, config.max_repetition)
     recommendation, reason = None, f"the reward {chosen_by!r} has no value at any λ."
     if any(row["rewards"][chosen_by] is not None for row in rows if row["arm"] == LOGITS):

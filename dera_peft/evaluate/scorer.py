@@ -57,14 +57,12 @@ class Scorer:
         """At all λ of the grid, in one pass, which the curve needs."""
         known = ends(grid[0])
         lam = sorted({*grid, *known}, key=values_of)
-        inputs, at_temperature_1 = self._inputs(model, rows), {}
-        if self.temperature != 1:
-            at_temperature_1 = {index: scored.total for index, scored in score_each(**inputs, lam=known)}
         top = TOP if with_views else 0
-        for index, scored in score_each(**inputs, lam=lam, temperature=self.temperature, top=top):
+        given = {"lam": lam, "temperature": self.temperature, "top": top}
+        for index, scored in score_each(**self._inputs(model, rows), **given):
             row, total, kl = rows[index], scored.total, scored.kl.sum(-1)
             places = [lam.index(strength) for strength in grid]
-            values = self._ends(at_temperature_1.get(index, total[list(map(lam.index, known))]), is_own=True)
+            values = self._ends(scored.log_p_at_1.sum(-1)[list(map(lam.index, known))], is_own=True)
             values |= {
                 "kl": _rounded(kl[lam.index(cast("Lambda", row.lam))]),
                 "log_p": [_rounded(value) for value in total[places]],

@@ -58,7 +58,7 @@ class SweepWorker:
 
     def __post_init__(self):
         self.grid = fine_grid([lam for lam in self.arms[0].lambdas if lam is not None])
-        self.reads_grid = reason_off(self.config.sampling) is None
+        self.reads_grid = reason_off(self.config.sampling, self.config.curve) is None
         grid = self.grid if self.reads_grid else None
         self.scorer = Scorer(self.tokens, self.reference_tokens, self.tokenizer, grid, self.config.temperature)
         self.columns = column_names(self.prompts)

@@ -60,6 +60,7 @@ def test_each_sequence_by_itself(two, tiny_model, temperature, monkeypatch):
             for row, lam in enumerate(LAM):
                 z = (1 - lam) * z_ref + lam * z_aligned
                 close(scored.log_p[row], expected_log_p(z, completion, temperature))
+                close(scored.log_p_at_1[row], expected_log_p(z, completion))
                 close(scored.kl[row], expected_kl(z, z_ref))
             assert scored.kl[1].tolist() == [0.0] * len(completion), "at λ=0 it is nothing, without rounding"
             mean = (z_ref.softmax(-1) + z_aligned.softmax(-1)) / 2

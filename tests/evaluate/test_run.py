@@ -171,10 +171,13 @@ def test_greedy_and_at_a_temperature(model, tmp_path, tiny_base, tiny_adapter):
     greedy = sweep(**common, temperature=0, output_dir=str(tmp_path / "greedy"))
     assert "greedy decoding" in greedy.curve.reason
     assert "log_p" not in greedy.rows[0]
+    off = sweep(**common, temperature=0.7, curve=False, output_dir=str(tmp_path / "off"))
+    assert "curve is off" in off.curve.reason
+    assert "log_p" not in read(tmp_path / "off" / "parts" / "scores.0.jsonl")[0]
     warm = sweep(**common, temperature=0.7, output_dir=str(tmp_path / "warm"))
     assert warm.curve.reason is None
     two = load_two(tiny_base, tiny_adapter)
-    for result, name in ((greedy, "greedy"), (warm, "warm")):
+    for result, name in ((greedy, "greedy"), (warm, "warm"), (off, "off")):
         tokens = by_key(read(tmp_path / name / "parts" / "completions.0.jsonl"))
         for key, row in by_key(result.rows).items():
             ids = tokens[key]["token_ids"]

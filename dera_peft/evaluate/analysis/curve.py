@@ -87,8 +87,10 @@ class Curve:
     reason: str | None = None
 
 
-def reason_off(sampling: Sampling) -> str | None:
-    """Why samples drawn like that can't be weighed for another λ; None if they can."""
+def reason_off(sampling: Sampling, wanted: bool = True) -> str | None:
+    """Why samples drawn like that can't, or shall not, be weighed for another λ; None if they are."""
+    if not wanted:
+        return "curve is off, so that completions were scored at their own λ alone"
     if sampling.temperature == 0:
         return "greedy decoding draws no samples, so that there is nothing to weigh for another λ"
     truncations = {"top_k": sampling.top_k > 0, "top_p": sampling.top_p < 1, "min_p": sampling.min_p > 0}

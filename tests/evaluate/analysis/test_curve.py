@@ -202,6 +202,7 @@ def test_draws_are_paired_with_the_summaries():
 def test_where_there_is_no_curve():
     pure = Sampling(temperature=0.7)
     assert reason_off(pure) is None
+    assert reason_off(pure, wanted=False).startswith("curve is off")
     assert reason_off(replace(pure, temperature=0)).startswith("greedy decoding")
     assert reason_off(replace(pure, top_k=50, top_p=0.9)).startswith("top_k and top_p cut off texts")
     assert reason_off(replace(pure, min_p=0.1)).startswith("min_p cuts off texts")
