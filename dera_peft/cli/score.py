@@ -45,8 +45,9 @@ def score(settings: ScoreSettings) -> None:
             return
         from rich.console import Console
 
+        completions = read_completions(settings.completions)
         lambdas = strengths(settings)
-        rows = score_rows(settings, read_completions(settings.completions), lambdas)
+        rows = score_rows(settings, completions, lambdas)
         if not settings.json:
             Console().print(table(lambdas, rows))
 

@@ -116,7 +116,8 @@ class Harness:
         assert results is not None  # they are of the first of several processes
         samples = results.pop("samples", None)
         if config.show_config:
-            print(json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False))
+            shown = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
+            sys.stdout.write(f"{shown}\n")  # as the harness does where it is asked to
         if self.output is not None:
             _save(tracker, results, samples or {})
         return self._rows(lam, results)

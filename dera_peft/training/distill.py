@@ -166,6 +166,12 @@ def distill(arguments: Sequence[str] | None, held: ExitStack) -> None:
     )
     count.tell()
     count.check(settings.max_bad_rows)
+    per_step = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps * processes
+    if len(rows) < per_step:  # of which TRL makes no step, and no error
+        raise DeRaError(
+            f"{len(rows)} prompts are fewer than one step takes, {per_step}: lower per_device_train_batch_size, or "
+            "give more of them."
+        )
     evaluated, tokens, held_out_count = read_prompt_rows(
         "held-out prompts", held_out, tokenizer, source.config, new_tokens, settings.chat, template_arguments
     )

@@ -397,7 +397,7 @@ def test_models_that_stay_eager(change, reason, caplog):
 def test_attention_that_makes_masks_of_its_own_stays_eager(llama, monkeypatch):
     model, _, _ = llama
     monkeypatch.setattr(model.config, "_attn_implementation_internal", "flex_attention")
-    assert "flex_attention" in model._why_not_captured()
+    assert "flex_attention" in model.why_not_captured()
 
 
 @pytest.mark.parametrize("name", ["jamba", "qwen3_next", "mpt", "t5"])

@@ -88,6 +88,7 @@ def test_a_distilled_adapter_is_nearer_to_dera_than_the_scaled_one(
     adapter = make_adapter(tiny_base, tmp_path / "adapter", seed=4, scale=0.3)
     before = {file: file.read_bytes() for folder in (tiny_base, sft_adapter, adapter) for file in folder.iterdir()}
     names = {"base": tiny_base, "adapter": adapter, "reference": sft_adapter, "held_out": 2}
+    names |= {"max_steps": 20, "learning_rate": 5e-4}
     folder = distill(tmp_path / "out", prompts, **names)
     assert all(file.read_bytes() == content for file, content in before.items())
 
@@ -103,7 +104,7 @@ def test_a_distilled_adapter_is_nearer_to_dera_than_the_scaled_one(
     found = [training["kl"][name] for name in ("scaled", "distilled")]
     assert [fit["kl"] for fit in found] == pytest.approx(expected, rel=1e-2)
     assert [fit["prompts"] for fit in found] == [2, 2]
-    assert expected[1] < 0.95 * expected[0]
+    assert expected[1] < 0.85 * expected[0]
     assert (training["method"], training["lambda"], training["rows"]) == ("distill", LAM, {"total": 38})
     assert f"{training['kl']['distilled']['kl']:.4g} nats a token" in (folder / "README.md").read_text()
 

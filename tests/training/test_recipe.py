@@ -61,7 +61,18 @@ def recipe(tmp_path_factory, in_the_repository) -> Path:
 
 def test_a_lambda_is_distilled(recipe, tmp_path):
     prompts = ["--prompts", recipe / "prompts.jsonl", "--held_out_prompts", recipe / "prompts.jsonl", "--held_out", 2]
-    steps = ["--max_steps", 2, "--max_completion_length", 8, "--save_strategy", "no"]
+    with pytest.raises(DeRaError, match="12 prompts are fewer than one step takes, 16"):
+        run(distill, "distill.yaml", tmp_path / "none", "--adapter", recipe / "dpo", *prompts)
+    steps = [
+        "--per_device_train_batch_size",
+        4,
+        "--max_steps",
+        2,
+        "--max_completion_length",
+        8,
+        "--save_strategy",
+        "no",
+    ]
     run(distill, "distill.yaml", tmp_path / "out", "--adapter", recipe / "dpo", *prompts, *steps)
     training = Record.load(tmp_path / "out").training
     assert (training["lambda"], training["beta"], training["steps"]) == (1.5, pytest.approx(0.5 / 1.5), 2)
