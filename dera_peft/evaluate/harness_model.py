@@ -35,7 +35,8 @@ class DeRaLM(HFLM):
 
     Args:
         lam: λ, of several adapters by name; the model's own default unless given.
-        batch_size, max_batch_size: as of the harness's `hf`.
+        batch_size: as of the harness's `hf`.
+        max_batch_size: as of the harness's `hf`.
         device: where `device_map` is not given.
         arguments: fields of `ModelSource`, and those in `USES`, which are as of `hf`.
 
