@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -20,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dera_peft import DeRaModel, messages
 from dera_peft.checkpoint.loading import Loaded
 from dera_peft.checkpoint.source import ModelSource
+from dera_peft.cli import app
 
 pytest_plugins = ["small_runs"]
 
@@ -78,6 +80,20 @@ def device(request) -> torch.device:
 def nothing_said(monkeypatch) -> None:
     """What is told once in a process is told once in each test."""
     monkeypatch.setattr(messages, "_said", set())
+
+
+@pytest.fixture
+def dera(monkeypatch, capsys):
+    """Runs the command in this process; returns exit code, stdout and stderr."""
+
+    def dera(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dera", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            app.main()
+        output = capsys.readouterr()
+        return caught.value.code or 0, output.out, output.err
+
+    return dera
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import PartialState
-from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.hub import cached_file
 
-from dera_peft.checkpoint.adapter_file import CONFIG_FILE, base_of, check_named, read_adapter_config
+from dera_peft.checkpoint.adapter_file import CONFIG_FILE, base_of, check_named, has_file, read_adapter_config
 from dera_peft.checkpoint.base import load_base
 from dera_peft.checkpoint.check import Checked, check
 from dera_peft.checkpoint.fingerprint import cached_revision, file_fingerprint, weights_fingerprint
@@ -240,10 +238,7 @@ def _holds(argument: str, name: str, file: str) -> bool:
         return os.path.isfile(os.path.join(name, file))
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise DeRaError(f"{argument}={name!r} can't be loaded: there is no such folder.")
-    try:
-        return cached_file(name, file) is not None
-    except (OSError, HFValidationError):
-        return False
+    return has_file(name, file)
 
 
 def _base_of(adapter: str) -> str:

@@ -15,23 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from two_models import TwoModels, load_two
 
-from dera_peft.cli import app, generate
+from dera_peft.cli import generate
 
 DERA = [sys.executable, "-m", "dera_peft.cli"]
 
 
 @pytest.fixture
-def dera(monkeypatch, capsys):
-    """Runs the command; returns exit code, stdout and stderr."""
+def dera(dera, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-
-    def dera(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dera", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            app.main()
-        output = capsys.readouterr()
-        return caught.value.code or 0, output.out, output.err
-
     return dera
 
 

@@ -1,7 +1,6 @@
 """Rules at a token on the command line: rows, their continuation, and scores, against two whole models."""
 
 import json
-import sys
 from collections import Counter
 
 import pytest
@@ -10,25 +9,10 @@ from tiny_models import make_tokenizer
 from two_models import combined_by_hand, load_two
 
 from dera_peft import DeRaError, DeRaModel
-from dera_peft.cli import app
 from dera_peft.decoding.scoring import score
 
 TEXTS = ["The old lighthouse", "Rain fell on"]
 NEW = 8
-
-
-@pytest.fixture
-def dera(monkeypatch, capsys):
-    """Runs the command; returns exit code, stdout and stderr."""
-
-    def dera(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dera", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            app.main()
-        output = capsys.readouterr()
-        return caught.value.code or 0, output.out, output.err
-
-    return dera
 
 
 @pytest.fixture

@@ -2,14 +2,11 @@
 
 import json
 import re
-import sys
 
 import pytest
 import torch
 from tiny_models import make_adapter, make_tokenizer
 from two_models import load_two
-
-from dera_peft.cli import app
 
 TEXTS = ["The old lighthouse", "Rain fell on"]
 POINTS = {  # as they are written, and the weights of the reference, helpful and harmless
@@ -21,17 +18,8 @@ POINTS = {  # as they are written, and the weights of the reference, helpful and
 
 
 @pytest.fixture
-def dera(monkeypatch, capsys):
-    """Runs the command; returns exit code, stdout and stderr."""
+def dera(dera, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
-
-    def dera(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dera", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            app.main()
-        output = capsys.readouterr()
-        return caught.value.code or 0, output.out, output.err
-
     return dera
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from two_models import load_two
 
 from dera_peft import DeRaError
 from dera_peft.checkpoint.record import Record
-from dera_peft.cli import app
 from dera_peft.cli.score_rows import ScoreSettings
 from dera_peft.evaluate.margins import best_margin, margins_of
 
@@ -64,18 +62,6 @@ def test_calibration_and_the_best_lambda_of_made_up_pairs():
     assert best_margin([small, large], "log_loss").difference is None
     told = best_margin([small, right, large], "accuracy")
     assert (told.lam, told.difference.excludes_zero) == (0.25, False), "of equal ones the smallest"
-
-
-@pytest.fixture
-def dera(monkeypatch, capsys):
-    def dera(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dera", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            app.main()
-        output = capsys.readouterr()
-        return caught.value.code or 0, output.out, output.err
-
-    return dera
 
 
 @torch.no_grad()
