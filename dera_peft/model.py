@@ -11,7 +11,8 @@ import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dera_peft.checkpoint.adapters import detach_adapter
-from dera_peft.checkpoint.export import Format, export
+from dera_peft.checkpoint.export import export
+from dera_peft.checkpoint.formats import Format
 from dera_peft.checkpoint.loading import load_adapter, save
 from dera_peft.checkpoint.push import push
 from dera_peft.checkpoint.record import Record

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -25,6 +25,7 @@ from dera_peft.checkpoint.base import has_added_tokens, load_base
 from dera_peft.checkpoint.card import write_export_card
 from dera_peft.checkpoint.end_tokens import recorded_end_tokens
 from dera_peft.checkpoint.fit import compare, describe_fit
+from dera_peft.checkpoint.formats import Format
 from dera_peft.checkpoint.gguf import FILE_NAME, MODELFILE, check_can_be_gguf, modelfile, write_gguf
 from dera_peft.checkpoint.loading import check, end_as_trained
 from dera_peft.checkpoint.merging import check_same, probe, save_merged
@@ -42,7 +43,6 @@ from dera_peft.files import RUN_FILE, check_new_folder, written_as_a_whole
 SECOND = re.compile(r"\.lora_(embedding_)?B(\.|$)")  # B of B·A, and its bias
 COMBINED = "dera_export"  # a name that the PeftModel holds for a moment
 
-Format = Literal["peft", "safetensors", "gguf"]
 # of each format, the files that an export takes the place of
 WEIGHTS = {"peft": ("adapter_model*",), "safetensors": ("model*.safetensors*",), "gguf": (FILE_NAME, MODELFILE)}
 OF_OTHER_WEIGHTS = ("dera.json", RUN_FILE)  # which a record beside them would tell of

@@ -4,8 +4,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from dera_peft.checkpoint.formats import Format
 from dera_peft.checkpoint.source import ModelSource
 from dera_peft.decoding.lambdas import NamedLambda, is_lambda, read_lambda
 from dera_peft.decoding.prompt_settings import PromptSettings
@@ -35,7 +36,7 @@ class ExportSettings(PromptSettings, ModelSource):
         check=Check(lambda lam: all(map(is_lambda, lam.values() if isinstance(lam, Mapping) else [lam])), "finite"),
     )
     output: str = setting(help="Folder of what is written, a new or an empty one.", metavar="DIR")
-    format: Literal["peft", "safetensors", "gguf"] = setting(
+    format: Format = setting(
         "peft",
         "peft: a plain LoRA adapter; safetensors: the base with it merged in; gguf: llama.cpp's LoRA file, which its "
         "--lora-scaled scales further, and a Modelfile for Ollama.",
