@@ -23,7 +23,7 @@ are compared prompt by prompt; intervals are 95 %, bootstrap over prompts. None 
 KL is that of the distributions at temperature 1, along answers sampled at 0.7. Perplexity is under the reference, mean
 over answers.
 
-Two cores of an AMD EPYC without AVX-512, one thread, fp32: {hours} hours so far, of
+Two cores of an AMD EPYC without AVX-512, fp32: {hours} hours so far, of
 processor time (of the first preferences and the first training by the clock); {versions}.
 
 | adapter | β | seed | pairs | steps | loss, first → last | accuracy at the end |
