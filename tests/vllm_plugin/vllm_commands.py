@@ -1,5 +1,6 @@
 """
-`dera generate` and `dera sweep` with `--engine vllm` against the same commands without it, in the project's environment:
+`dera generate` and `dera sweep` with `--engine vllm` against the same commands without it, in the project's
+environment:
 
     python tests/vllm_plugin/vllm_commands.py CASES VLLM_PYTHON
 
