@@ -3,7 +3,6 @@
 import json
 from typing import Any
 
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dera_peft.decoding.lambdas import NamedLambda, read_lambda
@@ -15,15 +14,13 @@ from dera_peft.serve.settings import folder_name
 from dera_peft.vllm import requests
 from dera_peft.vllm.branches import LAMBDA, REFUSED, Branches
 
-ABOUT = "/dera/model"
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 XARGS = "vllm_xargs"
 
 
 class LambdaField:
     """
-    vLLM drops the fields of a body that it does not know, and λ is to be in `vllm_xargs`. This puts it there. It also
-    answers `GET /dera/model`, as `dera serve`'s own server does.
+    vLLM drops the fields of a body that it does not know, and λ is to be in `vllm_xargs`. This puts it there.
 
     It stands before vLLM's application (`--middleware`).
     """
@@ -32,9 +29,6 @@ class LambdaField:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "GET" and scope["path"].endswith(ABOUT) and requests.about:
-            await JSONResponse(requests.about)(scope, receive, send)
-            return
         if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].endswith(PATHS):
             await self.app(scope, receive, send)
             return
