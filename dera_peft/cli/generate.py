@@ -105,6 +105,11 @@ def generate(settings: GenerateSettings) -> None:
     `dera generate --base org/chat --chat --principle "Answer in one sentence." --lambda 0,1,3
     --prompt "Why is it dark?"`
 
+    `dera generate --endpoint http://127.0.0.1:8000 --adapter ./dpo --lambda 0,1 --prompt "Hi!"`
+
+    `dera generate --engine vllm --vllm-python vllm-env/bin/python --adapter ./dpo --prompts prompts.jsonl
+    --output out.jsonl`
+
     `dera generate --adapters helpful=./a --adapters harmless=./b --lambda helpful=0.7,harmless=0.3
     --lambda helpful=1 --prompt "Hi!"`
     """

@@ -69,7 +69,7 @@ class RemoteSettings(Settings):
     )
     timeout: float = setting(
         600.0,
-        "How long a completion at an endpoint may take, from its first request on, until it is sent again.",
+        "How long an endpoint may take to answer a request; then it is sent again.",
         check=Check(lambda value: value > 0, "more than 0"),
         metavar="S",
         panel=PANEL,

@@ -104,7 +104,7 @@ def main(cases: Path, python: str) -> int:
         nonlocal failed
         same = sum(one == other for one, other in zip(there, here, strict=True))
         differ = len({tuple(row["token_ids"]) for row in here})
-        is_ok = same == len(here) and differ > len(TEXTS)
+        is_ok = same == len(here) and (differ > len(TEXTS) or here[0]["lambda"] is None)
         failed += not is_ok
         print(f"{'ok    ' if is_ok else 'FAILED'} {title}: {same} of {len(here)} rows", flush=True)
 
