@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dera_peft.checkpoint.identity import difference, identity
+from dera_peft.checkpoint.identity import difference, identity, unknown
 from dera_peft.checkpoint.source import ModelSource
 from dera_peft.decoding.decoder import Prompts
 from dera_peft.decoding.lambdas import Lambda, NamedLambda, with_values
@@ -71,9 +71,14 @@ def check_about(server: Server, about: Mapping[str, Any] | None, source: ModelSo
             f"{server.name} is a server of the engine {about.get('engine')!r}, and engine={settings.engine!r} is said: "
             f"give --engine {about.get('engine')}."
         )
-    found = difference(identity(source.resolve(), source.load_arguments().get("revision")), about.get("weights"))
-    if found is not None:
+    own, its = identity(source.resolve(), source.load_arguments().get("revision")), about.get("weights")
+    if (found := difference(own, its)) is not None:
         raise DeRaError(f"{server.name} serves another model than {source.name!r}: {found}.")
+    assert its is not None  # which would be a difference
+    if parts := unknown(own, its):
+        warn_once(
+            logger, f"{server.name}: whether it has the {' and the '.join(parts)} of {source.name!r} is not known"
+        )
     _check_loading(server, about, source)
 
 

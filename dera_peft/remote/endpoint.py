@@ -128,6 +128,7 @@ def connect(settings: RemoteSettings) -> Iterator[Server]:
         base_url=settings.endpoint,
         headers={} if key is None else {"Authorization": f"Bearer {key}"},
         timeout=settings.timeout,
+        verify=settings.endpoint.startswith("https:"),  # certificates are read for nothing where there is no TLS
         limits=httpx2.Limits(max_connections=settings.at_once, max_keepalive_connections=settings.at_once),
     )
     with start_blocking_portal() as portal, portal.wrap_async_context_manager(client):
