@@ -51,6 +51,7 @@ test-vllm: $(SETUP) $(VLLM_SETUP)
 	rm -rf .vllm/cases
 	$(RUN) tests/vllm_plugin/vllm_cases.py .vllm/cases
 	$(VLLM)/bin/python tests/vllm_plugin/vllm_check.py .vllm/cases
+	$(RUN) tests/vllm_plugin/vllm_commands.py .vllm/cases $(VLLM)/bin/python
 
 test-llama-cpp: $(LLAMA_CPP_SETUP)
 	PYTHONPATH=$(LLAMA_CPP) $(RUN) tests/llama_cpp_check.py

@@ -10,11 +10,14 @@ from tiny_models import make_adapter
 from transformers import AutoModelForCausalLM
 
 from dera_peft.checkpoint.check import check
+from dera_peft.checkpoint.fingerprint import weights_fingerprint
+from dera_peft.checkpoint.identity import identity
 from dera_peft.checkpoint.source import ModelSource
 from dera_peft.cli.app import main
 from dera_peft.errors import DeRaError
 from dera_peft.serve.settings import ServeSettings
 from dera_peft.vllm import command, requests, versions
+from dera_peft.vllm.about import About
 from dera_peft.vllm.architectures import branched_architecture
 from dera_peft.vllm.branches import Branches
 from dera_peft.vllm.deltas import fork_layer, read_deltas
@@ -278,3 +281,32 @@ def test_bodies_that_are_refused(body, status, said, monkeypatch):
 def test_other_paths_pass(monkeypatch):
     inner, answer = sent({"lambda": 7}, monkeypatch, path="/tokenize")
     assert (inner, answer) == ({"lambda": 7}, {})
+
+
+def answered(path: str, headers: tuple = ()) -> tuple[int, dict]:
+    """What a client is answered of a GET, by what stands before vLLM's application."""
+    messages = []
+
+    async def app(scope, receive, send):
+        messages.append({"status": 418})
+        messages.append({"body": b"{}"})
+
+    async def send(message):
+        messages.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": path, "headers": [*headers]}
+    asyncio.run(About(app)(scope, None, send))
+    return messages[0]["status"], json.loads(messages[1]["body"])
+
+
+def test_which_model_a_server_has(tiny_base, tiny_adapter, monkeypatch):
+    assert answered("/v1/models") == (418, {})
+    assert answered("/dera/model")[0] == 503
+    about = {"engine": "vllm", "weights": identity(branches_of(tiny_base, tiny_adapter).record)}
+    monkeypatch.setattr(requests, "about", about)
+    assert answered("/dera/model") == (200, about)
+    fingerprint = weights_fingerprint(tiny_adapter)
+    assert about["weights"]["branches"] == {"reference": [], "aligned": [fingerprint]}
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    assert answered("/dera/model")[0] == 401
+    assert answered("/dera/model", [(b"authorization", b"Bearer secret")]) == (200, about)

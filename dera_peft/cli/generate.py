@@ -21,6 +21,7 @@ from dera_peft.decoding.system_settings import SystemSettings, Tokens
 from dera_peft.engine.samples import advice
 from dera_peft.errors import DeRaError
 from dera_peft.lock import hold
+from dera_peft.remote.settings import RemoteSettings
 from dera_peft.settings import COUNT, part, setting
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class GenerateSettings(SystemSettings, RuleSettings, PromptSettings, Sampling, ModelSource):
+class GenerateSettings(SystemSettings, RuleSettings, PromptSettings, Sampling, RemoteSettings, ModelSource):
     """The settings of `dera generate`."""
 
     instead: ClassVar[tuple[tuple[str, ...], ...]] = (("greedy", "temperature"), ("lambdas", "lambda_schedule"))
@@ -64,6 +65,20 @@ class GenerateSettings(SystemSettings, RuleSettings, PromptSettings, Sampling, M
                 raise DeRaError(f"{self.asked}: the exact mixture is of λ alone; leave it out, or --particles.")
             if self.stream:
                 raise DeRaError("--stream shows tokens as they come, and which particle is drawn is known at the end.")
+        if not self.is_local:
+            self._check_remote()
+
+    def _check_remote(self) -> None:
+        """Raises `DeRaError` where something is asked for that is of a model in this process."""
+        for name in ("device_map", "capture", "batch_size"):
+            if (value := getattr(self, name)) is not None:
+                raise DeRaError(f"{name}={value!r} is of a model in this process, and {self.decoder_name} decodes.")
+        if self.stream:
+            raise DeRaError(f"--stream shows tokens of a model in this process, and {self.decoder_name} decodes.")
+        self.check_sampling(self.sampling)
+        self.check_way(
+            prompts_differ=self.prompts_differ, combine=self.combine, schedule=self.schedule, particles=self.particles
+        )
 
     @property
     def sampling(self) -> Sampling:
@@ -90,6 +105,11 @@ def generate(settings: GenerateSettings) -> None:
     `dera generate --base org/chat --chat --principle "Answer in one sentence." --lambda 0,1,3
     --prompt "Why is it dark?"`
 
+    `dera generate --endpoint http://127.0.0.1:8000 --adapter ./dpo --lambda 0,1 --prompt "Hi!"`
+
+    `dera generate --engine vllm --vllm-python vllm-env/bin/python --adapter ./dpo --prompts prompts.jsonl
+    --output out.jsonl`
+
     `dera generate --adapters helpful=./a --adapters harmless=./b --lambda helpful=0.7,harmless=0.3
     --lambda helpful=1 --prompt "Hi!"`
     """
@@ -101,9 +121,9 @@ def generate(settings: GenerateSettings) -> None:
 
 def _generate(settings: GenerateSettings, prompts: "Sequence[Prompt]") -> None:
     from dera_peft.checkpoint.fingerprint import settings_fingerprint
-    from dera_peft.decoding.batching import decode
     from dera_peft.model import DeRaModel
     from dera_peft.progress import show_progress
+    from dera_peft.remote.decoders import open_decoder
 
     source, sampling = part(settings, ModelSource).placed(), settings.sampling
     if settings.lambdas or settings.asked or any(prompt.lam for prompt in prompts):
@@ -131,7 +151,7 @@ def _generate(settings: GenerateSettings, prompts: "Sequence[Prompt]") -> None:
             "--stream shows one completion: one prompt, one λ, one sample, and neither --output nor --json."
         )
     particles = {} if settings.particles is None else {"particles": settings.particles}
-    own = particles | settings.system_prompts()
+    own = particles | settings.system_prompts() | settings.fingerprint_of_engine(sampling)
     run = settings_fingerprint({**source.fingerprint(), "chat": settings.chat, "sampling": asdict(sampling), **own})
     log = None
     if output is not None:
@@ -149,27 +169,30 @@ def _generate(settings: GenerateSettings, prompts: "Sequence[Prompt]") -> None:
     if todo:
         base_config, tokenizer = source.config, source.tokenizer()
         tokens, reference = settings.encode(prompts, tokenizer, base_config, sampling.max_new_tokens, settings.chat)
-        model = DeRaModel.from_source(source)
-        start = time.perf_counter()
         if settings.stream:
+            model = DeRaModel.from_source(source)
+            start = time.perf_counter()
             new_tokens = _stream(model, tokenizer, tokens, todo[0], sampling, reference)
             _tell_speed(new_tokens, time.perf_counter() - start)
             return
-        with show_progress("decoding", len(requests), len(requests) - len(todo)) as advance:
-            for completions in decode(
-                model, tokenizer, tokens, todo, sampling, settings.batch_size, particles=settings.particles,
-                reference_prompts=reference,
-            ):  # fmt: skip
-                rows = [GeneratedRow.of(run, each, prompts[each.request.index]) for each in completions]
-                if log:
-                    log.append(rows)
-                finished.update({row.request: row for row in rows})
-                if settings.json:
-                    _print_rows(rows)
-                new_tokens += sum(row.num_tokens for row in rows)
-                samples += [each.exact for each in completions if each.exact is not None]
-                advance(len(completions))
-        seconds = time.perf_counter() - start
+        with open_decoder(
+            settings, source, tokenizer, lambda: DeRaModel.from_source(source), settings.batch_size
+        ) as decoder:
+            start = time.perf_counter()
+            with show_progress("decoding", len(requests), len(requests) - len(todo)) as advance:
+                for completions in decoder.decode(
+                    tokens, todo, sampling, particles=settings.particles, reference_prompts=reference
+                ):
+                    rows = [GeneratedRow.of(run, each, prompts[each.request.index]) for each in completions]
+                    if log:
+                        log.append(rows)
+                    finished.update({row.request: row for row in rows})
+                    if settings.json:
+                        _print_rows(rows)
+                    new_tokens += sum(row.num_tokens for row in rows)
+                    samples += [each.exact for each in completions if each.exact is not None]
+                    advance(len(completions))
+            seconds = time.perf_counter() - start
         if (message := advice(samples)) is not None:
             logger.warning(message)
     if not settings.json:

@@ -20,6 +20,7 @@ PANELS = (
     "What is measured",
     "Measuring",
     "Choosing",
+    "Engine",
     "Server",
     "Output",
 )  # in this order on a help page

@@ -43,6 +43,9 @@ def sweep(settings: SweepSettings) -> None:
     --rule kl_budget --kl-budget 5 --lambda 0,0.5,1,2 --arm combine=plausible:0.1
     --arm adapter=./dpo-2,name=retrained --output-dir runs/sweep`
 
+    `dera sweep --engine vllm --vllm-python vllm-env/bin/python --vllm-argument tensor_parallel_size=2 --adapter ./dpo
+    --prompts test.jsonl --reward reward.py:reward --output-dir runs/sweep`
+
     `dera sweep --adapters helpful=./a --adapters harmless=./b --prompts test.jsonl --reward reward.py:both --simplex 4
     --lambda helpful=0 --lambda helpful=1.5 --output-dir runs/both`
     """

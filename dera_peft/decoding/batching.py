@@ -13,7 +13,7 @@ from dera_peft.checkpoint.end_tokens import configured_end_tokens
 from dera_peft.decoding.lambdas import Lambda, covering
 from dera_peft.decoding.memory import Attempt, go_on_with_half
 from dera_peft.decoding.pairs import PromptPairs
-from dera_peft.decoding.requests import Completion, Request
+from dera_peft.decoding.requests import Completion, Detokenizer, Request
 from dera_peft.decoding.room import Room
 from dera_peft.decoding.sampling import Sampling
 from dera_peft.decoding.warpers import logits_processor
@@ -35,24 +35,20 @@ from dera_peft.messages import warn_once
 GROUP_BATCHES = 8  # of a group: one of them may be short
 OWN_OPTIONS = {"do_sample", "temperature", "top_k", "top_p", "min_p"}  # of a command; most bases' configs hold others
 
-LAMBDA_DIGITS = 6  # of a token's λ: the last of a float32 depend on the batch's shape
-
 logger = logging.getLogger(__name__)
 
 
-class Detokenizer(Protocol):
+class Tokenizer(Detokenizer, Protocol):
     """What decoding needs of a tokenizer."""
 
     @property
     def pad_token_id(self) -> int | None: ...
 
-    def decode(self, token_ids: list[int], /, *, skip_special_tokens: bool) -> str | list[str]: ...
-
 
 @torch.no_grad()
 def decode(
     model: MixtureModel | PreTrainedModel,
-    tokenizer: Detokenizer,
+    tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]] | Mapping[int, Sequence[int]],
     requests: Sequence[Request],
     sampling: Sampling,
@@ -315,7 +311,7 @@ class _Queue:
 
 def _decode_batch(
     model: MixtureModel | PreTrainedModel,
-    tokenizer: Detokenizer,
+    tokenizer: Tokenizer,
     pairs: PromptPairs,
     batch: Sequence[Request],
     sampling: Sampling,
@@ -367,16 +363,9 @@ def _decode_batch(
         assert isinstance(model, MixtureModel)  # `_check_exact` has seen to it
         samples = sample_exact(model, input_ids.to(model.device), particles, keys, **inputs)
         drawn = [sample.tokens for sample in samples]
-    completions = []
     traced = inputs["lam"].token_lambda if "lam" in inputs else None
-    lambdas = [[]] * len(batch) if traced is None else traced.tolist()
-    for request, tokens, token_lambda, sample in zip(batch, drawn, lambdas, samples, strict=True):
-        own_length = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-        # an end token need not be a special one, which would be left out
-        text = cast("str", tokenizer.decode(tokens[:own_length], skip_special_tokens=True))  # of one sequence one text
-        end_token_id = tokens[own_length] if own_length < len(tokens) else None
-        own_tokens = tokens[: own_length + 1]
-        has_rule = (request.combine, request.schedule) != (LINEAR, ()) and read_rule(request.combine).has_lambda
-        own_lambda = [round(lam, LAMBDA_DIGITS) for lam in token_lambda[: len(own_tokens)]] if has_rule else None
-        completions.append(Completion(request, own_tokens, text, end_token_id, own_lambda, sample))
-    return completions
+    lambdas: list[list[float]] = [[]] * len(batch) if traced is None else traced.tolist()
+    return [
+        Completion.of_tokens(request, tokens, ends, tokenizer, token_lambda, sample)
+        for request, tokens, token_lambda, sample in zip(batch, drawn, lambdas, samples, strict=True)
+    ]

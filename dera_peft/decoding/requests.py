@@ -1,13 +1,21 @@
 """What is decoded, and what comes of it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
 from dera_peft.decoding.lambdas import Lambda
-from dera_peft.engine.rules import LINEAR, Schedule
+from dera_peft.engine.rules import LINEAR, Schedule, read_rule
 from dera_peft.engine.samples import ExactSample
 from dera_peft.formatting import short_repr
+
+LAMBDA_DIGITS = 6  # of a token's λ: the last of a float32 depend on the batch's shape
+
+
+class Detokenizer(Protocol):
+    """What makes a text of token ids."""
+
+    def decode(self, token_ids: list[int], /, *, skip_special_tokens: bool) -> str | list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,11 @@ class Request:
     def rule(self) -> dict[str, Any]:
         """As a row's fields have it."""
         return rule_fields(self.combine, self.schedule)
+
+    @property
+    def gives_token_lambda(self) -> bool:
+        """Whether a rule or a schedule gives each token a λ of its own."""
+        return (self.combine, self.schedule) != (LINEAR, ()) and read_rule(self.combine).has_lambda
 
 
 def rule_fields(combine: str, schedule: Schedule) -> dict[str, Any]:
@@ -69,6 +82,36 @@ class Completion:
     end_token_id: int | None
     token_lambda: list[float] | None = None
     exact: ExactSample | None = None
+
+    @classmethod
+    def of_tokens(
+        cls,
+        request: Request,
+        drawn: Sequence[int],
+        ends: Collection[int],
+        tokenizer: Detokenizer,
+        token_lambda: Sequence[float] = (),
+        exact: ExactSample | None = None,
+    ) -> "Completion":
+        """
+        Args:
+            drawn: the new token ids; what follows an end token is left aside.
+            ends: the ids of the tokens that end a completion.
+            token_lambda: the λ of each of them, left aside where neither rule nor schedule gives one.
+        """
+        length = next((place for place, token in enumerate(drawn) if token in ends), len(drawn))
+        # an end token need not be a special one, which would be left out
+        text = cast("str", tokenizer.decode([*drawn[:length]], skip_special_tokens=True))  # of one sequence one text
+        tokens = [*drawn[: length + 1]]
+        lambdas = [round(lam, LAMBDA_DIGITS) for lam in token_lambda[: len(tokens)]]
+        return cls(
+            request,
+            tokens,
+            text,
+            end_token_id=drawn[length] if length < len(drawn) else None,
+            token_lambda=lambdas if request.gives_token_lambda else None,
+            exact=exact,
+        )
 
     @property
     def finish_reason(self) -> str:

@@ -24,6 +24,25 @@ def row_key(seed: int, prompt: int, sample: int) -> int:
     return splitmix64((key + (sample + 1) * GAMMA) & MASK)
 
 
+def seed_of(key: int) -> int:
+    """The seed whose first sample of the first prompt has this stream: `row_key(seed_of(key), 0, 0) == key`."""
+    for _ in range(3):
+        key = (_inverse_splitmix64(key) - GAMMA) & MASK
+    return key
+
+
+def _inverse_splitmix64(value: int) -> int:
+    """Each step of `splitmix64` is one to one, and the factors are odd."""
+    value = _inverse_xorshift(value, 31) * pow(0x94D049BB133111EB, -1, 1 << 64) & MASK
+    value = _inverse_xorshift(value, 27) * pow(0xBF58476D1CE4E5B9, -1, 1 << 64) & MASK
+    return _inverse_xorshift(value, 30)
+
+
+def _inverse_xorshift(value: int, by: int) -> int:
+    """The inverse of `x ^ (x >> by)` on 64 bits, for `by` of 22 or more."""
+    return value ^ (value >> by) ^ (value >> 2 * by)
+
+
 def particle_key(key: int, particle: int) -> int:
     """
     The stream of one of the particles that a sample is drawn from (`particles.Particles`), by the sample's key. The

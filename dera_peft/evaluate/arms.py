@@ -170,6 +170,8 @@ def make_arms(config: SweepConfig, loaded: LoadedModel | None = None) -> list[Ar
     if loaded is not None:
         _check_loaded(config)
     source = config.source if loaded is None else loaded
+    config.check_way(prompts_differ=config.prompts_differ)
+    config.check_model(source)
     source.check_has_adapter(COMMAND, config.prompts_differ)
     lambdas = sweep_lambdas(source.resolve().aligned, config.lambdas, config.simplex, config.simplex_total)
     run, differ = _run(config, source, LOGITS), config.prompts_differ
@@ -186,6 +188,10 @@ def _make_arm(config: SweepConfig, plain: Arm, number: int, asked: ArmSettings) 
     combine, schedule, particles = str(asked.rule), asked.lambda_schedule or (), asked.particles
     if particles is not None:
         config.sampling.check_exact()
+    called = f"arms[{number}]: "
+    config.check_way(mixing=mixing, combine=combine, schedule=schedule, particles=particles, called=called)
+    if asked.adapter is not None and config.endpoint is not None:
+        raise DeRaError(f"{called}adapter={asked.adapter!r} is another model than the one that the endpoint serves.")
     lambdas: tuple[Lambda | None, ...] = plain.lambdas
     if len(plain.record.aligned) > 1 and asked.adapter is None and (combine != LINEAR or schedule or particles):
         what = f"combine={combine!r}" if combine != LINEAR else "lambda_schedule" if schedule else "particles"
@@ -223,6 +229,8 @@ def _other_source(plain: Arm, adapter: str, argument: str) -> ModelSource:
 
 def _check_loaded(config: SweepConfig) -> None:
     """Raises `DeRaError` where a config names a model, or an arm that would need another one, beside a loaded model."""
+    if not config.is_local:
+        raise DeRaError(f"{config.decoder_name}: the model is loaded already, and decodes; give one of the two.")
     for each in fields(ModelSource):
         if (value := getattr(config, each.name)) not in (None, (), {}):
             raise DeRaError(f"{each.name}={value!r}: the model is loaded already; give one of the two.")
@@ -252,6 +260,7 @@ def _run(
             "chat": config.chat,
             "sampling": asdict(config.sampling),
             **config.system_prompts(),
+            **config.fingerprint_of_engine(config.sampling),
             **further,
         }
     )

@@ -3,9 +3,9 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from dera_peft.checkpoint.devices import device_map_of, join_processes
-from dera_peft.decoding.batching import decode
 from dera_peft.decoding.lambdas import Lambda, NamedLambda, values_of, with_values
 from dera_peft.decoding.prompts import read_prompts
 from dera_peft.decoding.requests import Completion, Request
@@ -15,6 +15,7 @@ from dera_peft.evaluate.config import SweepConfig
 from dera_peft.evaluate.points import ends, is_as_trained, is_reference
 from dera_peft.evaluate.run import encode_prompts
 from dera_peft.progress import Progress, no_progress
+from dera_peft.remote.decoders import open_decoder
 from dera_peft.rewards.metrics import perplexity_of, repetition
 
 PROMPTS, TOKENS = 8, 64  # at most so many prompts, and tokens a completion
@@ -142,23 +143,27 @@ def check(config: SweepConfig, progress: Progress = no_progress) -> Check | None
     if not processes.is_main_process:
         return None
     limit = min(PROMPTS, config.max_prompts or PROMPTS)
+    make_arms(config)  # refuses what the sweep would
     config = replace(config, arms=(), max_new_tokens=min(TOKENS, config.max_new_tokens))
     (arm,) = make_arms(config)
     prompts = read_prompts(config.prompts, config.prompt_column, config.split, config.subset, limit)
     tokenizer, tokens, reference_tokens = encode_prompts(config, arm, prompts)
-    model = arm.load(device_map_of(config.device_map, processes))
+    load = cache(lambda: arm.load(device_map_of(config.device_map, processes)))
     own = [lam for lam in arm.lambdas if lam is not None]
     alone = [with_values(end, (lam * value for value in values_of(end))) for end in ends(own[0])[1:] for lam in LAMBDAS]
-    lambdas = sorted({*own, *alone}, key=values_of)
-    requests = [Request(prompt.index, lam) for lam in lambdas for prompt in prompts]
     completions_at: dict[Lambda | None, list[Completion]] = defaultdict(list)
-    with progress("checking", 2 * len(requests), 0) as advance:
-        for batch in decode(
-            model, tokenizer, tokens, requests, config.sampling, config.batch_size, reference_prompts=reference_tokens
-        ):
-            for each in batch:
-                completions_at[each.request.lam].append(each)
-            advance(len(batch))
+    with open_decoder(config, arm.source, tokenizer, load, config.batch_size, scores=True) as decoder:
+        low, high = decoder.lambda_range
+        further = [lam for lam in alone if all(low <= value <= high for value in values_of(lam))]
+        lambdas = sorted({*own, *further}, key=values_of)
+        requests = [Request(prompt.index, lam) for lam in lambdas for prompt in prompts]
+        with progress("decoding", len(requests), 0) as advance:
+            for batch in decoder.decode(tokens, requests, config.sampling, reference_prompts=reference_tokens):
+                for each in batch:
+                    completions_at[each.request.lam].append(each)
+                advance(len(batch))
+    model = load()
+    with progress("scoring", len(requests), 0) as advance:
         zero, *_ = ends(own[0])
         reference = {each.request.index: each.tokens for each in completions_at[zero]}
         checked = []

@@ -16,6 +16,7 @@ from dera_peft.decoding.system_settings import SystemSettings
 from dera_peft.errors import DeRaError
 from dera_peft.evaluate.arm_settings import ArmSettings, parse_arms, read_arms
 from dera_peft.files import check_exists, check_file
+from dera_peft.remote.settings import RemoteSettings
 from dera_peft.settings import COUNT, Check, part, plain, setting, setting_like
 
 RADIUS = 1.0  # nats
@@ -26,7 +27,7 @@ PROMPTS, SAMPLING, MEASURING, CHOOSING = "Prompts", "Sampling", "Measuring", "Ch
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(SystemSettings, Sampling, ModelSource):
+class SweepConfig(SystemSettings, Sampling, RemoteSettings, ModelSource):
     """
     The keys of `sweep.yaml`, and the arguments of `dera_peft.evaluate.sweep`.
 
@@ -208,6 +209,12 @@ class SweepConfig(SystemSettings, Sampling, ModelSource):
             )
         if self.rule == "worst_group" and self.group is None:
             raise DeRaError("rule='worst_group' needs the column that tells the groups: set group.")
+        self.check_sampling(self.sampling)
+        if "quantization" in self.vllm_arguments:
+            raise DeRaError(
+                "vllm_arguments: 'quantization' would be of the model that decodes alone, and a sweep scores with the "
+                "model of this process: give quantization, which is of both."
+            )
 
     def check_paths(self) -> None:
         super().check_paths()

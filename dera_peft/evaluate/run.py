@@ -71,6 +71,11 @@ def sweep(
     device_map = device_map_of(config.device_map, processes)
     if config.output_dir is None:
         raise DeRaError("output_dir is missing: set it in the config or with --output-dir.")
+    if config.starts_vllm and processes.num_processes > 1:
+        raise DeRaError(
+            "engine='vllm' in several processes: each would start vLLM. Start one process, and give vLLM its GPUs "
+            "(--vllm-argument tensor_parallel_size=2), or name a running server with --endpoint."
+        )
     arms = make_arms(config, loaded)
     if len(arms[0].record.aligned) > 1 and "implicit" in config.rewards:
         raise DeRaError("rewards: 'implicit' is what one adapter itself rewards, and there are several; take another.")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dera_peft.checkpoint.devices import free_memory
 from dera_peft.checkpoint.fingerprint import settings_fingerprint
-from dera_peft.decoding.batching import decode
+from dera_peft.decoding.decoder import Decoder
 from dera_peft.decoding.lambdas import Lambda, values_of
 from dera_peft.decoding.prompts import Prompt, column_names
 from dera_peft.decoding.rows import Expected
@@ -23,6 +24,7 @@ from dera_peft.evaluate.rows import CompletionRow, Key, RewardRow, ScoreRow, ope
 from dera_peft.evaluate.scorer import Scorer
 from dera_peft.model import DeRaModel
 from dera_peft.progress import Progress
+from dera_peft.remote.decoders import open_decoder
 from dera_peft.rewards.calls import Failures
 from dera_peft.rewards.functions import NamedReward, call_reward_or_mark, columns_of
 from dera_peft.rewards.judges import NamedJudge, judge_or_mark
@@ -103,31 +105,40 @@ class SweepWorker:
 
     def decode_and_score(self, arms: Sequence[Arm]) -> None:
         """
-        Decodes and scores what is missing of arms that share a model. It is loaded only if something is, and freed.
+        Decodes and scores what is missing of arms that share a model. It is loaded only if something is, and freed;
+        where vLLM decodes, that has ended before.
         """
         if not any(self._missing(arm) or self._unscored(arm) for arm in arms):
             return
-        model = arms[0].load(self.device_map)
+        load = cache(lambda: arms[0].load(self.device_map))
+        self._decode_missing(arms, load)
         for arm in arms:
-            self._decode(arm, model, self._missing(arm))
-            self._score(arm, model, self._unscored(arm))
-        del model
+            if todo := self._unscored(arm):
+                self._score(arm, load(), todo)
+        del load
         free_memory()
+
+    def _decode_missing(self, arms: Sequence[Arm], load: Callable[[], DeRaModel]) -> None:
+        missing = [(arm, todo) for arm in arms if (todo := self._missing(arm))]
+        if not missing:
+            return
+        with open_decoder(
+            self.config, arms[0].source, self.tokenizer, load, self.config.batch_size, scores=True
+        ) as decoder:
+            for arm, todo in missing:
+                self._decode(arm, decoder, todo)
 
     def _missing(self, arm: Arm) -> list[Key]:
         return [key for key in self.keys(arm, self.own_indices) if key not in self.completions]
 
-    def _decode(self, arm: Arm, model: DeRaModel, todo: Sequence[Key]) -> None:
+    def _decode(self, arm: Arm, decoder: Decoder, todo: Sequence[Key]) -> None:
         requests = [arm.request(key) for key in todo]
         total = len(self.keys(arm, self.own_indices))
         with self.progress(f"decoding, {arm.name}", total, total - len(todo)) as advance:
-            for completions in decode(
-                model,
-                self.tokenizer,
+            for completions in decoder.decode(
                 self.tokens,
                 requests,
                 self.config.sampling,
-                self.config.batch_size,
                 reference_prompts=self.reference_tokens,
                 particles=arm.particles,
             ):

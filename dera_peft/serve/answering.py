@@ -144,7 +144,7 @@ class Answer:
         choices = []
         for choice in self.choices:
             made = self.form.choice(choice)
-            choices.append({**made, "token_ids": choice.tokens} if self.body.return_token_ids else made)
+            choices.append({**made, **self._ids(choice.tokens, choice.token_lambda)})
         answer = {**self.head, "object": self.form.whole, "choices": choices, "usage": self.usage()}
         return JSONResponse({**answer, **self._prompt_ids()})
 
@@ -168,6 +168,8 @@ class Answer:
         choice.finish_reason = event.finish_reason
         if event.token is not None:
             choice.tokens.append(event.token)
+        if event.token_lambda is not None:
+            choice.token_lambda.append(event.token_lambda)
         if choice.logprobs is None:
             return []
         new = self.readers[choice.index].read(event)
@@ -220,7 +222,9 @@ class Answer:
 
     def _pieces(self, choice: Choice, event: Event) -> list[dict[str, Any]]:
         logprobs = self._take(choice, event)
-        ids = {"token_ids": [] if event.token is None else [event.token]} if self.body.return_token_ids else {}
+        ids = self._ids(
+            [] if event.token is None else [event.token], [] if event.token_lambda is None else [event.token_lambda]
+        )
         pieces = []
         held = self.holds_back
         text = "" if held else event.text
@@ -234,6 +238,12 @@ class Answer:
         return pieces
 
     # -- at the end ----------------------------------------------------------------------------------------------------
+
+    def _ids(self, tokens: list[int], token_lambda: list[float]) -> dict[str, Any]:
+        """Of some tokens of a choice, where they are asked for; with the λ that a rule or a schedule gave each."""
+        if not self.body.return_token_ids:
+            return {}
+        return {"token_ids": tokens, **({"token_lambda": token_lambda} if token_lambda else {})}
 
     def _prompt_ids(self) -> dict[str, Any]:
         if not self.body.return_token_ids:

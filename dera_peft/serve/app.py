@@ -132,6 +132,11 @@ def _add_own(app: FastAPI, service: Service) -> None:
             "defaults": {"chat": DEFAULTS, "prompt": {**DEFAULTS, "max_tokens": DEFAULT_TOKENS}},
         }
 
+    @app.get("/dera/model")
+    async def which_model() -> Any:
+        """What a client that decodes from afar compares with the model that it means."""
+        return {"engine": "dera", "lambda_range": service.names.lambda_range, **service.about}
+
     @app.post("/dera/tokens")
     async def tokens(body: TokensBody) -> Any:
         """Each token of a completion with how far the branches disagree there, and what each would have said."""

@@ -116,7 +116,8 @@ class GenerationBody(Body):
     Attributes:
         lam: `lambda`; `ModelNames.read` checks it.
         combine, lambda_schedule: as of `DeRaModel.generate`: "kl:0.05"; {"0": 2, "20": 1} or "0:2,20:1".
-        return_token_ids: put `token_ids` into each choice, and `prompt_token_ids` beside them.
+        return_token_ids: put `token_ids` into each choice, and `prompt_token_ids` beside them; with a rule or a
+            schedule also `token_lambda`, the λ that it gave each token.
     """
 
     model: str | None = None

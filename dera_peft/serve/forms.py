@@ -129,6 +129,7 @@ class Choice:
     Attributes:
         echo: the prompt's text, before the completion's; and its tokens' log-probabilities.
         text: without `echo`.
+        token_lambda: the λ that the request's rule or schedule gave each token; empty without one.
         message: what a chat's text was parsed as, with "tool_calls"; None for the text itself.
     """
 
@@ -137,6 +138,7 @@ class Choice:
     echo_logprobs: list[TokenLogprob] = field(default_factory=list)
     text: str = ""
     tokens: list[int] = field(default_factory=list)
+    token_lambda: list[float] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
     finish_reason: str | None = None
     message: dict[str, Any] | None = None

@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dera_peft.checkpoint.end_tokens import configured_end_tokens
 from dera_peft.checkpoint.fingerprint import settings_fingerprint
+from dera_peft.checkpoint.identity import identity
+from dera_peft.checkpoint.source import ModelSource
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.padding import num_rows
 from dera_peft.errors import DeRaError
@@ -55,7 +57,19 @@ def make_service(settings: ServeSettings) -> Service:
     model = DeRaModel.from_source(source)
     about = source.fingerprint()
     names = served_names(source, model.aligned) if model.branches_differ else {}
-    return service_of(model, tokenizer, names, source.resolve().base, settings, about, trace)
+    service = service_of(model, tokenizer, names, source.resolve().base, settings, about, trace)
+    service.about = about_model(source, str(model.dtype))
+    return service
+
+
+def about_model(source: ModelSource, dtype: str) -> dict[str, Any]:
+    """See `Service.about`."""
+    quantization, _ = source.quantized_to()
+    return {
+        "weights": identity(source.resolve(), source.load_arguments().get("revision")),
+        "quantization": quantization,
+        "dtype": dtype.removeprefix("torch."),
+    }
 
 
 def service_of(

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,8 @@ class Service:
     """
     Attributes:
         fingerprint: of the model, in answers and traces.
+        about: which model it is, in numbers that a client can compare with its own: weights (`checkpoint.identity`),
+            quantization and dtype.
         created: when the server was started, seconds since 1970.
         draining: whether it ends when what runs is finished, and takes no new completions.
     """
@@ -45,6 +48,7 @@ class Service:
     preparer: Preparer
     fingerprint: str
     trace: Trace | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
 

@@ -22,7 +22,7 @@ from dera_peft.vllm.versions import check_version, installed_as
 
 logger = logging.getLogger(__name__)
 
-MIDDLEWARE = "dera_peft.vllm.fields.LambdaField"
+MIDDLEWARE = ("dera_peft.vllm.fields.LambdaField", "dera_peft.vllm.about.About")
 # Settings of `dera serve`'s own engine, and what to give to vLLM in their place.
 OWN = {
     "max_rows": "--max-num-seqs",
@@ -148,7 +148,8 @@ def server_command(settings: ServeSettings) -> tuple[list[str], dict[str, str]]:
     source.resolve().check_quantization(stored if is_stored else settings.quantization, is_stored)
     branches = prepared.branches
     arguments = ["--host", settings.host, "--port", str(settings.port)]
-    arguments += ["--served-model-name", "+".join(branches.served), "--middleware", MIDDLEWARE]
+    arguments += ["--served-model-name", "+".join(branches.served)]
+    arguments += [text for name in MIDDLEWARE for text in ("--middleware", name)]
     arguments += ["--hf-overrides", json.dumps({"architectures": [prepared.architecture]})]
     arguments += ["--additional-config", json.dumps({KEY: branches.as_json()}, ensure_ascii=False)]
     if prepared.tokenizer not in (None, branches.base):

@@ -1,6 +1,6 @@
 """What a request must fulfil, told where it comes in: vLLM answers a refusal with status 400."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dera_peft.errors import DeRaError
 from dera_peft.vllm.branches import Branches
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 # of the last model that was configured in this process: vLLM gives a check of requests nothing but the request
 current: Branches | None = None
+about: dict[str, Any] | None = None  # what a client is told of it
 
 
 def check_request(params: "SamplingParams", prompt_logprobs: bool) -> None:

@@ -601,7 +601,7 @@ def test_sweep(dera, model, tmp_path, monkeypatch):
         "    return [1.0] * len(completions)\n"
     )
     before = (tmp_path / "out" / "samples.jsonl").read_text()
-    monkeypatch.setattr("dera_peft.evaluate.worker.decode", None)
+    monkeypatch.setattr("dera_peft.decoding.decoder.decode", None)
     monkeypatch.setattr("dera_peft.evaluate.results.write_report", lambda *_, **__: None)
     picky = ["--reward", "length", "--reward", f"{tmp_path}/picky.py:picky", "--batch-size", "1"]
     code, out, err = dera(*arguments, *picky)

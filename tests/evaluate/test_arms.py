@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 from two_models import load_two
 
 from dera_peft import DeRaError
-from dera_peft.evaluate import SweepConfig, results, sweep, worker
+from dera_peft.decoding import decoder
+from dera_peft.evaluate import SweepConfig, results, sweep
 from dera_peft.evaluate.arms import by_model, make_arms
 from dera_peft.model import DeRaModel
 
@@ -36,7 +37,7 @@ def swept(tiny_base, tiny_adapter, tmp_path_factory):
                   "max_new_tokens": 5, "base": str(tiny_base), "adapter": str(tiny_adapter),
                   "output_dir": str(folder)}  # fmt: skip
         plain = sweep(**common)
-        load, decode = DeRaModel.from_source, worker.decode
+        load, decode = DeRaModel.from_source, decoder.decode
 
         def noted(model, tokenizer, tokens, requests, *rest, **options):
             did["decoded"] += requests
@@ -45,7 +46,7 @@ def swept(tiny_base, tiny_adapter, tmp_path_factory):
         patch.setattr(
             DeRaModel, "from_source", lambda *args, **options: did["loaded"].append(1) or load(*args, **options)
         )
-        patch.setattr(worker, "decode", noted)
+        patch.setattr(decoder, "decode", noted)
         more = sweep(**common, arms=RULES)
     return plain, more, did, folder
 

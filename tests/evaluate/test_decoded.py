@@ -9,9 +9,10 @@ import pytest
 
 from dera_peft import DeRaError
 from dera_peft.cli import app
+from dera_peft.decoding import decoder
 from dera_peft.decoding.lambdas import NamedLambda
 from dera_peft.decoding.prompts import from_texts
-from dera_peft.evaluate import SweepConfig, results, sweep, worker
+from dera_peft.evaluate import SweepConfig, results, sweep
 from dera_peft.evaluate.arms import make_arms
 from dera_peft.evaluate.use import commands
 
@@ -36,13 +37,13 @@ def chosen(monkeypatch):
 
 def test_the_chosen_lambda_is_decoded_once(chosen, monkeypatch, tmp_path, tiny_base, tiny_adapter):
     model = {"base": str(tiny_base), "adapter": str(tiny_adapter), "output_dir": str(tmp_path)}
-    decoded, decode = [], worker.decode
+    decoded, decode = [], decoder.decode
 
     def noted(model, tokenizer, tokens, requests, *rest, **options):
         decoded.extend(request.lam for request in requests)
         return decode(model, tokenizer, tokens, requests, *rest, **options)
 
-    monkeypatch.setattr(worker, "decode", noted)
+    monkeypatch.setattr(decoder, "decode", noted)
     result = sweep(**COMMON, **model)
     assert chosen[0] == [0, 1]
     assert sorted(set(decoded)) == [0, 0.4, 1]

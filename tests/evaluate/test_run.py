@@ -15,7 +15,8 @@ from two_models import load_two
 
 from dera_peft import DeRaError
 from dera_peft.checkpoint.record import Record
-from dera_peft.evaluate import SweepConfig, scorer, sweep, worker
+from dera_peft.decoding import decoder
+from dera_peft.evaluate import SweepConfig, scorer, sweep
 from dera_peft.evaluate.points import fine_grid
 from dera_peft.evaluate.rows import Key
 from dera_peft.evaluate.run import _own_indices
@@ -205,7 +206,7 @@ def test_what_is_added_or_changed_is_made_and_nothing_else(model, file, tmp_path
     assert (asked(file), more.reused) == (24, 12)
     assert texts.items() <= {key: row["completion"] for key, row in by_key(more.rows).items()}.items()
 
-    monkeypatch.setattr(worker, "decode", None)  # from here on nothing may be decoded
+    monkeypatch.setattr(decoder, "decode", None)  # from here on nothing may be decoded
     monkeypatch.setattr(scorer, "score_each", None)
     run(prompts=[{**row, "kind": "c"} if row["prompt"] == "Rain" else row for row in ROWS])
     assert asked(file) == 2, "of the prompt whose column has changed"

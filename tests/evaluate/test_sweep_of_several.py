@@ -9,7 +9,8 @@ from two_models import load_two
 
 from dera_peft import DeRaError, DeRaModel
 from dera_peft.checkpoint.record import Record
-from dera_peft.evaluate import SweepConfig, sweep, worker
+from dera_peft.decoding import decoder
+from dera_peft.evaluate import SweepConfig, sweep
 from dera_peft.evaluate.check import check
 
 TEXTS = ["Rain fell on the market", "A fox crossed", "My sister"]
@@ -73,7 +74,7 @@ def test_a_sweep_over_points(tiny_base, tiny_adapter, other, tmp_path, monkeypat
     assert list(table["lambda_harmless"][:4]) == [0, 1, 0.25, 0]
     assert {"lambda helpful", "lambda harmless", "judge helpful=1,harmless=0"} <= {*result.to_pandas()}
 
-    monkeypatch.setattr(worker, "decode", None)  # nothing is decoded again
+    monkeypatch.setattr(decoder, "decode", None)  # nothing is decoded again
     again = sweep(config)
     assert (again.reused, again.recommendation.lam) == (len(rows), result.recommendation.lam)
 

@@ -1,22 +1,15 @@
 """One server for all tests, in this process: a tiny model, its tokenizer with a template that takes tools."""
 
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 
-import httpx2
-import openai
 import pytest
-import uvicorn
+from served import Running, running
 from transformers import AutoTokenizer
 
 from dera_peft import DeRaModel
-from dera_peft.serve.app import make_app
-from dera_peft.serve.server import listen, service_of
-from dera_peft.serve.service import Service
+from dera_peft.serve.server import service_of
 from dera_peft.serve.settings import ServeSettings
 from dera_peft.serve.trace import Trace
 
@@ -26,68 +19,6 @@ TEMPLATE = (
     " calls {{ c.function.arguments.city }}{% endfor %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
-
-
-@dataclass
-class Running:
-    """
-    A server that runs.
-
-    Attributes:
-        url: its address.
-        key: that it asks for.
-    """
-
-    service: Service
-    url: str
-    key: str = "none"
-
-    @cached_property  # a new one reads all certificates
-    def http(self) -> httpx2.Client:
-        return httpx2.Client(timeout=60)
-
-    @cached_property
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0)
-
-    def post(self, path: str, body=None, **arguments) -> httpx2.Response:
-        arguments = arguments if body is None else {"json": body, **arguments}
-        return self.http.post(self.url + path, **arguments)
-
-    def complete(self, **body) -> dict:
-        """Of /v1/completions; fails where it is refused."""
-        answer = self.post("/v1/completions", body)
-        assert answer.status_code == 200, answer.text
-        return answer.json()
-
-    def is_idle(self) -> bool:
-        now = self.service.engine.statistics()
-        return (now.running, now.waiting) == (0, 0)
-
-    def wait_until(self, holds, seconds: float = 20) -> None:
-        deadline = time.monotonic() + seconds
-        while not holds():
-            assert time.monotonic() < deadline, self.service.engine.statistics()
-            time.sleep(0.005)
-
-
-@contextmanager
-def running(service: Service, settings: ServeSettings) -> Iterator[Running]:
-    listening = listen("127.0.0.1", 0)
-    config = uvicorn.Config(make_app(service, settings), log_config=None, access_log=False, lifespan="on")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        keys = settings.api_keys()
-        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        yield Running(service, url, keys[0].decode() if keys else "none")
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="session")
