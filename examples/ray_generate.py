@@ -239,21 +239,27 @@ def generate(settings: RaySettings) -> None:
 def decode_with_ray(settings: RaySettings, run: str, rows: pyarrow.Table) -> None:
     ray.init(logging_level=logging.WARNING)
     try:
-        gpus = settings.gpus
+        has, blocks = ray.cluster_resources(), math.ceil(rows.num_rows / settings.rows)
+        actors, gpus = min(settings.actors, blocks), settings.gpus
         if gpus is None:
-            gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
+            gpus = 1.0 if has.get("GPU") else 0.0
+        for kind, each in (("CPU", settings.cpus), ("GPU", gpus)):
+            if actors * each > has.get(kind, 0):
+                logger.warning(
+                    f"--actors={actors}, {each:g} {kind}s each: the cluster has {has.get(kind, 0):g}; actors that do not "
+                    f"fit wait for more, and where none fits nothing is decoded: lower --{kind.lower()}s"
+                )
         # a block is what an actor is given, and a file of the output: without this the table would be one. It is done
         # before there are actors, which may take all CPUs; for the same reason the tasks that write need none
-        blocks = math.ceil(rows.num_rows / settings.rows)
         ray.data.from_arrow(rows).repartition(blocks).materialize().map_batches(
             Generator,
             fn_constructor_args=(settings, run, os.getcwd()),
-            compute=ray.data.ActorPoolStrategy(size=min(settings.actors, blocks)),
+            compute=ray.data.ActorPoolStrategy(size=actors),
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=settings.cpus,
             num_gpus=gpus,
-        ).write_parquet(str(settings.output.resolve()), ray_remote_args={"num_cpus": 0}, concurrency=settings.actors)
+        ).write_parquet(str(settings.output.resolve()), ray_remote_args={"num_cpus": 0}, concurrency=actors)
     finally:
         ray.shutdown()
 
