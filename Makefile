@@ -4,6 +4,7 @@
 # make gpu-check   on a machine with a GPU and the packages: its tests, the demo, and the figures of docs/performance.md
 # make serve-check   the server's requests against generate, on every base of the compatibility page (minutes)
 # make test-lm-eval   the tests of dera lm-eval, in an environment of their own with lm-evaluation-harness
+# make test-ray   the tests of examples/ray_generate.py, two actors on this machine, in an environment of their own with Ray
 # make test-vllm   inside vLLM against generate, in an environment of its own (about ten minutes; 3.5 GB)
 # make test-llama-cpp   exported adapters in llama.cpp, which is built first (8 minutes of a CPU), against PEFT and generate
 # make docs   set up, then build the documentation into site/; a broken link or reference fails
@@ -14,6 +15,7 @@ RUN := $(VENV)/bin/python
 SETUP := $(VENV)/.complete
 DOCS_SETUP := $(VENV)/.docs-complete
 LM_EVAL := .venv-lm-eval
+RAY := .venv-ray
 VLLM := .vllm/env
 VLLM_SETUP := $(VLLM)/.complete
 LLAMA_CPP := $(VENV)/llama-cpp
@@ -22,7 +24,7 @@ LLAMA_CPP_SETUP := $(VENV)/.llama-cpp-complete
 PIP_OPTIONS := --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 INSTALL := $(RUN) -m pip install $(PIP_OPTIONS)
 
-.PHONY: demo test lint docs setup clean gpu-check serve-check test-lm-eval test-vllm test-llama-cpp
+.PHONY: demo test lint docs setup clean gpu-check serve-check test-lm-eval test-ray test-vllm test-llama-cpp
 
 demo: $(SETUP)
 	$(VENV)/bin/dera sft --config configs/tiny/sft.yaml
@@ -46,6 +48,9 @@ serve-check: $(SETUP)
 
 test-lm-eval: $(LM_EVAL)/.complete
 	$(LM_EVAL)/bin/python -m pytest tests/evaluate/test_lm_eval.py
+
+test-ray: $(RAY)/.complete
+	$(RAY)/bin/python -m pytest tests/decoding/test_ray_generate.py
 
 test-vllm: $(SETUP) $(VLLM_SETUP)
 	rm -rf .vllm/cases
@@ -92,5 +97,11 @@ $(LM_EVAL)/.complete: pyproject.toml constraints.txt
 	$(LM_EVAL)/bin/python -m pip install $(PIP_OPTIONS) --editable '.[dev,lm-eval]'
 	@touch $@
 
+$(RAY)/.complete: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/python -m pip install $(PIP_OPTIONS) --editable '.[dev,ray]'
+	$(RAY)/bin/python -m compileall -q $(RAY)/lib/*/site-packages/ray/_private $(RAY)/lib/*/site-packages/ray/dashboard # its processes have to start in time
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(LM_EVAL) .vllm runs site
+	rm -rf $(VENV) $(LM_EVAL) $(RAY) .vllm runs site

@@ -84,21 +84,26 @@ def check_one_has_biases(adapter: str, configs: Sequence[LoraConfig]) -> None:
 
 
 def read_branches(
-    peft_model: PeftModel, adapter: str | Sequence[str] | None, reference: str | Sequence[str], stacked: bool
+    model: PeftModel | PreTrainedModel,
+    adapter: str | Sequence[str] | None,
+    reference: str | Sequence[str],
+    stacked: bool,
 ) -> list[Branch]:
     """
     The branches of what a trainer holds; arguments and errors are those of `MixtureModel.from_peft`.
     """
-    if not isinstance(peft_model, PeftModel):
+    configs: dict[str, PeftConfig] | None = getattr(model, "peft_config", None)  # which a model without adapters lacks
+    if not configs:
         raise DeRaError(
-            f"from_peft takes a PeftModel, and this is a {type(peft_model).__name__}: give what get_peft_model or "
-            "PeftModel.from_pretrained returns."
+            f"from_peft takes a PeftModel, and this is a {type(model).__name__} without adapters: give what "
+            "get_peft_model or PeftModel.from_pretrained returns, or a model that load_adapter gave one."
         )
-    if not isinstance(peft_model.get_base_model(), PreTrainedModel):
-        kind = type(peft_model.get_base_model()).__name__
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(base, PreTrainedModel):
+        kind = type(base).__name__
         raise DeRaError(f"from_peft takes a PeftModel of a model of transformers, and its base is a {kind}.")
     reference = [reference] if isinstance(reference, str) else list(reference)
-    names = list(peft_model.peft_config)
+    names = list(configs)
     others = [name for name in names if name not in reference]
     if adapter is None and len(others) != 1:
         raise DeRaError(f"the PeftModel has the adapters {names}: say which is the aligned one with adapter=.")
@@ -107,8 +112,8 @@ def read_branches(
     for name in (*reference, *aligned.values()):
         if name not in names:
             raise DeRaError(f"adapter={name!r} is not in the PeftModel; it has {names}.")
-        check_adapter_kind(name, peft_model.peft_config[name])
-    for name, config in peft_model.peft_config.items():  # also of those that are not used: they share the biases
+        check_adapter_kind(name, configs[name])
+    for name, config in configs.items():  # also of those that are not used: they share the biases
         assert isinstance(config, LoraConfig)  # as the ones that are used: a PeftModel's adapters are of one kind
         check_keeps_biases(name, config)
     return make_branches(reference, aligned, stacked)

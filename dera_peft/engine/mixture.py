@@ -79,7 +79,7 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
     ):
         if mixing not in (LOGITS, WEIGHTS):
             raise DeRaError(f"mixing={mixing!r} is not known; choose {LOGITS!r} (DeRa) or {WEIGHTS!r}.")
-        if mixing == WEIGHTS and not isinstance(model, PeftModel):
+        if mixing == WEIGHTS and not own_adapters(branches):
             raise DeRaError(f"mixing={mixing!r} scales the weights of adapters, and this model has none.")
         base = cast("PreTrainedModel", model.get_base_model()) if isinstance(model, PeftModel) else model
         super().__init__(base.config)
@@ -251,7 +251,7 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
     @classmethod
     def from_peft(
         cls,
-        peft_model: PeftModel,
+        peft_model: PeftModel | PreTrainedModel,
         adapter: str | Sequence[str] | None = None,
         lam: float | Mapping[str, float] = 1.0,
         *,
@@ -265,7 +265,8 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
         On a CPU, 4-bit weights then stay in the form in which they can be trained through (see `keep_trainable`).
 
         Args:
-            peft_model: a causal language model, or an encoder-decoder one, with LoRA adapters.
+            peft_model: a causal language model, or an encoder-decoder one, with LoRA adapters; or the model of
+                transformers that they are in, as its own `load_adapter` makes one.
             adapter: the adapter that is the aligned model's, or a list of them, each an aligned branch of its own;
                 needed only where there are several.
             lam: the default λ.
@@ -328,7 +329,9 @@ class MixtureModel(PreTrainedModel, MixtureGenerationMixin):
         (wrapped,) = self._wrapped
         if not isinstance(wrapped, PeftModel):
             raise DeRaError(
-                "this model has no adapter: load the base with one, DeRaModel.from_pretrained(base, adapter)."
+                "this model was wrapped without its PeftModel, which this needs: give that to from_peft."
+                if self.branches_differ
+                else "this model has no adapter: load the base with one, DeRaModel.from_pretrained(base, adapter)."
             )
         return wrapped
 
