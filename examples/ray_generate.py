@@ -246,8 +246,8 @@ def decode_with_ray(settings: RaySettings, run: str, rows: pyarrow.Table) -> Non
         for kind, each in (("CPU", settings.cpus), ("GPU", gpus)):
             if actors * each > has.get(kind, 0):
                 logger.warning(
-                    f"--actors={actors}, {each:g} {kind}s each: the cluster has {has.get(kind, 0):g}; actors that do not "
-                    f"fit wait for more, and where none fits nothing is decoded: lower --{kind.lower()}s"
+                    f"--actors={actors}, {each:g} {kind}s each: the cluster has {has.get(kind, 0):g}; actors that do "
+                    f"not fit wait for more, and where none fits nothing is decoded: lower --{kind.lower()}s"
                 )
         # a block is what an actor is given, and a file of the output: without this the table would be one. It is done
         # before there are actors, which may take all CPUs; for the same reason the tasks that write need none
