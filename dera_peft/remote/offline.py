@@ -51,7 +51,8 @@ class VLLMProcess:
             self.process.stdin.writelines(json.dumps(line) + "\n" for line in lines)
             self.process.stdin.flush()
         except BrokenPipeError:
-            raise self._ended() from None
+            while True:  # it has said why, or ended
+                self.receive()
 
     def receive(self) -> dict[str, Any]:
         """The next line. Raises `DeRaError` where it is an error, or there is none."""

@@ -34,6 +34,9 @@ elif kind == "dies":
     sys.exit(3)
 else:
     say({"ready": True})
+    if kind == "refuses":
+        say({"error": "max_tokens is too large"})
+        sys.exit(2)
     seen, waiting = [first], []
     for line in sys.stdin:
         seen.append(json.loads(line))
@@ -105,6 +108,7 @@ def test_requests_go_and_completions_come_as_they_finish(start, python, tiny_bas
     ("kind", "said"),
     [
         ("refused", "^vLLM: no such model$"),
+        ("refuses", "^vLLM: max_tokens is too large$"),  # whether or not the request can still be sent
         ("dies", r"has ended \(code 3\); its log is .*dera-vllm-.*: INFO loading / ValueError: too little memory"),
         ("stops", r"has ended \(code 1\); .*CUDA out of memory"),
     ],
