@@ -150,10 +150,10 @@ def named(source: ModelSource) -> dict[str, Any]:
 
 def arguments(settings: RemoteSettings, source: ModelSource) -> dict[str, Any]:
     """What vLLM's `LLM` is given beside the model: dtype and quantization as the model would be loaded here with."""
-    if source.quantization == "nf4":
-        return {"quantization": "bitsandbytes", **settings.vllm_arguments}
     dtype = source.dtype if source.dtype not in (None, "auto") else source.config.dtype
-    return {"dtype": "auto" if dtype is None else str(dtype).removeprefix("torch."), **settings.vllm_arguments}
+    found = {"dtype": "auto" if dtype is None else str(dtype).removeprefix("torch.")}
+    found |= {"quantization": "bitsandbytes"} if source.quantization == "nf4" else {}
+    return found | dict(settings.vllm_arguments)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from dera_peft.checkpoint.source import ModelSource
+from dera_peft.checkpoint.source import ACCESS, ModelSource
 from dera_peft.decoding.requests import rule_fields
 from dera_peft.decoding.sampling import Sampling
 from dera_peft.engine.names import LOGITS
@@ -190,6 +190,8 @@ class RemoteSettings(Settings):
                 f"quantization={source.quantization!r} can't be had in vLLM: nf4 (its bitsandbytes) can, or one of its "
                 "own (--vllm-argument quantization=fp8)."
             )
+        if self.starts_vllm and (further := [name for name in source.base_arguments if name not in ACCESS]):
+            raise DeRaError(f"base_arguments: {further[0]!r} is of transformers' from_pretrained, and vLLM takes none.")
         if source.quantization is not None and "quantization" in self.vllm_arguments:
             raise DeRaError("quantization is there twice: give it or vllm_arguments, not both.")
 

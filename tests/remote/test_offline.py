@@ -188,3 +188,14 @@ def test_the_model_that_the_program_loads(tiny_base, tiny_adapter, monkeypatch):
     assert found["hf_overrides"] == {"architectures": ["DeRaLlamaForCausalLM"]}
     with pytest.raises(DeRaError, match=r"is in vLLM's environment, and 0\.0\.1 in the one that asks"):
         program.load({"version": "0.0.1", "source": {}, "arguments": {}})
+
+
+def test_dtype_and_quantization_are_those_that_a_model_would_be_loaded_with(tiny_base):
+    settings = RemoteSettings(engine="vllm", vllm_arguments={"max_model_len": 64})
+    base = {"base": str(tiny_base)}
+    assert offline.arguments(settings, ModelSource(**base)) == {
+        "dtype": "float32",
+        "max_model_len": 64,
+    }  # the checkpoint's
+    found = offline.arguments(settings, ModelSource(**base, dtype="bfloat16", quantization="nf4"))
+    assert found == {"dtype": "bfloat16", "quantization": "bitsandbytes", "max_model_len": 64}

@@ -97,6 +97,7 @@ def test_what_vllm_can_not_do(settings, said):
         (VLLM, {"principle": "Be brief."}, "principle and reference_system can't be had"),
         (VLLM, {"quantization": "int8"}, "quantization='int8' can't be had in vLLM"),
         (VLLM, {"vllm_arguments": {"quantization": "fp8"}}, "a sweep scores with the model of this process"),
+        (VLLM, {"base_arguments": {"attn_implementation": "sdpa"}}, "'attn_implementation' is of transformers'"),
         (VLLM, {"temperature": 0.005}, "vLLM takes 0"),
     ],
 )
