@@ -4,6 +4,7 @@ import io
 import json
 import queue
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,7 +70,8 @@ def python(tmp_path) -> Path:
 
 
 @pytest.fixture
-def start(python, tiny_base, tiny_adapter, monkeypatch):
+def start(python, tiny_base, tiny_adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # of logs
     monkeypatch.setattr(ModelSource, "end_tokens", lambda self: ENDS)
     source = ModelSource(base=str(tiny_base), adapter=str(tiny_adapter), dtype="float32", device_map="cpu")
 
