@@ -92,7 +92,7 @@ def whole_files(output: Path) -> list[Path]:
     return list(filter(is_whole, output.glob("*.parquet")))
 
 
-def test_a_run_that_was_killed_goes_on(files, arguments, by_dera_generate, tmp_path):
+def test_a_run_that_was_killed_goes_on(files, arguments, by_dera_generate, tmp_path, monkeypatch):
     output, log = tmp_path / "out", tmp_path / "log"
     options = {"prompts": files / "parquet", "actors": 2}
     process = start(arguments(output, SAMPLED, **options, rows=2), log)
@@ -124,6 +124,17 @@ def test_a_run_that_was_killed_goes_on(files, arguments, by_dera_generate, tmp_p
         generate(settings(temperature=0.8))
     with pytest.raises(DeRaError, match="other prompts or settings"):
         generate(settings(prompts=str(files / "parquet" / "a.parquet")))
+    asked = {}
+    monkeypatch.setitem(generate.__globals__, "decode_with_ray", lambda _, run, rows: asked.update(rows=rows, run=run))
+    with pytest.raises(
+        DeRaError, match=f"{len(expected) // 2} completions are missing after all, and 0 are there twice"
+    ):
+        generate(settings(samples=3))
+    further = [each["sample"] for row in asked["rows"]["requests"].to_pylist() for each in row]
+    assert (further, asked["run"]) == ([2] * (len(expected) // 2), rows_of(output)[0]["run"])
+    (output / "again.parquet").write_bytes(next(output.glob("*.parquet")).read_bytes())
+    with pytest.raises(DeRaError, match=r"0 completions are missing after all, and [1-9]\d* are there twice"):
+        generate(settings())
     parquet.write_table(pyarrow.table({"prompt": ["One"]}), output / "other.parquet")
     with pytest.raises(DeRaError, match=r"'.*other.parquet' holds no completions"):
         generate(settings())
