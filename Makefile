@@ -3,6 +3,7 @@
 # make lint   set up, then check style and types
 # make gpu-check   on a machine with a GPU and the packages: its tests, the demo, and the figures of docs/performance.md
 # make serve-check   the server's requests against generate, on every base of the compatibility page (minutes)
+# make fsdp-check   training sharded by FSDP2 on two CPU processes, against one process (minutes)
 # make test-lm-eval   the tests of dera lm-eval, in an environment of their own with lm-evaluation-harness
 # make test-ray   the tests of examples/ray_generate.py, two actors on this machine, in an environment of their own with Ray
 # make test-vllm   inside vLLM against generate, in an environment of its own (about ten minutes; 3.5 GB)
@@ -24,7 +25,7 @@ LLAMA_CPP_SETUP := $(VENV)/.llama-cpp-complete
 PIP_OPTIONS := --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 INSTALL := $(RUN) -m pip install $(PIP_OPTIONS)
 
-.PHONY: demo test lint docs setup clean gpu-check serve-check test-lm-eval test-ray test-vllm test-llama-cpp
+.PHONY: demo test lint docs setup clean gpu-check serve-check fsdp-check test-lm-eval test-ray test-vllm test-llama-cpp
 
 demo: $(SETUP)
 	$(VENV)/bin/dera sft --config configs/tiny/sft.yaml
@@ -45,6 +46,9 @@ gpu-check: # installs nothing: such a machine may have no network
 
 serve-check: $(SETUP)
 	$(RUN) tests/serve_check.py
+
+fsdp-check: $(SETUP)
+	$(RUN) tests/fsdp_check.py
 
 test-lm-eval: $(LM_EVAL)/.complete
 	$(LM_EVAL)/bin/python -m pytest tests/evaluate/test_lm_eval.py

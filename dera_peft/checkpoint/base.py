@@ -15,6 +15,7 @@ from dera_peft.engine.padding import num_rows
 from dera_peft.errors import DeRaError, first_line
 from dera_peft.files import check_exists
 
+QUANTIZED = "quant_state"  # of a bitsandbytes weight: four bits each, which may be stored as floats
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
 
 
@@ -103,7 +104,7 @@ def _check_finite(model: PreTrainedModel, named: str) -> None:
     """
     sums: dict[torch.device, dict[str, torch.Tensor]] = {}
     for name, weight in model.named_parameters():
-        if weight.is_floating_point() and weight.itemsize > 1 and not weight.is_meta:
+        if weight.is_floating_point() and weight.itemsize > 1 and not weight.is_meta and QUANTIZED not in vars(weight):
             sums.setdefault(weight.device, {})[name] = weight.detach().sum(dtype=torch.float32)
     for each in sums.values():
         for name, is_finite in zip(each, torch.stack(list(each.values())).isfinite().tolist(), strict=True):

@@ -1,6 +1,7 @@
 """Where a command puts the model, on one process and on several."""
 
 import gc
+import os
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -14,8 +15,25 @@ STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate'
 SLOWEST = timedelta(days=7)  # how long a process may wait for the others
 
 
+def is_fsdp_launched() -> bool:
+    """Whether accelerate's launcher was asked for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+
+
 def join_processes() -> PartialState:
-    """The processes that `torchrun` or `accelerate launch` started together; this one alone without them."""
+    """
+    The processes that `torchrun` or `accelerate launch` started together, each with a model of its own; this one alone
+    without them.
+
+    Raises:
+        DeRaError: they were started for FSDP, under which transformers may load weights in the first of them alone.
+    """
+    if is_fsdp_launched():
+        raise DeRaError(
+            "FSDP shards a model that is trained, and this command decodes with a whole one in each process: start it "
+            "without FSDP (torchrun --nproc_per_node N -m dera_peft.cli …). A base that is too large for one GPU: "
+            "quantize it (quantization: nf4), or start one process, which spreads it over all (device_map: auto)."
+        )
     # without an accelerator it must be told so, or it takes each of several processes for the only one
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=SLOWEST)
 

@@ -32,12 +32,16 @@ class FrozenLora(nn.Module):
     It belongs to the base as the trainer sees it: an adapter on top of the layer, switched off, leaves the SFT model.
     """
 
+    down: torch.Tensor
+    up: torch.Tensor
+    bias: torch.Tensor | None
+
     def __init__(self, layer: LoraLayer, adapter: str):
         super().__init__()
         lora_a, lora_b = cast("nn.Linear", layer.lora_A[adapter]), cast("nn.Linear", layer.lora_B[adapter])
-        self.register_buffer("down", lora_a.weight.detach())
-        self.register_buffer("up", lora_b.weight.detach())
-        self.register_buffer("bias", None if lora_b.bias is None else lora_b.bias.detach())
+        bias = None if lora_b.bias is None else lora_b.bias.detach()
+        for name, tensor in (("down", lora_a.weight.detach()), ("up", lora_b.weight.detach()), ("bias", bias)):
+            self.register_buffer(name, tensor, persistent=False)  # no part of what is trained, saved or broadcast
         self.scaling = layer.scaling[adapter]
 
     def add(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:

@@ -128,6 +128,7 @@ def distill(arguments: Sequence[str] | None, held: ExitStack) -> None:
     from dera_peft.training.parser import Parser
     from dera_peft.training.prompt_rows import read_prompt_rows
     from dera_peft.training.record import quantization_of, training_record
+    from dera_peft.training.sharding import is_fsdp_asked
     from dera_peft.training.tokens import pad_within
     from dera_peft.training.trainer import build, run, save
 
@@ -136,6 +137,8 @@ def distill(arguments: Sequence[str] | None, held: ExitStack) -> None:
     lam = check_arguments(settings, training_args)
     held.enter_context(hold_folder(training_args.output_dir))
     processes = check_processes(settings.num_processes)
+    if is_fsdp_asked(training_args) or training_args.deepspeed_plugin is not None:
+        raise DeRaError("FSDP and DeepSpeed shard the base that student and teacher share: distil without them.")
     source = model_source(settings, training_args)
     teacher_record = source.resolve_one(
         "dera distill", "export them as one adapter (dera export), and name that.", prompts_differ=None
@@ -191,8 +194,6 @@ def distill(arguments: Sequence[str] | None, held: ExitStack) -> None:
         eval_dataset=Dataset.from_list(evaluated),
         processing_class=tokenizer,
     )
-    if trainer.is_sharded:
-        raise DeRaError("FSDP and DeepSpeed shard the base that student and teacher share: distil without them.")
     trained = cast("PeftModel", trainer.model)
     check_decodable(trained)
     if quantization_of(trained) is not None:

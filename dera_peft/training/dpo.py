@@ -108,6 +108,7 @@ def align(arguments: Sequence[str] | None, held: ExitStack) -> None:
     from dera_peft.training.record import adapter_record, quantization_of, training_record
     from dera_peft.training.rows import check_data, check_tokenizer, read_rows
     from dera_peft.training.sft_model import find_sft_model_to_train
+    from dera_peft.training.sharding import check_sharding, shard_quantized
     from dera_peft.training.tokenized_rows import check_tokens
     from dera_peft.training.trainer import DPOConfig, DPOTrainer, ModelConfig, build, lora_config, run, save
 
@@ -116,6 +117,7 @@ def align(arguments: Sequence[str] | None, held: ExitStack) -> None:
     check_arguments(settings, training_args, model_args)
     held.enter_context(hold_folder(training_args.output_dir))
     processes = check_processes(settings.num_processes)
+    sharding = check_sharding(training_args)
     rows, held_out = read_splits(settings)
     sft_model = find_sft_model_to_train(
         model_args, settings.quantization, training_args.model_init_kwargs, settings.sft_adapter
@@ -124,6 +126,8 @@ def align(arguments: Sequence[str] | None, held: ExitStack) -> None:
         raise DeRaError(
             f"model_name_or_path={sft_model.base!r} has no weights that dera.json could name: save it first."
         )
+    if sharding is not None:
+        sft_model = shard_quantized(sft_model, training_args)
     if settings.continue_sft_adapter:
         if sft_model.adapter is None:
             raise DeRaError("continue_sft_adapter=True needs the adapter: set sft_adapter.")
@@ -131,7 +135,11 @@ def align(arguments: Sequence[str] | None, held: ExitStack) -> None:
     groups, watching = (settings, training_args, model_args), training_args.watching()
     output = OutputFolder(
         training_args.output_dir,
-        {**settings_of(*groups, ignore=watching), "processes": processes},
+        {
+            **settings_of(*groups, ignore=watching),
+            "processes": processes,
+            **({"sharding": sharding} if sharding else {}),
+        },
         {**sft_model.fingerprint(), "dataset": dataset_fingerprint(rows)},
         settings.overwrite,
         given_settings(parser.given, *groups, ignore=watching),
@@ -170,7 +178,7 @@ def align(arguments: Sequence[str] | None, held: ExitStack) -> None:
     trained = cast("PeftModel", trainer.model)  # of a new adapter, or the one that is continued
     leave_out_embeddings(trained)
     check_decodable(trained)
-    if quantization_of(trained) is not None and not trainer.is_sharded:
+    if quantization_of(trained) is not None and not trainer.is_deepspeed_enabled:
         train_in_float32(trained)
     prepared = cast("Dataset", trainer.train_dataset)
     trainer.train_dataset = check_tokens(prepared, usable, tokenizer, count, training_args)

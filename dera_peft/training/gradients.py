@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dera_peft.errors import DeRaError
@@ -25,14 +26,19 @@ class Factor:
     weight: nn.Parameter
     other: nn.Parameter
 
+
+class Seen(NamedTuple):
+    """What a step has shown of a factor, in all processes together."""
+
+    is_called: bool  # its layer was, with gradients
+    arrived: bool  # it has a gradient, which may be zero
+    is_nonzero: bool  # the gradient is not
+    other_is_nonzero: bool
+
     @property
     def is_blocked(self) -> bool:
         """Whether it should have a gradient, and has none. Of B = 0, where LoRA starts, A's gradient is zero."""
-        return self.weight.grad is None or (not self.has_gradient and bool(self.other.any()))
-
-    @property
-    def has_gradient(self) -> bool:
-        return self.weight.grad is not None and bool(self.weight.grad.any())
+        return not self.arrived or (not self.is_nonzero and self.other_is_nonzero)
 
 
 class GradientCheck(TrainerCallback):
@@ -60,17 +66,35 @@ class GradientCheck(TrainerCallback):
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         if not self.hooks:
             return
+        seen = self._seen(args.device)
         # A layer that was not called is no fault: an image tower where all rows are text, say.
-        called = [factor for factor in self.factors if factor.layer in self.called]
-        blocked = [factor for factor in called if factor.is_blocked]
-        is_flat = not any(factor.has_gradient for factor in self.factors)
+        blocked = [f for f, each in zip(self.factors, seen, strict=True) if each.is_called and each.is_blocked]
+        is_flat = not any(each.is_nonzero for each in seen)
         # A flat loss has a gradient of zero at every factor (a hinge that every pair of the batch meets), and says
         # nothing of a layer: then the next step is looked at. Where gradients do not arrive at all, they are None.
-        if is_flat and all(factor.weight.grad is not None for factor in blocked):
+        if is_flat and all(each.arrived for each in seen if each.is_called):
             return
         self._stop_watching()
         if blocked:
             raise DeRaError(_message(blocked, len(self.factors), state.global_step + 1))
+
+    def _seen(self, device: torch.device) -> list[Seen]:
+        """
+        Of each factor, in one exchange between the processes: of a sharded one each has some rows, or none.
+
+        Args:
+            device: that the processes exchange on.
+        """
+        here = []
+        for factor in self.factors:
+            grad = factor.weight.grad
+            other = _local(factor.other.detach())
+            is_nonzero = grad is not None and bool(_local(grad).any())
+            here.append([factor.layer in self.called, grad is not None, is_nonzero, bool(other.any())])
+        marks = torch.tensor(here, dtype=torch.uint8, device=device)  # [F, 4]
+        if distributed.is_initialized():
+            distributed.all_reduce(marks, distributed.ReduceOp.MAX)
+        return [Seen(*map(bool, row)) for row in marks.tolist()]
 
     def _watch(self) -> None:
         self._stop_watching()
@@ -86,6 +110,11 @@ class GradientCheck(TrainerCallback):
         for hook in self.hooks:
             hook.remove()
         self.hooks, self.called = [], set()
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process has of a tensor, if it is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def trained_factors(model: nn.Module) -> Iterator[Factor]:

@@ -87,6 +87,11 @@ def check_processes(expected: int | None) -> int:
     return running
 
 
+def run_by(processes: int, sharding: str | None) -> dict[str, Any]:
+    """What a run's record says of its processes; a checkpoint of a sharded run is of no use to another."""
+    return {"processes": processes} if sharding is None else {"processes": processes, "sharding": sharding}
+
+
 def _asked_of_accelerate() -> int | None:
     """What `accelerate launch --num_processes` said, if that is this program's parent; only Linux tells."""
     parent = Path(f"/proc/{os.getppid()}/cmdline")

@@ -34,6 +34,7 @@ from dera_peft.training.program import (
     check_processes,
     hold_folder,
     log,
+    run_by,
     settings_of,
 )
 
@@ -82,6 +83,7 @@ def fine_tune(arguments: Sequence[str] | None, held: ExitStack) -> None:
     from dera_peft.training.rows import NUMBER, check_data, check_tokenizer, read_rows
     from dera_peft.training.sft_model import find_sft_model_to_train
     from dera_peft.training.sft_rows import LENGTH, SFTReader, columns_to_read
+    from dera_peft.training.sharding import check_sharding, shard_quantized
     from dera_peft.training.tokens import trained_end_tokens
     from dera_peft.training.trainer import ModelConfig, SFTConfig, SFTTrainer, build, lora_config, run, save
 
@@ -90,6 +92,7 @@ def fine_tune(arguments: Sequence[str] | None, held: ExitStack) -> None:
     check_arguments(settings, training_args, model_args)
     held.enter_context(hold_folder(training_args.output_dir))
     processes = check_processes(settings.num_processes)
+    sharding = check_sharding(training_args)
     rows, held_out = read_splits(settings)
     base = find_sft_model_to_train(model_args, settings.quantization, training_args.model_init_kwargs)
     if base.adapter is not None:
@@ -102,11 +105,13 @@ def fine_tune(arguments: Sequence[str] | None, held: ExitStack) -> None:
             "that it makes first, or fine-tune all of it."
         )
     check_quantized(settings, model_args, base)
+    if sharding is not None and not base.is_function:
+        base = shard_quantized(base, training_args)
     output = OutputFolder(
         training_args.output_dir,
         {
             **settings_of(settings, training_args, model_args, ignore=training_args.watching()),
-            "processes": processes,
+            **run_by(processes, sharding),
         },
         {**base.fingerprint(), "dataset": dataset_fingerprint(rows)},
         settings.overwrite,
@@ -151,7 +156,7 @@ def fine_tune(arguments: Sequence[str] | None, held: ExitStack) -> None:
     trained = cast("PreTrainedModel | PeftModel", trainer.model)
     check_tokens_train(trained)
     quantization = quantization_of(trained)
-    if model_args.use_peft and quantization is not None and not trainer.is_sharded:
+    if model_args.use_peft and quantization is not None and not trainer.is_deepspeed_enabled:
         train_in_float32(cast("PeftModel", trained))
     metrics = run(trainer)
     if not model_args.use_peft:  # of an adapter, dera.json names them

@@ -1,6 +1,7 @@
 """What training starts from: the SFT model, which is a base, or a base and an adapter over it."""
 
 import os
+from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -11,10 +12,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dera_peft.checkpoint.adapter_file import CONFIG_FILE, base_of, check_named, has_file, read_adapter_config
-from dera_peft.checkpoint.base import load_base
+from dera_peft.checkpoint.base import load_base, read_dtype
 from dera_peft.checkpoint.check import Checked, check
 from dera_peft.checkpoint.fingerprint import cached_revision, file_fingerprint, weights_fingerprint
 from dera_peft.checkpoint.loading import end_as_trained
+from dera_peft.checkpoint.quantization import quantization_config
 from dera_peft.checkpoint.record import Record
 from dera_peft.checkpoint.resolve import resolve
 from dera_peft.checkpoint.source import ModelSource
@@ -68,6 +70,15 @@ class SFTModel(ModelSource):
         if self.adapter is not None:
             known[ADAPTER] = weights_fingerprint(self.adapter) or self.adapter
         return known
+
+    def with_storage(self, dtype: torch.dtype) -> "SFTModel":
+        """This one, quantized to 4 bits that are stored as a float `dtype`, several in each: the same weights."""
+        config = deepcopy(self.base_arguments.get("quantization_config"))
+        if self.quantization is not None:
+            config = quantization_config(self.quantization, read_dtype(self.dtype), self.config)
+        assert config is not None  # it is quantized
+        config.bnb_4bit_quant_storage = dtype
+        return replace(self, quantization=None, base_arguments={**self.base_arguments, "quantization_config": config})
 
     def check(self) -> Checked:
         """

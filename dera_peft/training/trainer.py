@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import trl
+from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     EarlyStoppingCallback,
     Trainer,
@@ -26,6 +28,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from dera_peft.errors import DeRaError
 from dera_peft.training.gradients import GradientCheck
 from dera_peft.training.program import log
+from dera_peft.training.sharding import is_plain_adapter, keep_precise, trained_weights, whole_weights
 from dera_peft.training.tokens import check_tokens
 
 STATE = "trainer_state.json"  # of a checkpoint
@@ -77,6 +80,8 @@ class RunArguments(Mixed):
             if getattr(self, name) < 1:
                 raise DeRaError(f"{name}={getattr(self, name)} must be at least 1.")
         # without this accelerate runs torchrun's processes on the CPU each for itself
+        if str(self.fsdp).lower() in ("true", "false"):  # as a file or a command line has it
+            self.fsdp = cast("Any", str(self.fsdp).lower() == "true")
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _has_bf16()
@@ -138,8 +143,24 @@ class GuardedTrainer(Trainer):
         return cast("str", self.args.output_dir)  # transformers sets it where the user does not
 
     @property
-    def is_sharded(self) -> bool:
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+    def fsdp_plugin(self) -> FullyShardedDataParallelPlugin:
+        return cast("FullyShardedDataParallelPlugin", self.accelerator.state.fsdp_plugin)  # where FSDP is enabled
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+        elif is_plain_adapter(self.model):
+            self._save(output_dir, state_dict=trained_weights(cast("nn.Module", self.model)))
+        else:
+            with whole_weights(self.fsdp_plugin):
+                super().save_model(output_dir, _internal_call)
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # the checkpoint had made the last one: transformers would make one more, where they end within an epoch
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -160,16 +181,6 @@ class GuardedTrainer(Trainer):
             message = _unsaved(folder, error, self.output_dir, self.state.global_step - 1)
             shutil.rmtree(folder, ignore_errors=True)
             raise DeRaError(message) from error
-
-    def take(self, checkpoint: Path) -> None:
-        """
-        The weights and the history of a run that had made its last step: `train` would make one more, where the steps
-        end within an epoch.
-        """
-        self._load_from_checkpoint(str(checkpoint))
-        self.state = TrainerState.load_from_json(str(checkpoint / STATE))
-        if self.args.load_best_model_at_end:
-            self._load_best_model()
 
     def where(self, good: int) -> str:
         """In words: the step that is made, its learning rate, and the last checkpoint up to the step `good`."""
@@ -235,9 +246,11 @@ def build(trainer_class: type[GuardedTrainer], **kwargs) -> GuardedTrainer:
         trainer = trainer_class(**kwargs)
     except (RuntimeError, *OF_A_SETTING) as error:
         raise DeRaError(in_one_line(error)) from error
+    if trainer.is_fsdp_enabled:
+        keep_precise(trainer.fsdp_plugin)
     check_tokens(trainer)
     trainer.add_callback(Watch(trainer, args.stop_at_loss))
-    if not trainer.is_sharded:  # there a process has a part of the gradients at most, and not in the parameters
+    if not trainer.is_deepspeed_enabled:  # which has the gradients elsewhere
         trainer.add_callback(GradientCheck())
     if args.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
@@ -276,9 +289,7 @@ def run(trainer: GuardedTrainer) -> dict[str, float]:
     checkpoint = last_checkpoint(Path(trainer.output_dir))
     if checkpoint is not None:
         log(f"going on from {checkpoint}")
-    if checkpoint is not None and _is_finished(checkpoint) and not trainer.is_sharded:
-        trainer.take(checkpoint)  # a sharded model's weights are loaded by `train` alone
-        return final_metrics(trainer.state.log_history)
+    was_finished = checkpoint is not None and _is_finished(checkpoint)
     begun = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -288,6 +299,8 @@ def run(trainer: GuardedTrainer) -> dict[str, float]:
         raise DeRaError(f"training stopped at step {trainer.state.global_step + 1}: {in_one_line(error)}") from error
     seconds = time.perf_counter() - begun
     metrics = final_metrics(trainer.state.log_history)
+    if was_finished:  # no step was made
+        return metrics
     memory = peak_memory(trainer.args.device)
     tokens = metrics.get("num_tokens", 0)  # TRL counts those of this run
     log(f"{trainer.state.global_step} steps; {tokens / seconds:,.0f} tokens/s; peak memory {memory / 2**30:.2f} GiB")

@@ -88,11 +88,6 @@ def test_what_an_evaluation_breaks_is_found_after_it(blocked, tmp_path):
         train("dpo", tmp_path / "dpo", **blocked)
 
 
-def test_a_sharded_run_is_not_checked(blocked, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer.GuardedTrainer, "is_sharded", True)
-    train("dpo", tmp_path / "dpo", **blocked)
-
-
 LAYERS = ["plain", "other"]
 
 

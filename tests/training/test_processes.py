@@ -1,4 +1,4 @@
-"""Two processes on the CPU, over gloo, against one."""
+"""Two processes on the CPU, over gloo, against one: with the whole model each, and sharded by FSDP2."""
 
 import json
 import subprocess
@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from fsdp2_on_cpu import CONFIG
 from safetensors.torch import load_file
 from small_runs import LORA, train, write_rows
 
-from dera_peft import DeRaError
+from dera_peft import DeRaError, DeRaModel
 from dera_peft.training.program import check_processes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,9 +19,11 @@ PROGRAMS = """
 import sys
 sys.path[:0] = [{tests!r}, {root!r}]
 from pathlib import Path
+from fsdp2_on_cpu import fsdp2, without_fsdp
 from small_runs import train
-for program, settings in {runs!r}:
-    train(program, Path({folder!r}) / program, num_processes=2, per_device_train_batch_size=2, **settings)
+for program, name, settings in {runs!r}:
+    with fsdp2() if "fsdp" in name else without_fsdp():
+        train(program, Path({folder!r}) / name, num_processes=2, per_device_train_batch_size=2, **settings)
 """
 
 
@@ -28,32 +31,51 @@ def test_two_processes_have_the_loss_of_one_at_the_same_global_batch(tiny_base, 
     pairs = [json.loads(line) for line in preferences.read_text().splitlines()]
     texts = write_rows(tmp_path / "texts.jsonl", [{"text": row["prompt"] + row["chosen"]} for row in pairs])
     lora = {**LORA, "lora_dropout": 0.0}  # each process would drop others
+    dpo = {"model_name_or_path": str(tiny_base), "dataset_name": str(preferences), "sft_adapter": str(sft_adapter)}
     runs = [
-        ("sft", {"model_name_or_path": str(tiny_base), "dataset_name": str(texts), **lora}),
-        ("dpo", {"model_name_or_path": str(tiny_base), "dataset_name": str(preferences),
-                 "sft_adapter": str(sft_adapter)}),
-    ]  # fmt: skip
+        ("sft", "sft", {"model_name_or_path": str(tiny_base), "dataset_name": str(texts), **lora}),
+        ("dpo", "dpo", dpo),
+        ("dpo", "dpo-fsdp", {**dpo, "quantization": "nf4", "save_strategy": "steps", "save_steps": 2}),
+    ]
     script = tmp_path / "programs.py"
     script.write_text(
         PROGRAMS.format(tests=str(ROOT / "tests"), root=str(ROOT), runs=runs, folder=str(tmp_path / "two"))
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
+    command += ["--num_processes", "2", "--main_process_port", "0", str(script)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr.count("training on 2 processes (cpu), 4 rows a step") == 2, "once a program, not once a process"
-    assert done.stdout.count("'train_runtime'") == 2
+    assert done.stderr.count("training on 2 processes (cpu), 4 rows a step") == 3, "once a program, not once a process"
+    assert done.stdout.count("'train_runtime'") == 3
 
-    for program, settings in runs:
-        one = train(program, tmp_path / "one" / program, num_processes=1, per_device_train_batch_size=4, **settings)
-        two = tmp_path / "two" / program
+    for program, name, settings in runs:
+        one = train(program, tmp_path / "one" / name, num_processes=1, per_device_train_batch_size=4, **settings)
+        two = tmp_path / "two" / name
         ours, theirs = (json.loads((folder / "dera.json").read_text())["training"] for folder in (one, two))
         assert (ours["processes"], theirs["processes"]) == (1, 2)
-        for name in ("first_loss", "loss", "train_loss"):
-            assert theirs["metrics"][name] == pytest.approx(ours["metrics"][name], abs=1e-4), (program, name)
+        assert ours["quantization"] == theirs["quantization"] == settings.get("quantization")
+        for metric in ("first_loss", "loss", "train_loss"):
+            assert theirs["metrics"][metric] == pytest.approx(ours["metrics"][metric], abs=1e-4), (name, metric)
         assert abs(ours["metrics"]["loss"] - ours["metrics"]["first_loss"]) > 1e-3, "something was learned"
         expected, found = (load_file(f / "adapter_model.safetensors") for f in (one, two))
-        for name, tensor in expected.items():
-            torch.testing.assert_close(found[name], tensor, atol=1e-4, rtol=1e-2)
+        assert expected.keys() == found.keys()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(found[key], tensor, atol=1e-4, rtol=1e-2)
+
+    # a checkpoint of the sharded run has FSDP's weights, and the whole adapter
+    checkpoint = tmp_path / "two" / "dpo-fsdp" / "checkpoint-4"
+    assert (checkpoint / "pytorch_model_fsdp.bin").is_file()
+    last = load_file(checkpoint / "adapter_model.safetensors")
+    assert all(torch.equal(last[key], tensor) for key, tensor in found.items())
+    ids = torch.arange(3, 11)[None]
+    logits = [
+        DeRaModel.from_pretrained(adapter=folder / "dpo-fsdp", quantization="nf4")(ids, lam=1.0, output_branches=True)
+        for folder in (tmp_path / "one", tmp_path / "two")
+    ]
+    ours, theirs = (each.branch_logits for each in logits)
+    assert not torch.allclose(theirs["aligned"], theirs["reference"], atol=1e-3)
+    for branch, expected in ours.items():
+        torch.testing.assert_close(theirs[branch], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_launcher_that_starts_one_process_in_silence_is_found_out(tmp_path):
