@@ -53,7 +53,6 @@ def make_cases(data: Path) -> dict[str, Case]:
         "dpo-frozen": Case("dpo", frozen),
         "dpo-continued": Case("dpo", {**continued, **SAVED}),
         "dpo-checkpointing": Case("dpo", {**pairs, "gradient_checkpointing": True}),
-        "dpo-checkpointing-fsdp": Case("dpo", pairs, {"fsdp_activation_checkpointing": "true"}),
         "dpo-accumulated": Case("dpo", {**pairs, "gradient_accumulation_steps": 2}),
         "dpo-best": Case("dpo", {**pairs, **SAVED, **EVALUATED}),
         "dpo-best-sharded": Case("dpo", {**pairs, **SAVED, **EVALUATED}, SHARDED),
@@ -133,7 +132,7 @@ def compare(work: Path, name: str, case: Case) -> str:
     two = work / "two" / name
     file = "adapter_model.safetensors" if (one / "adapter_config.json").is_file() else "model.safetensors"
     expected, found, differing = (load_file(folder / file) for folder in (one, two, other))
-    assert expected.keys() == found.keys()
+    assert expected.keys() == found.keys(), f"{name}: {sorted(expected.keys() ^ found.keys())[:4]}"
 
     def distance(weights: dict[str, torch.Tensor]) -> float:
         return max(float((weights[key] - tensor).abs().max()) for key, tensor in expected.items())
@@ -187,9 +186,16 @@ def main() -> None:
             leave_the_rest(work / "two" / name.partition(" from")[0], work / "two" / name, cases[name].rest or "")
         if rests:
             subprocess.run([*launch, ",".join(rests)], check=True)
-        lines = [compare(work, name, case) for name, case in cases.items()]
+        lines, failures = [], []
+        for name, case in cases.items():
+            try:
+                lines.append(compare(work, name, case))
+            except AssertionError as error:
+                failures.append(str(error))
     print(f"\n{'':32} from one process, another seed from it (largest difference of a weight)")
     print("\n".join(lines))
+    if failures:
+        sys.exit("\n".join(failures))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,12 @@ SLOWEST = timedelta(days=7)  # how long a process may wait for the others
 
 def is_fsdp_launched() -> bool:
     """Whether accelerate's launcher was asked for FSDP."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+    return is_set("ACCELERATE_USE_FSDP")
+
+
+def is_set(variable: str) -> bool:
+    """Whether a variable of the environment, such as accelerate's launcher sets, is true."""
+    return os.environ.get(variable, "false").lower() in ("true", "1")
 
 
 def join_processes() -> PartialState:

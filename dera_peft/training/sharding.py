@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.training_args import OptimizerNames
 
-from dera_peft.checkpoint.devices import is_fsdp_launched
+from dera_peft.checkpoint.devices import is_fsdp_launched, is_set
 from dera_peft.errors import DeRaError
 
 if TYPE_CHECKING:
@@ -58,11 +58,17 @@ def check_sharding(args: "TrainingArguments") -> str | None:
             f"FSDP shards a model over several accelerators, and this is {place}, where each process would have the "
             "whole model: leave FSDP out, or start it on several GPUs (accelerate launch, with fsdp_version: 2)."
         )
-    version = int((args.fsdp_plugin_args or {}).get("fsdp_version") or os.environ.get("FSDP_VERSION", 1))
+    settings = args.fsdp_plugin_args or {}
+    version = int(settings.get("fsdp_version") or os.environ.get("FSDP_VERSION", 1))
     if version != 2:
         raise DeRaError(
             f"fsdp_version={version}: these programs train with FSDP2. Set fsdp_version: 2; accelerate "
             "to-fsdp2 --config_file FILE converts a config."
+        )
+    if settings.get("activation_checkpointing") or is_set("FSDP_ACTIVATION_CHECKPOINTING"):
+        raise DeRaError(
+            "fsdp_activation_checkpointing=true wraps the layers, in which PEFT then finds no adapter to save: leave it "
+            "out, and set gradient_checkpointing: true, which does the same."
         )
     optimizer = OptimizerNames(args.optim)
     if optimizer in OF_BITSANDBYTES:

@@ -46,6 +46,9 @@ STAND_INS = {
     "llama-3.1-8b-qlora": (
         LlamaConfig, ["<|begin_of_text|>", "<|end_of_text|>"], None,
     ),
+    "llama-3.1-70b-qlora": (
+        LlamaConfig, ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"], "llama3_1.jinja",
+    ),
     "zephyr-7b-qlora": (MistralConfig, ["<s>", "</s>"], ZEPHYR_TEMPLATE),
 }  # fmt: skip
 

@@ -38,6 +38,10 @@ def test_by_the_launcher(on_gpus, monkeypatch):
     monkeypatch.setenv(LAUNCHED, "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     assert check_sharding(DPOConfig()) == "fsdp2"
+    with monkeypatch.context() as patch:
+        patch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
+        with pytest.raises(DeRaError, match="PEFT then finds no adapter to save"):
+            check_sharding(DPOConfig())
     monkeypatch.delenv("FSDP_VERSION")  # as accelerate has it without one
     with pytest.raises(DeRaError, match=r"fsdp_version=1: .* FSDP2\. Set fsdp_version: 2"):
         check_sharding(DPOConfig())
@@ -47,6 +51,7 @@ def test_by_the_launcher(on_gpus, monkeypatch):
     ("settings", "message"),
     [
         ({"fsdp_config": {"version": 1}}, "fsdp_version=1: these programs train with FSDP2"),
+        ({"fsdp_config": {"activation_checkpointing": True}}, "fsdp_activation_checkpointing=true .* gradient_checkp"),
         ({"optim": "paged_adamw_32bit"}, "optim='paged_adamw_32bit' is bitsandbytes'.* set optim: adamw_torch"),
         ({"optim": "adamw_8bit"}, "optim='adamw_8bit' is bitsandbytes'"),
         ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs=True: .* leave it out"),
