@@ -67,7 +67,7 @@ def check_sharding(args: "TrainingArguments") -> str | None:
         )
     if settings.get("activation_checkpointing") or is_set("FSDP_ACTIVATION_CHECKPOINTING"):
         raise DeRaError(
-            "fsdp_activation_checkpointing=true wraps the layers, in which PEFT then finds no adapter to save: leave it "
+            "fsdp_activation_checkpointing=true wraps layers, in which PEFT then finds no adapter to save: leave it "
             "out, and set gradient_checkpointing: true, which does the same."
         )
     optimizer = OptimizerNames(args.optim)
