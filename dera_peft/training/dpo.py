@@ -41,6 +41,7 @@ from dera_peft.training.program import (
     given_settings,
     hold_folder,
     log,
+    run_by,
     settings_of,
 )
 
@@ -135,11 +136,7 @@ def align(arguments: Sequence[str] | None, held: ExitStack) -> None:
     groups, watching = (settings, training_args, model_args), training_args.watching()
     output = OutputFolder(
         training_args.output_dir,
-        {
-            **settings_of(*groups, ignore=watching),
-            "processes": processes,
-            **({"sharding": sharding} if sharding else {}),
-        },
+        {**settings_of(*groups, ignore=watching), **run_by(processes, sharding)},
         {**sft_model.fingerprint(), "dataset": dataset_fingerprint(rows)},
         settings.overwrite,
         given_settings(parser.given, *groups, ignore=watching),
