@@ -199,8 +199,7 @@ def test_a_long_run_ends_with_its_speed(dera, model, tmp_path, monkeypatch):
     assert re.search(r"^\d tokens in [\d.]+ s: [\d.]+ tokens/s$", err.splitlines()[-1])
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
-def test_interrupted_and_continued(dera, model, tmp_path, sent):
+def test_interrupted_and_continued(dera, model, tmp_path):
     output = tmp_path / "out.jsonl"
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(f"Rain fell on day {day}" for day in range(120)) + "\n")
@@ -220,15 +219,13 @@ def test_interrupted_and_continued(dera, model, tmp_path, sent):
     deadline = time.time() + 240
     while not (output.is_file() and output.stat().st_size) and time.time() < deadline:
         time.sleep(0.02)
-    process.send_signal(sent)
+    process.send_signal(signal.SIGINT)
     out, err = process.communicate()
-    assert out == ""
-    if sent == signal.SIGINT:
-        assert process.returncode == 130
-        assert err.startswith("interrupted;")
-        assert err.count("\n") == 1
+    assert (process.returncode, out) == (130, "")
+    assert err.startswith("interrupted;")
+    assert err.count("\n") == 1
     done = len(output.read_text().splitlines())
-    assert 0 < done < 120, "it must be killed in the middle for the test to mean something"
+    assert 0 < done < 120, "it must be stopped in the middle for the test to mean something"
     assert dera(*command, "--batch-size", 64)[0] == 0
     assert sorted(row["prompt_index"] for row in rows(output.read_text())) == list(range(120))
 
