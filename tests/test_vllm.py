@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+from fastapi import HTTPException
 from peft import PeftModel
 from tiny_models import make_adapter
 from transformers import AutoModelForCausalLM
@@ -84,7 +85,7 @@ def test_lambda_that_is_no_finite_number_is_refused(lam):
 
 
 def test_what_a_request_would_not_get_is_refused():
-    for name in ("lam", "combine", "lambda_schedule"):
+    for name in ("lam", "lamda", "Lambda", "λ", "combine", "lambda_schedule", "reference_system"):
         with pytest.raises(DeRaError, match=f"^{name}="):
             ONE.read({name: 0.5})
     with pytest.raises(DeRaError, match=r"2\.5 is out of range; this server takes -2 to 2"):
@@ -201,40 +202,31 @@ def test_unknown_options_are_vllms_or_an_error(capsys, monkeypatch):
     assert seen[0].port == 9
 
 
-def sent(body: dict, monkeypatch, branches: Branches = ONE, path: str = "/v1/completions") -> tuple[dict | None, dict]:
-    """What vLLM's application is given of a body, and what the client is answered."""
+def sent(body: dict, monkeypatch, branches: Branches | None = ONE, path: str = "/v1/completions") -> tuple:
+    """What vLLM's application is given of a body; or None, and the status and message of the refusal."""
     monkeypatch.setattr(requests, "current", branches)
-    content, answers, inner = json.dumps(body).encode(), [], []
-    parts = [
-        {"type": "http.request", "body": part, "more_body": part is not content[9:]}
-        for part in (content[:9], content[9:])
-    ]
-    parts[1]["more_body"] = False
+    content, inner = json.dumps(body).encode(), []
+    parts = [{"type": "http.request", "body": content[:9], "more_body": True}]
+    parts += [{"type": "http.request", "body": content[9:], "more_body": False}, {"type": "http.disconnect"}]
 
     async def app(scope, receive, send):
+        assert scope["headers"] == [(b"x-other", b"1")]  # not the length of what the client sent
+        assert len(parts) == 3, "a body is read before it is asked for, as of a client without the key"
         message = await receive()
-        found = message["body"]
-        while message.get("more_body"):
-            message = await receive()
-            found += message["body"]
-        assert dict(scope["headers"])[b"content-length"] == str(len(found)).encode()
-        inner.append(json.loads(found))
+        inner.append(json.loads(message["body"]))
+        assert not message["more_body"]
+        assert await receive() == {"type": "http.disconnect"}
 
     async def receive():
         return parts.pop(0)
 
-    async def send(message):
-        answers.append(message)
-
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": path,
-        "headers": [(b"content-length", str(len(content)).encode())],
-    }
-    asyncio.run(LambdaField(app)(scope, receive, send))
-    answer = {} if not answers else {"status": answers[0]["status"], **json.loads(answers[1]["body"])}
-    return (inner[0] if inner else None), answer
+    headers = [(b"content-length", str(len(content)).encode()), (b"x-other", b"1")]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
+    try:
+        asyncio.run(LambdaField(app)(scope, receive, None))
+    except HTTPException as refusal:  # which vLLM makes an answer of
+        return None, refusal.status_code, refusal.detail
+    return (*inner, 200, "")
 
 
 @pytest.mark.parametrize(
@@ -244,16 +236,17 @@ def sent(body: dict, monkeypatch, branches: Branches = ONE, path: str = "/v1/com
         ({"model": "dpo@1.5"}, "dpo", 1.5),
         ({"model": "dpo"}, "dpo", 0.7),
         ({"vllm_xargs": {"lambda": 0.25, "other": 1}}, "dpo", 0.25),
+        ({"vllm_xargs": {"lambda": "dpo=0.25"}}, "dpo", 0.25),
     ],
 )
 def test_lambda_as_a_field_of_the_body(body, model, lam, monkeypatch):
-    inner, answer = sent({"prompt": "é", **body}, monkeypatch)
-    assert answer == {}
+    inner, status, _ = sent({"prompt": "é", **body}, monkeypatch)
+    assert status == 200
     assert inner == {"prompt": "é", "model": model, "vllm_xargs": {**body.get("vllm_xargs", {}), "lambda": lam}}
 
 
 def test_lambda_of_several_adapters_as_a_field(monkeypatch):
-    inner, _ = sent({"lambda": {"brief": 2}}, monkeypatch, TWO)
+    inner, _, _ = sent({"lambda": {"brief": 2}}, monkeypatch, TWO)
     assert inner == {"model": "kind+brief", "vllm_xargs": {"lambda": "kind=0.0,brief=2.0"}}
     assert TWO.read(inner["vllm_xargs"]) == [0.0, 2.0]
 
@@ -267,20 +260,30 @@ def test_lambda_of_several_adapters_as_a_field(monkeypatch):
         ({"lambda": 3}, 400, "out of range"),
         ({"lambda": 1, "vllm_xargs": {"lambda": 1}}, 400, "leave one of the two away"),
         ({"model": "dop"}, 404, "there is no 'dop'"),
-        ({"combine": "kl:0.1"}, 400, "combine"),
+        ({"lambda": "dpo=nan"}, 400, "lambda: 'nan' is not finite"),
+        ({"lambda": 0.5, "combine": "kl:0.1"}, 400, "combine"),
+        ({"lamda": 0.5}, 400, "lamda=0.5: λ of a request is named 'lambda'"),
+        ({"principle": "Be brief."}, 400, "principle"),
         ({"use_beam_search": True}, 400, "beams"),
     ],
 )
 def test_bodies_that_are_refused(body, status, said, monkeypatch):
-    inner, answer = sent(body, monkeypatch)
-    assert inner is None
-    assert answer["status"] == status
-    assert said in answer["error"]["message"]
+    inner, found, message = sent(body, monkeypatch)
+    assert (inner, found) == (None, status)
+    assert said in message
 
 
-def test_other_paths_pass(monkeypatch):
-    inner, answer = sent({"lambda": 7}, monkeypatch, path="/tokenize")
-    assert (inner, answer) == ({"lambda": 7}, {})
+def test_paths_of_vllms_server(monkeypatch):
+    """λ is read where vLLM can take it, and refused where it would drop it in silence."""
+    for path in ("/v1/chat/completions", "/v1/chat/completions/batch", "/v1/messages", "/invocations", "/tokenize"):
+        inner, _, _ = sent({"model": "dpo@0.5"}, monkeypatch, path=path)
+        assert inner == {"model": "dpo", "vllm_xargs": {"lambda": 0.5}}
+    inner, status, message = sent({"lambda": 0.5}, monkeypatch, path="/generative_scoring")
+    assert (inner, status) == (None, 400)
+    assert "/generative_scoring takes none" in message
+    assert sent({"model": "dpo"}, monkeypatch, path="/generative_scoring")[0] == {"model": "dpo"}
+    assert sent({"model": 3}, monkeypatch)[0] == {"model": 3}  # of which vLLM says what is wrong
+    assert sent({"lambda": 0.5}, monkeypatch, branches=None)[1] == 503
 
 
 def answered(path: str, headers: tuple = ()) -> tuple[int, dict]:

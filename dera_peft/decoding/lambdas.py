@@ -134,42 +134,45 @@ def for_adapters(
     return tuple(dict.fromkeys(points))
 
 
-def read_lambdas(texts: Sequence[str]) -> list[Lambda]:
+def read_lambdas(texts: Sequence[str], argument: str = "--lambda") -> list[Lambda]:
     """`["0,0.5", "1"]` -> [0.0, 0.5, 1.0]; `["helpful=0.7,harmless=0.3"]` -> one point."""
     lambdas: list[Lambda] = []
     for text in texts:
-        lambdas += [_read_point(text)] if "=" in text else [_read_number(part, text) for part in text.split(",")]
+        if "=" in text:
+            lambdas.append(_read_point(text, argument))
+        else:
+            lambdas += [_read_number(part, text, argument) for part in text.split(",")]
     return lambdas
 
 
-def read_lambda(texts: Sequence[str]) -> Lambda:
-    """A single one: `["0.6"]` -> 0.6; `["helpful=0.7,harmless=0.3"]` -> a point."""
-    lambdas = read_lambdas(texts)
+def read_lambda(texts: Sequence[str], argument: str = "--lambda") -> Lambda:
+    """A single one: `["0.6"]` -> 0.6; `["helpful=0.7,harmless=0.3"]` -> a point. `argument` is for messages."""
+    lambdas = read_lambdas(texts, argument)
     if len(lambdas) > 1:
-        raise DeRaError(f"--lambda: {' '.join(texts)!r} is {len(lambdas)} λ, and one is wanted.")
+        raise DeRaError(f"{argument}: {' '.join(texts)!r} is {len(lambdas)} λ, and one is wanted.")
     return lambdas[0]
 
 
-def _read_point(text: str) -> NamedLambda:
+def _read_point(text: str, argument: str) -> NamedLambda:
     values: dict[str, float] = {}
     for part in text.split(","):
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not name:
-            raise DeRaError(f"--lambda: {text!r}: {part.strip()!r} is not of the form name=λ; {FORMS}.")
+            raise DeRaError(f"{argument}: {text!r}: {part.strip()!r} is not of the form name=λ; {FORMS}.")
         if name in values:
-            raise DeRaError(f"--lambda: {text!r} names {name!r} twice; {FORMS}.")
-        values[name] = _read_number(value, text)
+            raise DeRaError(f"{argument}: {text!r} names {name!r} twice; {FORMS}.")
+        values[name] = _read_number(value, text, argument)
     return NamedLambda(values)
 
 
-def _read_number(part: str, text: str) -> float:
+def _read_number(part: str, text: str, argument: str) -> float:
     try:
         value = read_number(part.strip())
     except ValueError:
         of = f"{text!r}: " if part.strip() != text.strip() else ""
-        raise DeRaError(f"--lambda: {of}{part.strip()!r} is not a number; {FORMS}.") from None
+        raise DeRaError(f"{argument}: {of}{part.strip()!r} is not a number; {FORMS}.") from None
     if not is_lambda(value):
-        raise DeRaError(f"--lambda: {part.strip()!r} is not finite in fp32, in which logits are mixed.")
+        raise DeRaError(f"{argument}: {part.strip()!r} is not finite in fp32, in which logits are mixed.")
     return value
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from dera_peft.checkpoint.fingerprint import weights_fingerprint
@@ -10,6 +11,7 @@ from dera_peft.checkpoint.record import Record
 from dera_peft.decoding.lambdas import NamedLambda, for_adapters, is_lambda, read_lambda
 from dera_peft.engine.names import LOGITS
 from dera_peft.engine.plan import Branch
+from dera_peft.engine.rules import LINEAR
 from dera_peft.errors import DeRaError
 
 if TYPE_CHECKING:
@@ -17,12 +19,16 @@ if TYPE_CHECKING:
 
 KEY = "dera"  # of vLLM's additional_config
 LAMBDA = "lambda"  # of a request's extra_args
-# What a request may ask of `dera serve`'s own engine, or mean by another name, and would not get.
+_PROMPTS = "a prompt of the reference's own is not decoded inside vLLM; dera generate takes one"
+# What a request may ask of DeRa elsewhere, and would not get.
 REFUSED = {
-    "lam": f"λ of a request is named {LAMBDA!r}",
+    "principle": _PROMPTS,
+    "reference_system": _PROMPTS,
     "combine": "the rules at a token need both branches' logits, and in vLLM their hidden states are mixed",
     "lambda_schedule": "λ is one number for a whole request in vLLM",
 }
+ALIKE = (LAMBDA, "lam", "λ")  # names that are mistaken for λ's
+NOTHING = (None, LINEAR, "", {})  # asks for nothing beside λ
 
 
 @dataclass(frozen=True)
@@ -104,13 +110,11 @@ class Branches:
             DeRaError: it is not a finite number in the range, or names another adapter.
         """
         given = dict(extra_args or {})
-        for name, reason in REFUSED.items():
-            if given.get(name) is not None:
-                raise DeRaError(f"{name}={given[name]!r}: {reason}.")
+        check_names(given)
         lam = given.get(LAMBDA)
         lam = self.lam if lam is None else lam
         if isinstance(lam, str) and "=" in lam:
-            lam = read_lambda([lam])
+            lam = read_lambda([lam], LAMBDA)
         for value in lam.values() if isinstance(lam, Mapping) else [lam]:
             self._check(value)
         (point,) = for_adapters([lam], self.record.aligned, LAMBDA)
@@ -123,6 +127,20 @@ class Branches:
             low, high = self.lambda_range
             if not low <= value <= high:
                 raise DeRaError(f"{LAMBDA}={value:g} is out of range; this server takes {low:g} to {high:g}.")
+
+
+def check_names(given: Mapping[str, Any]) -> None:
+    """
+    Raises `DeRaError` where a request asks by name for what it would not get. Of a mistyped λ, too: vLLM drops what it
+    does not know, and the model's own λ would take its place.
+    """
+    for name, value in given.items():
+        if value in NOTHING:
+            continue
+        if name in REFUSED:
+            raise DeRaError(f"{name}={value!r}: {REFUSED[name]}.")
+        if name != LAMBDA and get_close_matches(name.lower(), ALIKE, cutoff=0.8):
+            raise DeRaError(f"{name}={value!r}: λ of a request is named {LAMBDA!r}.")
 
 
 def _absolute(name: str) -> str:

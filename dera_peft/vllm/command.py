@@ -100,8 +100,9 @@ def engine_arguments(lambda_range: Sequence[float] | None = None, **source: Any)
         source: base, adapter, adapters, reference and the other fields of `ModelSource` that say which model is meant.
 
     Raises:
-        DeRaError: see `prepare`.
+        DeRaError: see `prepare`; or vLLM is not there in the tested version.
     """
+    check_version()
     model = ModelSource.read(None, **source)
     prepared = prepare(model, lambda_range)
     tokenizer = {} if prepared.tokenizer in (None, prepared.branches.base) else {"tokenizer": prepared.tokenizer}

@@ -113,7 +113,7 @@ def read_branches(base: str, given: Any, revision: str | None, trust_remote_code
 
 def check_features(vllm_config: "VllmConfig") -> None:
     """Raises `DeRaError` where vLLM is asked for what was not made to work, or not tested, with forked rows."""
-    parallel = vllm_config.parallel_config
+    parallel, offload = vllm_config.parallel_config, vllm_config.offload_config
     asked = {
         "--speculative-config": vllm_config.speculative_config is not None,
         "--enable-lora": vllm_config.lora_config is not None,
@@ -122,6 +122,8 @@ def check_features(vllm_config: "VllmConfig") -> None:
         "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
         "--prefill-context-parallel-size": parallel.prefill_context_parallel_size > 1,
         "--enable-dbo": parallel.use_ubatching,
+        "--cpu-offload-gb": offload.uva.cpu_offload_gb > 0,  # puts forwards of layers back, which are changed here
+        "--offload-group-size": offload.prefetch.offload_group_size > 0,
     }
     if found := [option for option, is_asked in asked.items() if is_asked]:
         raise DeRaError(f"{found[0]} does not go together with an adapter of DeRa in vLLM: leave it away.")

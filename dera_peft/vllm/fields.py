@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dera_peft.decoding.lambdas import NamedLambda, read_lambda
@@ -12,9 +13,19 @@ from dera_peft.serve.errors import APIError
 from dera_peft.serve.names import ModelNames
 from dera_peft.serve.settings import folder_name
 from dera_peft.vllm import requests
-from dera_peft.vllm.branches import LAMBDA, REFUSED, Branches
+from dera_peft.vllm.branches import LAMBDA, REFUSED, Branches, check_names
 
-PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
+# Of vLLM's server: where λ goes into a request of the engine, and where the model's name alone is read.
+PATHS = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/chat/completions/batch",
+    "/v1/responses",
+    "/v1/messages",
+    "/invocations",
+    "/v1/messages/count_tokens",
+    "/tokenize",
+)
 XARGS = "vllm_xargs"
 
 
@@ -22,28 +33,60 @@ class LambdaField:
     """
     vLLM drops the fields of a body that it does not know, and λ is to be in `vllm_xargs`. This puts it there.
 
-    It stands before vLLM's application (`--middleware`).
+    It stands before all of vLLM's application (`--middleware`), and reads a body when that asks for it: a client
+    without the key is told nothing, and a refusal has the headers of every other answer.
     """
 
     def __init__(self, app: ASGIApp):
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].endswith(PATHS):
-            await self.app(scope, receive, send)
-            return
+        if scope["type"] == "http" and scope["method"] == "POST":
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            # the length that a client says is that of another body
+            headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
+            scope, receive = {**scope, "headers": headers}, _reading(receive, path)
+        await self.app(scope, receive, send)
+
+
+def _reading(receive: Receive, path: str) -> Receive:
+    """Gives the body that vLLM is to have, once, and then whatever comes, as that the client is gone."""
+    given = False
+
+    async def read() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
         content = await _content(receive)
         try:
             body = json.loads(content)
         except ValueError:
             body = None  # vLLM says so
-        if isinstance(body, dict) and requests.current is not None:
+        if isinstance(body, dict):
             try:
-                content = json.dumps(with_xargs(body, requests.current)).encode()
-            except APIError as error:
-                await error.response()(scope, receive, send)
-                return
-        await self.app(_of_length(scope, len(content)), _giving(content, receive), send)
+                content = json.dumps(for_vllm(body, path)).encode()
+            except APIError as error:  # the one exception that vLLM, while it reads a body, makes an answer of
+                raise HTTPException(error.status, error.message) from None
+        return {"type": "http.request", "body": content, "more_body": False}
+
+    return read
+
+
+def for_vllm(body: dict[str, Any], path: str) -> dict[str, Any]:
+    """
+    A body as vLLM has it.
+
+    Raises:
+        APIError: see `with_xargs`; or λ is given where vLLM would drop it.
+    """
+    if requests.current is None:
+        raise APIError("this process has no model with an adapter of DeRa", 503)
+    if path in PATHS:
+        return with_xargs(body, requests.current)
+    if body.get(LAMBDA) is not None:
+        raise APIError(f"{LAMBDA}: {path} takes none; {', '.join(PATHS[:-2])} do", param=LAMBDA)
+    return body
 
 
 def with_xargs(body: dict[str, Any], branches: Branches) -> dict[str, Any]:
@@ -54,11 +97,12 @@ def with_xargs(body: dict[str, Any], branches: Branches) -> dict[str, Any]:
         APIError: λ is none that the model takes, or something is asked that vLLM would drop.
     """
     xargs = body.get(XARGS) or {}
-    if not isinstance(xargs, dict):
+    if not isinstance(xargs, dict) or not isinstance(body.get("model"), str | None):
         return body  # vLLM says so
-    for name, reason in REFUSED.items():
-        if body.get(name) not in (None, "linear", "", {}):
-            raise APIError(f"{name}: {reason}", param=name)
+    try:
+        check_names(body)
+    except DeRaError as error:
+        raise APIError(str(error)) from None
     if body.get("use_beam_search"):
         raise APIError("use_beam_search: vLLM's beams drop λ; take n and best of them", param="use_beam_search")
     lam, inner = body.get(LAMBDA), xargs.get(LAMBDA)
@@ -81,7 +125,7 @@ def _by_name(lam: Any) -> Any:
     if not isinstance(lam, str) or "=" not in lam:
         return lam
     try:
-        return dict(read_lambda([lam]))  # pyrefly: ignore[no-matching-overload] # of a text with "=" it is a mapping
+        return dict(read_lambda([lam], LAMBDA))  # pyrefly: ignore[no-matching-overload] # of a text with "=" it is a mapping
     except DeRaError as error:
         raise APIError(str(error), param=LAMBDA) from None
 
@@ -93,22 +137,3 @@ async def _content(receive: Receive) -> bytes:
         parts.append(message.get("body", b""))
         more = message["type"] == "http.request" and message.get("more_body", False)
     return b"".join(parts)
-
-
-def _giving(content: bytes, receive: Receive) -> Receive:
-    """Gives the body once, and then whatever comes, as that the client is gone."""
-    given = False
-
-    async def give() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": content, "more_body": False}
-
-    return give
-
-
-def _of_length(scope: Scope, length: int) -> Scope:
-    others = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
-    return {**scope, "headers": [*others, (b"content-length", str(length).encode())]}
