@@ -2,7 +2,7 @@
 The bases, adapters and requests that vLLM is compared on. Run in the project's environment, it writes them, with the
 tokens that `DeRaModel.generate` makes of them in fp32 on a CPU:
 
-    python tests/vllm/cases.py FOLDER
+    python tests/vllm_plugin/vllm_cases.py FOLDER
 """
 
 import json
@@ -96,11 +96,17 @@ def make_base(kind: str):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    own = {"qwen3": {"head_dim": 32}, "gemma": {"head_dim": 32}, "mistral": {"head_dim": 32, "sliding_window": 48}}
+    own = {
+        "qwen3": {"head_dim": 32},
+        "gemma": {"head_dim": 32},
+        "mistral": {"head_dim": 32, "sliding_window": 48},
+        "phi3": {"num_key_value_heads": 1},  # which both of two tensor-parallel ranks have
+    }
+    sizes = {"num_key_value_heads": 2, **own.get(kind, {})}
     config = AutoConfig.for_model(
         kind, vocab_size=VOCABULARY, hidden_size=128, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.15, bos_token_id=1, eos_token_id=2,
-        pad_token_id=0, tie_word_embeddings=False, **own.get(kind, {}),
+        max_position_embeddings=256, initializer_range=0.15, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        tie_word_embeddings=False, **sizes,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for parameter in model.parameters():  # norms and biases too, which start at ones and zeros

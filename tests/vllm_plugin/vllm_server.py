@@ -12,7 +12,7 @@ from urllib.request import Request, urlopen
 
 from vllm_engine import BLOCK, read_case
 
-LONGEST = 300  # seconds that the server may take to start
+LONGEST = 600  # seconds that the server may take to start
 REFUSED: tuple[tuple[dict[str, Any], int], ...] = (
     ({"lambda": float("nan")}, 400),
     ({"lambda": float("inf")}, 400),
@@ -20,7 +20,11 @@ REFUSED: tuple[tuple[dict[str, Any], int], ...] = (
     ({"lambda": 7}, 400),  # out of range
     ({"vllm_xargs": {"lambda": float("nan")}}, 400),
     ({"vllm_xargs": {"lambda": "much"}}, 400),
+    ({"vllm_xargs": {"lambda": "aligned=nan"}}, 400),
+    ({"lambda": 10**400}, 400),
+    ({"lamda": 0.5}, 400),
     ({"lambda": 0.5, "combine": "kl:0.1"}, 400),
+    ({"model": ["aligned"]}, 400),
     ({"model": "aligned@x"}, 400),
     ({"model": "alined"}, 404),
     ({"lambda": 0.5, "echo": True, "logprobs": 1}, 400),  # of the prompt, in runner V1
@@ -47,7 +51,10 @@ def check_server(folder: Path) -> str | None:
         return _check_answers(port, read_case(case)["requests"])
     finally:
         server.terminate()
-        server.wait(60)
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:
+            server.kill()
 
 
 def _check_answers(port: int, requests: list[dict]) -> str | None:
@@ -56,9 +63,11 @@ def _check_answers(port: int, requests: list[dict]) -> str | None:
             {"lambda": each["lambda"]},
             {"model": f"aligned@{each['lambda']}"},
             {"vllm_xargs": {"lambda": each["lambda"]}},
+            {"n": 2, "temperature": 1, "top_k": 1, "lambda": each["lambda"]},
         )
-        _, answer = _complete(port, each, forms[place % 3])
-        if answer["choices"][0]["token_ids"] != each["tokens"]:
+        form = {} if each["lambda"] == 1 else forms[place % len(forms)]  # without λ it is 1
+        _, answer = _complete(port, each, form)
+        if any(choice["token_ids"] != each["tokens"] for choice in answer.get("choices", [{"token_ids": None}])):
             return f"request {place} has other tokens than generate gives it: {answer}"
     for body, status in REFUSED:
         found, answer = _complete(port, requests[0], body)
