@@ -181,6 +181,11 @@ def test_flags_of_vllms_server(settings, tiny_base, tiny_adapter, tmp_path, monk
 def test_settings_of_the_own_engine_are_refused_with_vllms_name_for_them(settings):
     with pytest.raises(DeRaError, match=r"--max-rows is of .* vLLM's own is --max-num-seqs"):
         command.server_command(settings(max_rows=3))
+    for argument in ("--hf-overrides", "--hf_overrides={}", "--additional-config.dera.adapter", "--served-model-name"):
+        with pytest.raises(
+            DeRaError, match=r"--(hf-overrides|additional-config|served-model-name): dera serve says it"
+        ):
+            command.server_command(settings(vllm=("--enforce-eager", argument, "x")))
     with pytest.raises(DeRaError, match="quantization='int8' can't be had in vLLM"):
         command.server_command(settings(quantization="int8"))
     with pytest.raises(DeRaError, match="a base alone"):

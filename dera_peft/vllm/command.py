@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -39,6 +40,7 @@ OWN = {
     "max_body": None,
     "trace": None,
 }
+SET = ("--hf-overrides", "--additional-config", "--served-model-name")  # of vLLM's: what makes it DeRa's
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,13 @@ def _check_settings(settings: ServeSettings) -> None:
             continue
         way_out = "vLLM has no such setting" if instead is None else f"vLLM's own is {instead}"
         raise DeRaError(f"{option_name(defaults[name])} is of `dera serve`'s own engine; {way_out}.")
+    for argument in settings.vllm:
+        name = re.split("[=.]", argument)[0].replace("_", "-")
+        if name in SET:
+            raise DeRaError(
+                f"{name}: dera serve says it to vLLM itself, and the model would lose adapters or names by another. "
+                "What is to be different in the base's config belongs into its config.json."
+            )
     if settings.quantization in ("fp4", "int8"):
         raise DeRaError(
             f"quantization={settings.quantization!r} can't be had in vLLM: nf4 (its bitsandbytes) or one of its own "

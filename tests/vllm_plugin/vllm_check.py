@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,11 +62,13 @@ def preempted(engine, requests) -> None:
 
 def refuses(engine, requests) -> None:
     """λ that is no finite number, or of another adapter; and in runner V1 log-probabilities of a prompt."""
+    from vllm.exceptions import VLLMValidationError  # which the server answers with status 400
+
     is_v1 = "VLLM_USE_V2_MODEL_RUNNER" not in os.environ
     for lam, sampling in [(math.nan, {}), ("x=1", {}), (True, {})] + [(0.5, {"prompt_logprobs": 0})] * is_v1:
         try:
             decode(engine, [{**requests[0], "lambda": lam}], **sampling)
-        except ValueError:
+        except VLLMValidationError:
             continue
         raise AssertionError(f"λ={lam!r} with {sampling} was not refused")
     hits(engine, requests)
@@ -132,9 +135,9 @@ GROUPS = {
 
 def check(folder: Path, run: Run) -> str | None:
     """What is wrong with a run; None where all requests have their tokens."""
-    requests = read_case(folder / run.case)["requests"]
-    engine = make_engine(folder / run.case, **run.options)
+    requests, engine = read_case(folder / run.case)["requests"], None
     try:
+        engine = make_engine(folder / run.case, **run.options)
         outputs = decode(engine, requests)
         pairs = zip(outputs, requests, strict=True)
         wrong = [place for place, (one, each) in enumerate(pairs) if list(one.outputs[0].token_ids) != each["tokens"]]
@@ -142,10 +145,12 @@ def check(folder: Path, run: Run) -> str | None:
             return f"the requests {wrong} have other tokens than generate gives them"
         if run.also is not None:
             run.also(engine, requests)
-    except AssertionError as error:
-        return str(error)
+    except Exception as error:  # the other runs of the group are still of interest
+        traceback.print_exc()
+        return str(error) or repr(error)
     finally:
-        engine.llm_engine.engine_core.shutdown()
+        if engine is not None:
+            engine.llm_engine.engine_core.shutdown()
         del engine
         gc.collect()
     return None
