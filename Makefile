@@ -6,7 +6,7 @@
 # make fsdp-check   training sharded by FSDP2 on two CPU processes, against one process (minutes)
 # make test-lm-eval   the tests of dera lm-eval, in an environment of their own with lm-evaluation-harness
 # make test-ray   the tests of examples/ray_generate.py, two actors on this machine, in an environment of their own with Ray
-# make test-vllm   inside vLLM against generate, in an environment of its own (about ten minutes; 3.5 GB)
+# make test-vllm   inside vLLM against generate, in an environment of its own (15 minutes of CPU; 3.5 GB)
 # make test-llama-cpp   exported adapters in llama.cpp, which is built first (8 minutes of a CPU), against PEFT and generate
 # make docs   set up, then build the documentation into site/; a broken link or reference fails
 
