@@ -47,8 +47,8 @@ class Context:
         """The logits behind `tokens`, which go on from those that were read before: `[V]`, float64."""
         for start in range(0, len(tokens), self.llama.n_batch):
             part = tokens[start : start + self.llama.n_batch]
-            batch = llama_cpp.llama_batch_get_one((llama_cpp.llama_token * len(part))(*part), len(part))
-            if llama_cpp.llama_decode(self.context, batch):
+            held = (llama_cpp.llama_token * len(part))(*part)  # which the batch points to, and does not keep
+            if llama_cpp.llama_decode(self.context, llama_cpp.llama_batch_get_one(held, len(part))):
                 raise ValueError("prompt and completion do not fit into the context: give a larger --context.")
         logits = llama_cpp.llama_get_logits_ith(self.context, -1)
         return np.ctypeslib.as_array(logits, (self.llama.n_vocab(),)).astype(np.float64)
