@@ -37,7 +37,8 @@ def difference(own: Mapping[str, Any], other: Any) -> str | None:
     Args:
         other: of another machine, which may be anything.
     """
-    if not isinstance(other, Mapping) or not isinstance(other.get("branches"), Mapping):
+    others = other.get("branches") if isinstance(other, Mapping) else None
+    if not isinstance(others, Mapping) or not all(isinstance(adapters, list) for adapters in others.values()):
         return "it does not say which weights it has"
     if None not in (own["base"], other.get("base")) and own["base"] != other["base"]:
         return f"its base has the fingerprint {other['base']}, and this one {own['base']}"
@@ -47,7 +48,7 @@ def difference(own: Mapping[str, Any], other: Any) -> str | None:
             return f"its base is {ids[1]!r}, and this one {ids[0]!r}"
     if other.get("mixing") != own["mixing"]:
         return f"it mixes {other.get('mixing')!r}, and this model {own['mixing']!r}"
-    branches, others = own["branches"], other["branches"]
+    branches = own["branches"]
     if branches.keys() != others.keys():
         return f"it has the branches {list(others)}, and this model {list(branches)}"
     for name, adapters in branches.items():

@@ -92,14 +92,28 @@ def _check_loading(server: Server, about: Mapping[str, Any], source: ModelSource
         raise DeRaError(f"{server.name} has its base {words[its]}, and here it is {words[own]}: {way_out}.")
     if its != own:
         warn_once(logger, f"{server.name} has its base quantized ({its}), which changes the model a little")
-    if source.dtype not in (None, "auto", about.get("dtype")):
-        raise DeRaError(f"{server.name} computes in {about.get('dtype')}, and dtype={source.dtype!r} is asked for.")
+    dtype = about.get("dtype")
+    if source.dtype not in (None, "auto", dtype):
+        raise DeRaError(f"{server.name} computes in {dtype}, and dtype={source.dtype!r} is asked for.")
+    base_dtype = str(source.config.dtype).removeprefix("torch.")
+    if source.dtype != dtype and its is None and base_dtype not in ("None", dtype):
+        warn_once(
+            logger,
+            f"{server.name} computes in {dtype}, and the model here would in {base_dtype}, so that some completions "
+            f"differ: --dtype {dtype} says that it is meant, and makes the rows a run of their own",
+        )
 
 
 def lambda_range(about: Mapping[str, Any] | None) -> tuple[float, float]:
     """The λ that a server takes, by what it says of itself."""
     given = (about or {}).get("lambda_range")
-    return (float(given[0]), float(given[1])) if given else (-math.inf, math.inf)
+    if given is None:
+        return -math.inf, math.inf
+    try:
+        low, high = map(float, given)
+    except (TypeError, ValueError):
+        raise DeRaError(f"the server's range of λ is none: lambda_range={given!r}.") from None
+    return low, high
 
 
 def probe(

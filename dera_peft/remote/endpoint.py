@@ -17,6 +17,7 @@ from dera_peft.decoding.decoder import Prompts
 from dera_peft.decoding.requests import Completion, Detokenizer, Request
 from dera_peft.decoding.sampling import Sampling
 from dera_peft.errors import DeRaError, first_line
+from dera_peft.messages import warn_once
 from dera_peft.remote.forms import mixing_fields, read_completion, sampling_fields
 from dera_peft.remote.settings import KEY_VARIABLE, RemoteSettings
 
@@ -32,18 +33,22 @@ class Unanswered(DeRaError):
     """A server can't be reached, or has not answered in time."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Server:
     """
     A server, from any thread.
 
     Attributes:
         portal: of the thread that the client is used in.
+        said: what it said of its model when it was asked first.
+        fingerprint: `system_fingerprint` of its last answer, which dera serve gives.
     """
 
     settings: RemoteSettings
     portal: BlockingPortal
     client: httpx2.AsyncClient
+    said: dict[str, Any] | None = None
+    fingerprint: Any = None
 
     @property
     def name(self) -> str:
@@ -56,15 +61,32 @@ class Server:
         Raises:
             DeRaError: it can't be reached, refuses the key, or answers with something else.
         """
-        answer = self.portal.call(self._send, "GET", ABOUT, None)
+        self.said = self.portal.call(self._about)
+        return self.said
+
+    async def _about(self) -> dict[str, Any] | None:
+        answer, _ = await self._send("GET", ABOUT, None)
         if answer.status_code == 404:
             return None
         found = self._read(answer)
-        if not isinstance(found, dict):
+        if not isinstance(found, dict) or "engine" not in found:
             raise DeRaError(
                 f"{self.name}: {ABOUT} is answered with {str(found)[:200]!r}: is it the address of a server?"
             )
         return found
+
+    async def _check_same(self) -> None:
+        """
+        Raises `DeRaError` where it has another model than at first: it may have been started anew, or be one of several
+        behind an address.
+        """
+        now, then = ({**(about or {}), "lambda_range": None} for about in (await self._about(), self.said))
+        if changed := [name for name in now.keys() | then.keys() if now.get(name) != then.get(name)]:
+            raise DeRaError(
+                f"{self.name} has another model than when it was asked first: {ABOUT} now says otherwise of "
+                f"{', '.join(sorted(changed))}. The completions made before are kept where there is an output; "
+                "start it with its former model and run the same command again to go on."
+            )
 
     def complete(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The one choice of a completion. Raises as `start`."""
@@ -77,16 +99,22 @@ class Server:
         return self.portal.start_task_soon(self._complete, body)
 
     async def _complete(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        found = self._read(await self._send("POST", COMPLETIONS, {**body, "return_token_ids": True}))
+        answer, tries = await self._send("POST", COMPLETIONS, {**body, "return_token_ids": True})
+        found = self._read(answer)
         choices = found.get("choices") if isinstance(found, dict) else None
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
             raise DeRaError(f"{self.name}: {COMPLETIONS} is answered with {str(found)[:200]!r}.")
+        if tries > 1 or found.get("system_fingerprint") != self.fingerprint:
+            await self._check_same()
+            self.fingerprint = found.get("system_fingerprint")
         return choices[0]
 
-    async def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> httpx2.Response:
-        """Again where the connection fails, and where the server says that it may help."""
+    async def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> tuple[httpx2.Response, int]:
+        """
+        Again where the connection fails, and where the server says that it may help; returns the number of tries, too.
+        """
         problem = ""
-        for seconds in (*WAITS, None):
+        for tries, seconds in enumerate((*WAITS, None), start=1):
             asked = None
             try:
                 answer = await self.client.request(method, path, json=body)
@@ -96,10 +124,15 @@ class Server:
                 raise DeRaError(f"{self.name}: {first_line(error)}") from error
             else:
                 if answer.status_code not in AGAIN:
-                    return answer
+                    return answer, tries
                 problem = f"status {answer.status_code}, {_message(answer)}"
                 asked = _seconds(answer.headers.get("Retry-After"))
             if seconds is not None:
+                warn_once(
+                    logger,
+                    f"{self.name}: {problem}; such requests are sent again, each for {sum(WAITS):g} seconds or longer",
+                    topic=f"again {self.name}",
+                )
                 await asyncio.sleep(seconds if asked is None else min(max(asked, seconds), LONGEST_WAIT))
         raise Unanswered(
             f"{self.name} does not answer, after {len(WAITS) + 1} tries: {problem}. The completions that were made are "

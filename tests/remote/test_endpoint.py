@@ -216,16 +216,31 @@ def test_what_a_server_says_of_its_model_is_compared(rows, remote_server):
     about = remote_server.http.get(f"{remote_server.url}/dera/model").json()
     with standin(lambda *_: (404, {})) as url, pytest.raises(DeRaError, match="is no dera serve of this version"):
         rows(endpoint=url)
+    with standin(lambda *_: (200, {"status": "ok"})) as url, pytest.raises(DeRaError, match="address of a server"):
+        rows(endpoint=url)
     for changes, settings, said in [
         ({"engine": "vllm"}, {}, "give --engine vllm"),
         ({"quantization": "nf4"}, {}, "give --quantization nf4 here, too"),
         ({"dtype": "bfloat16"}, {"dtype": "float32"}, "computes in bfloat16"),
         ({"weights": {**about["weights"], "base": "0" * 12}}, {}, "its base has the fingerprint 0000"),
         ({"weights": None}, {}, "does not say which weights"),
+        ({"weights": {**about["weights"], "branches": {"aligned": None}}}, {}, "does not say which weights"),
+        ({"lambda_range": [0]}, {}, r"range of λ is none: lambda_range=\[0\]"),
         ({"lambda_range": [0, 1]}, {}, r"takes λ from 0 to 1, and λ=1.5 is asked for"),
     ]:
         with standin(as_vllm(remote_server, tells={**about, **changes})) as url, pytest.raises(DeRaError, match=said):
             rows(endpoint=url, **settings)
+
+
+def test_a_server_of_another_dtype_is_told_of(rows, remote_server, here, caplog):
+    about = remote_server.http.get(f"{remote_server.url}/dera/model").json()
+    assert about["dtype"] == "float32"
+    with standin(through(remote_server, lambda number: None, {**about, "dtype": "bfloat16"})) as url:
+        assert rows(endpoint=url) == here
+        assert "computes in bfloat16, and the model here would in float32" in caplog.text
+        caplog.clear()
+        rows(endpoint=url, dtype="bfloat16", prompt=TEXTS[:1])
+    assert "computes in" not in caplog.text
 
 
 # -- connections, keys and answers that fail ---------------------------------------------------------------------------
@@ -233,11 +248,16 @@ def test_what_a_server_says_of_its_model_is_compared(rows, remote_server):
 NOWHERE = "http://127.0.0.1:9"
 
 
-def through(server, fails):
-    """What passes requests on to a server, where `fails` of their number, from 0, gives no answer of its own."""
+def through(server, fails, tells=None):
+    """
+    What passes requests on to a server, where `fails` of their number, from 0, gives no answer of its own; `tells` to
+    /dera/model, if given.
+    """
     count = iter(range(10**6))
 
     def answer(method, path, body, headers):
+        if method == "GET" and tells is not None:
+            return 200, tells
         if method == "POST" and (own := fails(next(count))) is not None:
             return own
         answered = server.http.request(method, server.url + path, json=body or None)
@@ -282,6 +302,38 @@ def test_what_may_go_well_a_second_time_is_sent_again(rows, remote_server, here,
     said = "after 4 tries: status 503, the server is ending"
     with standin(lambda *_: ends) as url, pytest.raises(DeRaError, match=said):
         rows(endpoint=url)
+
+
+@pytest.mark.parametrize("says", ["system_fingerprint", "nothing but a lost connection"])
+def test_a_server_that_comes_back_with_another_model_is_refused(
+    rows, remote_server, model, here, tmp_path, monkeypatch, says
+):
+    monkeypatch.setattr(endpoint, "WAITS", (0.0,))
+    source = {**model, "adapter": str(make_adapter(model["base"], tmp_path / "other", seed=9))}
+    settings = ServeSettings(base=source["base"], adapter=(source["adapter"],))
+    with running(make_service(settings), settings) as other:
+        count, probes = iter(range(10**6)), 4
+
+        def answer(method, path, body, headers):
+            server = remote_server
+            if method == "POST":
+                number = next(count)
+                if number == probes + 3 and says != "system_fingerprint":
+                    raise Gone
+                answer.later = number >= probes + 3
+            if answer.later:
+                server = other
+            answered = server.http.request(method, server.url + path, json=body or None).json()
+            if says != "system_fingerprint" and method == "POST":
+                del answered["system_fingerprint"]
+            return 200, answered
+
+        answer.later = False
+        with standin(answer) as url, pytest.raises(DeRaError, match=r"another model than when .* otherwise of weights"):
+            rows(endpoint=url, output=tmp_path / "out.jsonl", concurrency=1)
+    kept = read(tmp_path / "out.jsonl")
+    assert len(kept) == 3
+    assert all(row in here for row in kept), "rows of the other model"
 
 
 def test_a_key_comes_from_the_environment(rows, remote_server, monkeypatch):
