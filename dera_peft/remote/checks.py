@@ -21,6 +21,7 @@ from dera_peft.remote.endpoint import Server
 from dera_peft.remote.forms import mixing_fields
 
 PROMPTS, TOKENS, TOP = 4, 4, 5  # asked for in a probe
+LEAST = 1e-5  # nats, which fp32 rounds to where an adapter does nothing, or a server batches otherwise
 NOISE = 2.0  # times the difference of two answers to one question: a difference of λ is more than that
 # A server's log-probabilities of tokens are another model's where their mean difference from this model's is more than
 SHARE = 0.25  # of the difference between λ=0 and λ=1 there, and more than
@@ -150,7 +151,7 @@ def probe(
             probes.append(_ask(server, prompts[index], end, tokens))
             signals[name] = max(signals[name], _distance(first, probes[-1]))
     for name, signal in signals.items():
-        if signal <= NOISE * noise:
+        if signal <= max(LEAST, NOISE * noise):
             of = f" of {name!r}" if name else ""
             raise DeRaError(
                 f"{server.name}: its answers do not depend on λ{of}: at λ={low:g} and λ={high:g} the next tokens of "

@@ -242,6 +242,7 @@ class EndpointDecoder:
         low, high = self.lambda_range
         for request in requests:
             values = request.lam.values() if isinstance(request.lam, Mapping) else [request.lam]
+            values = [*values, *(value for _, value in request.schedule)]
             for lam in (lam for lam in values if lam is not None and not low <= lam <= high):
                 raise DeRaError(
                     f"{self.server.name} takes λ from {low:g} to {high:g}, and λ={lam:g} is asked for: start it with a "

@@ -131,7 +131,11 @@ class RemoteSettings(Settings):
 
     @property
     def api_key(self) -> str | None:
-        return os.environ.get(KEY_VARIABLE) or None
+        """Raises `DeRaError`, which does not show it, where a header can't hold it."""
+        key = os.environ.get(KEY_VARIABLE, "").strip()  # of a file a line may end behind it
+        if not (key.isascii() and key.isprintable()):
+            raise DeRaError(f"{KEY_VARIABLE}: a key has printable ASCII characters alone, and this one has others.")
+        return key or None
 
     def fingerprint_of_engine(self, sampling: Sampling) -> dict[str, Any]:
         """

@@ -201,6 +201,28 @@ def test_a_server_that_leaves_lambda_aside_is_refused(rows, remote_server, tmp_p
     assert not (tmp_path / "flat.jsonl").exists() or not read(tmp_path / "flat.jsonl")
 
 
+@pytest.mark.parametrize(("by", "is_refused"), [(1e-6, True), (1e-3, False)], ids=["rounding", "an effect"])
+def test_rounding_is_no_answer_to_lambda(rows, remote_server, by, is_refused):
+    """A server without λ that computes a request at λ=1 in another batch, and one whose adapter does little."""
+
+    def answer(method, path, body, headers):
+        if method == "GET":
+            answered = remote_server.http.get(remote_server.url + path)
+            return answered.status_code, answered.json()
+        answered = remote_server.post(path, {**body, "lambda": 0.5}).json()
+        if "logprobs" in body:
+            for first in answered["choices"][0]["logprobs"]["top_logprobs"]:
+                first.update({text: value + by * body["lambda"] for text, value in first.items()})
+        return 200, answered
+
+    with standin(answer) as url:
+        if is_refused:
+            with pytest.raises(DeRaError, match="do not depend on λ"):
+                rows(endpoint=url)
+        else:
+            assert rows(endpoint=url, prompt=TEXTS[:1], lambdas=(0.5,))
+
+
 def test_a_server_of_another_model_is_refused(rows, remote_server, model, tmp_path):
     other = {**model, "adapter": str(make_adapter(model["base"], tmp_path / "other", seed=9))}
     with pytest.raises(DeRaError, match=r"another model than .*other.*: an adapter of its branch 'aligned' has"):
@@ -227,6 +249,7 @@ def test_what_a_server_says_of_its_model_is_compared(rows, remote_server):
         ({"weights": {**about["weights"], "branches": {"aligned": None}}}, {}, "does not say which weights"),
         ({"lambda_range": [0]}, {}, r"range of λ is none: lambda_range=\[0\]"),
         ({"lambda_range": [0, 1]}, {}, r"takes λ from 0 to 1, and λ=1.5 is asked for"),
+        ({"lambda_range": [0, 1]}, {"lambdas": (), "lambda_schedule": {0: 1, 3: 7}}, "to 1, and λ=7 is asked for"),
     ]:
         with standin(as_vllm(remote_server, tells={**about, **changes})) as url, pytest.raises(DeRaError, match=said):
             rows(endpoint=url, **settings)
@@ -349,7 +372,15 @@ def test_a_key_comes_from_the_environment(rows, remote_server, monkeypatch):
         monkeypatch.setenv("DERA_API_KEY", "secret")
         with pytest.raises(DeRaError, match="is the key in DERA_API_KEY right"):
             rows(endpoint=url)
-    assert seen == [None, "Bearer secret"]
+        monkeypatch.setenv("DERA_API_KEY", " secret\n")
+        with pytest.raises(DeRaError, match="is the key in DERA_API_KEY right"):
+            rows(endpoint=url)
+        for key in ("sécret", "se\ncret"):
+            monkeypatch.setenv("DERA_API_KEY", key)
+            with pytest.raises(DeRaError, match="DERA_API_KEY: a key has printable ASCII characters alone") as error:
+                rows(endpoint=url)
+            assert key not in str(error.value)
+    assert seen == [None, "Bearer secret", "Bearer secret"]
 
 
 @pytest.mark.parametrize(
