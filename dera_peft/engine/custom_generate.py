@@ -1,5 +1,6 @@
 """transformers' `custom_generate`: λ in the `generate` of a model that holds adapters, which is then as it was."""
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -51,6 +52,7 @@ def generate(
                 "which one is the aligned model's, and with reference= which are the reference's."
             )
         adapter = own[0]
+    _tell_of_dropout(model)
     mixture = MixtureModel(model, read_branches(model, adapter, reference, stacked))
     try:
         return mixture.generate(inputs, **kwargs)
@@ -80,6 +82,15 @@ def _active_adapters(model: PreTrainedModel) -> list[str]:
     if isinstance(status.active_adapters, str):
         raise DeRaError("custom_generate: other adapters are active in some layers than in others: call set_adapter().")
     return status.active_adapters
+
+
+def _tell_of_dropout(model: PreTrainedModel) -> None:
+    """Warns where dropout makes other logits at each call, as in a model that is being trained."""
+    if any(isinstance(module, torch.nn.Dropout) and module.training and module.p > 0 for module in model.modules()):
+        warnings.warn(
+            "custom_generate: the model is in training mode, and its dropout changes the logits: call eval()",
+            stacklevel=3,
+        )
 
 
 def _check_no_adapter_names(model: PreTrainedModel) -> None:

@@ -180,3 +180,11 @@ def test_what_has_no_lambda_is_refused(peft_model, loaded, tiny_model):
     refused(peft_model.unload(), "has no layers with an adapter")
     with pytest.raises(ValueError, match="custom generation code"):
         peft_model.generate(**INPUTS, lam=0.5, custom_generate=str(ROOT), trust_remote_code=False)
+
+
+def test_active_dropout_is_told_of(peft_model, recwarn):
+    layer = next(module for module in peft_model.modules() if hasattr(module, "lora_dropout"))
+    for is_training in (False, True):
+        layer.lora_dropout["default"] = torch.nn.Dropout(0.5).train(is_training)
+        peft_model.generate(**INPUTS, lam=0.5, **DERA)
+        assert any("its dropout changes the logits" in str(each.message) for each in recwarn) is is_training
