@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ from dera_peft.remote.settings import KEY_VARIABLE, RemoteSettings
 
 WAITS = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0)  # seconds before a request is sent again
 LONGEST_WAIT = 60.0  # seconds, of those that a server asks for
-AGAIN = (429, 500, 502, 503, 504)  # statuses of what may go well a second time
+BUSY = 429
+AGAIN = (BUSY, 500, 502, 503, 504)  # statuses of what may go well a second time
 ABOUT, COMPLETIONS = "/dera/model", "/v1/completions"
 
 logger = logging.getLogger(__name__)
@@ -112,10 +114,13 @@ class Server:
     async def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> tuple[httpx2.Response, int]:
         """
         Again where the connection fails, and where the server says that it may help; returns the number of tries, too.
+        One that is busy is asked for as long as it may take to answer.
         """
-        problem = ""
-        for tries, seconds in enumerate((*WAITS, None), start=1):
-            asked = None
+        busy_until = time.monotonic() + self.settings.timeout
+        tries = 0
+        while True:
+            tries += 1
+            asked, is_busy = None, False
             try:
                 answer = await self.client.request(method, path, json=body)
             except httpx2.TransportError as error:
@@ -127,17 +132,19 @@ class Server:
                     return answer, tries
                 problem = f"status {answer.status_code}, {_message(answer)}"
                 asked = _seconds(answer.headers.get("Retry-After"))
-            if seconds is not None:
-                warn_once(
-                    logger,
-                    f"{self.name}: {problem}; such requests are sent again, each for {sum(WAITS):g} seconds or longer",
-                    topic=f"again {self.name}",
+                is_busy = answer.status_code == BUSY
+            if tries > len(WAITS) and not (is_busy and time.monotonic() < busy_until):
+                raise Unanswered(
+                    f"{self.name} does not answer, after {tries} tries: {problem}. The completions that were made are "
+                    "kept where there is an output; run the same command again to go on."
                 )
-                await asyncio.sleep(seconds if asked is None else min(max(asked, seconds), LONGEST_WAIT))
-        raise Unanswered(
-            f"{self.name} does not answer, after {len(WAITS) + 1} tries: {problem}. The completions that were made are "
-            "kept where there is an output; run the same command again to go on."
-        )
+            warn_once(
+                logger,
+                f"{self.name}: {problem}; such requests are sent again, each for {sum(WAITS):g} seconds or longer",
+                topic=f"again {self.name}",
+            )
+            seconds = WAITS[min(tries, len(WAITS)) - 1]
+            await asyncio.sleep(seconds if asked is None else min(max(asked, seconds), LONGEST_WAIT))
 
     def _read(self, answer: httpx2.Response) -> Any:
         if answer.status_code in (401, 403):
@@ -206,8 +213,8 @@ class EndpointDecoder:
         waiting = iter(requests)
         started: dict[Future[dict[str, Any]], Request] = {}
 
-        def start(count: int) -> None:
-            for request in islice(waiting, count):
+        def start(number: int) -> None:
+            for request in islice(waiting, number):
                 body = {
                     "prompt": [*prompts[request.index]],
                     **sampling_fields(request, sampling, self.ends, engine),

@@ -69,7 +69,7 @@ class RemoteSettings(Settings):
     )
     timeout: float = setting(
         600.0,
-        "How long an endpoint may take to answer a request; then it is sent again.",
+        "How long an endpoint may take to answer a request, then it is sent again; and how long it may be busy (429).",
         check=Check(lambda value: value > 0, "more than 0"),
         metavar="S",
         panel=PANEL,

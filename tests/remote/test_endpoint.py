@@ -359,6 +359,18 @@ def test_a_server_that_comes_back_with_another_model_is_refused(
     assert all(row in here for row in kept), "rows of the other model"
 
 
+def test_a_server_that_is_busy_is_asked_until_the_timeout(rows, remote_server, here, monkeypatch):
+    monkeypatch.setattr(endpoint, "WAITS", (0.0,))
+    full = (429, {"error": {"message": "full"}})
+    with standin(through(remote_server, lambda number: full if 4 <= number < 12 else None)) as url:
+        assert rows(endpoint=url, concurrency=2, prompt=TEXTS[:2]) == here[:6]
+    with (
+        standin(through(remote_server, lambda number: full)) as url,
+        pytest.raises(DeRaError, match=r"after \d+ tries: status 429, full"),
+    ):
+        rows(endpoint=url, timeout=0.2)
+
+
 def test_a_key_comes_from_the_environment(rows, remote_server, monkeypatch):
     seen = []
 
