@@ -72,7 +72,7 @@ def _root_axis(panel) -> None:
     """A KL grows as the square of what moves it."""
     panel.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
     panel.set_xlim(left=0)
-    ticks = [tick for tick in (0.1, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if tick < panel.get_xlim()[1]]
+    ticks = [tick for tick in (0.5, 2, 5, 10, 20, 50, 100, 200) if tick < panel.get_xlim()[1]]
     panel.set_xticks([0, *ticks], ["0", *(f"{tick:g}" for tick in ticks)])
     panel.set_xlabel("KL to the reference (nats per answer, square-root scale)")
 
