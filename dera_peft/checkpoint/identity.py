@@ -30,6 +30,18 @@ def identity(record: Record, revision: str | None = None) -> dict[str, Any]:
     }
 
 
+def describe(record: Record, revision: str | None, quantization: str | None, dtype: Any) -> dict[str, Any]:
+    """
+    What a server says of its model, in numbers that a client can compare with its own: weights (`identity`),
+    quantization and dtype.
+    """
+    return {
+        "weights": identity(record, revision),
+        "quantization": quantization,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
 def difference(own: Mapping[str, Any], other: Any) -> str | None:
     """
     What two identities have different, in words; None where nothing is known to be.

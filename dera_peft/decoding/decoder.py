@@ -11,6 +11,7 @@ from dera_peft.decoding.batching import Tokenizer, decode
 from dera_peft.decoding.requests import Completion, Request
 from dera_peft.decoding.sampling import Sampling
 
+ANY_LAMBDA = (-math.inf, math.inf)  # a range of λ
 Prompts = Sequence[Sequence[int]] | Mapping[int, Sequence[int]]  # token ids by prompt index
 
 
@@ -42,10 +43,7 @@ class LocalDecoder:
     model: PreTrainedModel
     tokenizer: Tokenizer
     batch_size: int | None = None
-
-    @property
-    def lambda_range(self) -> tuple[float, float]:
-        return -math.inf, math.inf
+    lambda_range: tuple[float, float] = ANY_LAMBDA
 
     def decode(
         self,

@@ -143,9 +143,8 @@ def check(config: SweepConfig, progress: Progress = no_progress) -> Check | None
     if not processes.is_main_process:
         return None
     limit = min(PROMPTS, config.max_prompts or PROMPTS)
-    make_arms(config)  # refuses what the sweep would
+    arm, *_ = make_arms(config)  # which refuses of the others what the sweep would
     config = replace(config, arms=(), max_new_tokens=min(TOKENS, config.max_new_tokens))
-    (arm,) = make_arms(config)
     prompts = read_prompts(config.prompts, config.prompt_column, config.split, config.subset, limit)
     tokenizer, tokens, reference_tokens = encode_prompts(config, arm, prompts)
     load = cache(lambda: arm.load(device_map_of(config.device_map, processes)))

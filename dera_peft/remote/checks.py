@@ -10,7 +10,7 @@ import torch
 
 from dera_peft.checkpoint.identity import difference, identity, unknown
 from dera_peft.checkpoint.source import ModelSource
-from dera_peft.decoding.decoder import Prompts
+from dera_peft.decoding.decoder import ANY_LAMBDA, Prompts
 from dera_peft.decoding.lambdas import Lambda, NamedLambda, with_values
 from dera_peft.decoding.requests import Request
 from dera_peft.decoding.scoring import score
@@ -109,7 +109,7 @@ def lambda_range(about: Mapping[str, Any] | None) -> tuple[float, float]:
     """The λ that a server takes, by what it says of itself."""
     given = (about or {}).get("lambda_range")
     if given is None:
-        return -math.inf, math.inf
+        return ANY_LAMBDA
     try:
         low, high = map(float, given)
     except (TypeError, ValueError):

@@ -17,7 +17,7 @@ from typing import Any
 
 from dera_peft import __version__
 from dera_peft.checkpoint.source import ModelSource
-from dera_peft.decoding.decoder import Prompts
+from dera_peft.decoding.decoder import ANY_LAMBDA, Prompts
 from dera_peft.decoding.requests import Completion, Detokenizer, Request
 from dera_peft.decoding.sampling import Sampling
 from dera_peft.errors import DeRaError
@@ -167,10 +167,7 @@ class VLLMDecoder:
     settings: RemoteSettings
     tokenizer: Detokenizer
     ends: Sequence[int]
-
-    @property
-    def lambda_range(self) -> tuple[float, float]:
-        return -float("inf"), float("inf")
+    lambda_range: tuple[float, float] = ANY_LAMBDA
 
     def decode(
         self,

@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dera_peft.checkpoint.end_tokens import configured_end_tokens
 from dera_peft.checkpoint.fingerprint import settings_fingerprint
-from dera_peft.checkpoint.identity import identity
-from dera_peft.checkpoint.source import ModelSource
+from dera_peft.checkpoint.identity import describe
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.engine.padding import num_rows
 from dera_peft.errors import DeRaError
@@ -58,18 +57,9 @@ def make_service(settings: ServeSettings) -> Service:
     about = source.fingerprint()
     names = served_names(source, model.aligned) if model.branches_differ else {}
     service = service_of(model, tokenizer, names, source.resolve().base, settings, about, trace)
-    service.about = about_model(source, str(model.dtype))
-    return service
-
-
-def about_model(source: ModelSource, dtype: str) -> dict[str, Any]:
-    """See `Service.about`."""
     quantization, _ = source.quantized_to()
-    return {
-        "weights": identity(source.resolve(), source.load_arguments().get("revision")),
-        "quantization": quantization,
-        "dtype": dtype.removeprefix("torch."),
-    }
+    service.about = describe(source.resolve(), source.load_arguments().get("revision"), quantization, model.dtype)
+    return service
 
 
 def service_of(

@@ -35,8 +35,7 @@ class Service:
     """
     Attributes:
         fingerprint: of the model, in answers and traces.
-        about: which model it is, in numbers that a client can compare with its own: weights (`checkpoint.identity`),
-            quantization and dtype.
+        about: which model it is, as `checkpoint.identity.describe` says it.
         created: when the server was started, seconds since 1970.
         draining: whether it ends when what runs is finished, and takes no new completions.
     """

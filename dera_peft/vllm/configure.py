@@ -8,7 +8,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 
 from dera_peft.checkpoint.base import load_config
 from dera_peft.checkpoint.end_tokens import configured_end_tokens, end_tokens
-from dera_peft.checkpoint.identity import identity
+from dera_peft.checkpoint.identity import describe
 from dera_peft.checkpoint.source import ModelSource
 from dera_peft.checkpoint.tokenizers import find_tokenizer, load_generation_config, tokenizer_places
 from dera_peft.engine.rules import MAX_LAMBDA
@@ -50,20 +50,16 @@ class ConfigureDeRa(VerifyAndUpdateConfig):
         others = [each for each in model.logits_processors or [] if each not in PROCESSORS.values()]
         model.logits_processors = [*others, processor]
         requests.current = branches
-        requests.about = about_model(branches, model.quantization, str(model.dtype))
+        requests.about = about_model(branches, model.quantization, model.dtype)
         end_as_trained(model, branches)
 
 
-def about_model(branches: Branches, quantization: str | None, dtype: str) -> dict[str, Any]:
-    """What `GET /dera/model` answers: see `Service.about`."""
+def about_model(branches: Branches, quantization: str | None, dtype: Any) -> dict[str, Any]:
+    """What `GET /dera/model` answers."""
     low, high = branches.lambda_range or (-MAX_LAMBDA, MAX_LAMBDA)
-    return {
-        "engine": "vllm",
-        "lambda_range": [low, high],
-        "weights": identity(branches.record, branches.base_arguments.get("revision")),
-        "quantization": "nf4" if quantization == "bitsandbytes" else quantization,
-        "dtype": dtype.removeprefix("torch."),
-    }
+    quantization = "nf4" if quantization == "bitsandbytes" else quantization
+    model = describe(branches.record, branches.base_arguments.get("revision"), quantization, dtype)
+    return {"engine": "vllm", "lambda_range": [low, high], **model}
 
 
 def end_as_trained(model: "ModelConfig", branches: Branches) -> None:
