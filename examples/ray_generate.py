@@ -72,7 +72,7 @@ SCHEMA = pyarrow.schema(
 )
 KEY = ("prompt_index", "lambda", "sample")
 KEYS = numpy.dtype([("prompt_index", "i8"), ("lambda", "f8"), ("sample", "i8")])
-TODO = "requests"  # of a row that an actor is given: (λ, sample) of each completion that is missing
+REQUESTS = "requests"  # of a row that an actor is given: (λ, sample) of each completion that is missing
 NOT_NEGATIVE = Check(lambda value: value >= 0, "at least 0")
 
 logger = logging.getLogger("dera_peft")
@@ -119,8 +119,8 @@ class Generator:
         tokens = encode([*prompts.values()], self.tokenizer, self.config, settings.max_new_tokens, settings.chat)
         requests = [
             Request(index, each["lambda"], each["sample"], settings.combine, settings.schedule)
-            for index, todo in zip(prompts, rows[TODO].to_pylist(), strict=True)
-            for each in todo
+            for index, missing in zip(prompts, rows[REQUESTS].to_pylist(), strict=True)
+            for each in missing
         ]
         batches = decode(
             self.model, self.tokenizer, dict(zip(prompts, tokens, strict=True)), requests, settings.sampling,
@@ -139,7 +139,7 @@ def prompts_of(rows: pyarrow.Table, file: str) -> Iterator[Prompt]:
     """Of a table's rows, which have their place in the file as `prompt_index`."""
     for row in rows.to_pylist():
         index = row.pop("prompt_index")
-        row.pop(TODO, None)
+        row.pop(REQUESTS, None)
         (prompt,) = from_rows([row], f"{file}, row {index + 1}")
         yield replace(prompt, index=index)
 
@@ -150,7 +150,7 @@ def read_file(file: str) -> pyarrow.Table:
         rows = pyarrow.dataset.dataset(file, format="parquet").to_table()
     except (OSError, pyarrow.ArrowInvalid) as error:
         raise DeRaError(f"--prompts={file!r} can't be read: {error}") from None
-    if reserved := {"prompt_index", TODO}.intersection(rows.column_names):
+    if reserved := {"prompt_index", REQUESTS}.intersection(rows.column_names):
         raise DeRaError(f"--prompts={file!r} has a column {min(reserved)!r}, which is made here: rename it.")
     if not rows.num_rows:
         raise DeRaError(f"--prompts={file!r} has no rows.")
@@ -216,7 +216,7 @@ def with_requests(rows: pyarrow.Table, missing: numpy.ndarray) -> pyarrow.Table:
         [pyarrow.array(numpy.ascontiguousarray(missing[name])) for name in KEY[1:]], KEY[1:]
     )
     requests = pyarrow.LargeListArray.from_arrays(numpy.append(starts, len(missing)), each)
-    return rows.take(indices).append_column(TODO, requests)
+    return rows.take(indices).append_column(REQUESTS, requests)
 
 
 def generate(settings: RaySettings) -> None:
