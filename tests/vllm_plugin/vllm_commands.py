@@ -11,15 +11,11 @@ must be the same, text and tokens.
 import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
+
+from vllm_serving import BLOCK, serving
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -27,8 +23,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 TEXTS = ["Rain fell on the market", "A fox crossed the frozen river", "My sister", "The old lighthouse keeper counted"]
 LAMBDAS = (0.0, 1 / 3, 1.5, -0.5)
-LONGEST = 600  # seconds that the server may take to start
-ARGUMENTS = {"enforce_eager": True, "block_size": 32, "max_model_len": 256}
+ARGUMENTS = {"enforce_eager": True, "block_size": BLOCK, "max_model_len": 256}
 
 
 def rows_of(file: Path) -> list[dict]:
@@ -56,41 +51,6 @@ def swept(folder: Path, name: str, **settings: Any) -> list[dict]:
         output_dir=str(output), **settings,
     )  # fmt: skip
     return sorted(result.rows, key=lambda row: (row["prompt_index"], row["lambda"], row["sample"]))
-
-
-def is_up(url: str) -> bool:
-    try:
-        with urlopen(f"{url}/health", timeout=5) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
-
-
-@contextmanager
-def serving(python: str, case: Path) -> Iterator[str]:
-    """The address of `dera serve --engine vllm`, in vLLM's environment."""
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [python, "-m", "dera_peft.cli", "serve", "--engine", "vllm", "--port", str(port), "--dtype", "float32"]
-    command += ["--base", str(case / "base"), "--adapter", str(case / "aligned")]
-    command += ["--enforce-eager", "--block-size", "32", "--max-model-len", "256"]
-    with (case / "commands.log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + LONGEST
-        while not is_up(f"http://127.0.0.1:{port}"):
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the server did not start; see {log.name}")
-            time.sleep(1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        try:
-            server.wait(60)
-        except subprocess.TimeoutExpired:
-            server.kill()
 
 
 def main(cases: Path, python: str) -> int:
@@ -125,7 +85,7 @@ def main(cases: Path, python: str) -> int:
             *(generated(cases, "alone", **alone, **way) for way in (vllm, {})),
         )
         compare("dera sweep --engine vllm", *(swept(cases, "sweep", **model, **way) for way in (vllm, {})))
-        with serving(python, cases / "llama-upper") as url:
+        with serving(python, cases / "llama-upper", cases / "llama-upper" / "commands.log") as url:
             there = {"engine": "vllm", "endpoint": url}
             compare(
                 "dera generate, of a server of vLLM",

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from vllm_serving import BLOCK
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -14,8 +16,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # model runner V2 on a CPU: its k
     from triton.backends import backends
 
     backends["cpu"] = backends["nvidia"]  # vLLM asks for a backend of this name, and the interpreter uses none
-
-BLOCK = 32  # tokens, which vLLM's attention on a CPU counts in
 
 
 def read_case(case: Path) -> dict:
