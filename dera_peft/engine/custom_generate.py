@@ -1,6 +1,6 @@
 """transformers' `custom_generate`: λ in the `generate` of a model that holds adapters, which is then as it was."""
 
-import warnings
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from dera_peft.engine.adapter_kinds import read_branches
 from dera_peft.engine.mixture import MixtureModel
 from dera_peft.errors import DeRaError
+
+logger = logging.getLogger(__name__)
 
 
 # transformers gives `model` by name, and a model that was loaded with such a function the inputs by their place
@@ -87,9 +89,8 @@ def _active_adapters(model: PreTrainedModel) -> list[str]:
 def _tell_of_dropout(model: PreTrainedModel) -> None:
     """Warns where dropout makes other logits at each call, as in a model that is being trained."""
     if any(isinstance(module, torch.nn.Dropout) and module.training and module.p > 0 for module in model.modules()):
-        warnings.warn(
-            "custom_generate: the model is in training mode, and its dropout changes the logits: call eval()",
-            stacklevel=3,
+        logger.warning(
+            "custom_generate: the model is in training mode, and its dropout changes the logits: call eval()"
         )
 
 
