@@ -383,13 +383,13 @@ def main() -> int:
             write_atomically(figures, json.dumps(found, indent=1, ensure_ascii=False))
 
         run_steps(checker, steps, keep)
-    facts = found["environment"]
-    print(f"\n{facts['device']}, {facts['date']}; " + ", ".join(f"{k} {v}" for k, v in facts["versions"].items()))
-    for what, aim, measured in aims(found):
-        print(f"{what:55} {aim:>20} {measured:>10}")
-    failed = [name for name in steps if not found[name]["passed"]]
-    print(f"failed: {', '.join(failed)}" if failed else "all passed", f"(figures: {figures})")
-    return 1 if failed else 0
+        facts = found["environment"]
+        print(f"\n{facts['device']}, {facts['date']}; " + ", ".join(f"{k} {v}" for k, v in facts["versions"].items()))
+        for what, aim, measured in aims(found):
+            print(f"{what:55} {aim:>20} {measured:>10}")
+        failed = [name for name in steps if not found[name]["passed"]]
+        print(f"failed: {', '.join(failed)}" if failed else "all passed", f"(figures: {figures})", flush=True)
+    return 1 if failed else 0  # printed before the 16 GB of the folder are removed, which takes its time
 
 
 if __name__ == "__main__":
