@@ -29,14 +29,19 @@ SWEEPS = {
     "tone": "tone/sweep",
     "length": "length/sweep",
     **{f"tone-beta-{beta}": f"tone/sweep-beta-{beta}" for beta in ("0.05", "0.2", "0.0333")},
+    **{f"tone-noisy-{beta}": f"tone/sweep-noisy-{beta}" for beta in ("0.1", "0.2", "0.05")},
     **{f"tone-seed-{seed}": f"tone/sweep-seed-{seed}" for seed in (2, 3, 4)},
     **{f"tone-temperature-{t}": f"tone/sweep-temperature-{t}" for t in ("0.4", "1")},
+    "tone-elsewhere": "tone/sweep-elsewhere",
+    "tone-again": "tone/sweep-again",
 }
 TRAININGS = (
     "tone/dpo",
     "length/dpo",
     *(f"tone/beta-{b}" for b in ("0.05", "0.2", "0.0333")),
+    *(f"tone/noisy-{b}" for b in ("0.1", "0.2", "0.05")),
     *(f"tone/seed-{s}" for s in (2, 3, 4)),
+    "tone/again",
 )
 PREFERENCES = ("tone/preferences", "length/preferences")
 TEXTS = 12  # prompts whose texts are kept: the first held-out one of each topic
@@ -107,19 +112,20 @@ def keep_trainings(runs: Path, kept: Path) -> None:
 
 
 def keep_times(times: Path, kept: Path) -> None:
-    """Of each command of run.sh the minutes of processor time, summed over all its runs."""
-    minutes: dict[str, float] = {}
-    before = 0.0
-    for line in times.read_text(encoding="utf-8").splitlines():
-        if line == "start":
-            before = 0.0
+    """Of each command of run.sh the minutes that each machine took for it, summed over all its runs there."""
+    minutes: dict[str, dict[str, float]] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    lines = [line.split("\t") for line in times.read_text(encoding="utf-8").splitlines()]
+    for machine in {machine for begin, machine in lines if begin == "start"}:
+        minutes[machine] = {}
+    machine, before = "", 0.0
+    for spent, what in lines:
+        if spent == "start":
+            machine, before = what, 0.0
             continue
-        spent, command = line.split("\t", 1)
         now = sum(float(m) + float(s) / 60 for m, s in re.findall(r"(\d+)m([\d.]+)s", spent))
-        minutes[command] = minutes.get(command, 0.0) + now - before
+        minutes[machine][what] = round(minutes[machine].get(what, 0.0) + now - before, 2)
         before = now
-    rounded = {command: round(value, 1) for command, value in minutes.items()}
-    kept.write_text(json.dumps(rounded, indent=1) + "\n", encoding="utf-8")
+    kept.write_text(json.dumps(minutes, indent=1) + "\n", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

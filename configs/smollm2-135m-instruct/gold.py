@@ -39,13 +39,14 @@ def log_probability(question: str, answer: str) -> float:
     before = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=False)
     after = tokenizer(question, add_special_tokens=False, return_tensors="pt").input_ids
     with torch.inference_mode():
-        logits = model(torch.cat([before, after], dim=1)).logits[0, before.shape[1] - 1 : -1]
-    return float(logits.log_softmax(-1).gather(1, after[0, :, None]).mean())
+        logits = model(torch.cat([before, after], dim=1).to(model.device)).logits[0, before.shape[1] - 1 : -1]
+    return float(logits.cpu().log_softmax(-1).gather(1, after[0, :, None]).mean())
 
 
 @functools.cache
 def load():
-    return AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return AutoModelForCausalLM.from_pretrained(MODEL).to(device), AutoTokenizer.from_pretrained(MODEL)
 
 
 def second_tone(prompts, completions, **columns) -> list[float]:

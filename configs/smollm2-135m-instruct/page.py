@@ -8,6 +8,7 @@ from figures import NOT_YET, Figures, difference, interval, level, mean, spread,
 from pictures import draw_curves, draw_retrained
 from prose import (
     CURVE,
+    ELSEWHERE,
     EQUAL,
     INTRODUCTION,
     OTHERS,
@@ -15,20 +16,26 @@ from prose import (
     RETRAINING,
     SIDE_BY_SIDE,
     TEMPERATURE,
+    TOO_SHORT,
     TRAININGS,
     WISHED,
 )
 
+from dera_peft.engine.names import LOGITS
 from dera_peft.evaluate.analysis.resamples import Estimate
 from dera_peft.evaluate.analysis.summary import LambdaSummary
 
 PROXY, GOLD, SECOND, LENGTH = "tone", "relevance", "second_tone", "wished_length"
 LAMBDAS = (-1, 0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8)
-RETRAINED = {0.5: "0.2", 2: "0.05", 3: "0.0333"}  # λ -> β/λ
 SEEDS = (1, 2, 3, 4)
+# λ, the sweep of an adapter that was trained at β/λ, and its β
+RETRAINED = [(0.5, "tone-beta-0.2", "0.2"), *((1, f"tone-seed-{seed}", f"0.1, seed {seed}") for seed in SEEDS[1:]),
+             (2, "tone-beta-0.05", "0.05"), (3, "tone-beta-0.0333", "0.033")]  # fmt: skip
+NOISY = [(0.5, "tone-noisy-0.2", "0.2"), (2, "tone-noisy-0.05", "0.05")]
 WAYS = [("weights", (0.5, 2, 3, 4), "scaled adapter"), ("plausible:0.1", (1, 2, 4, 8), "plausible:0.1")]
 BROKEN = 1.5  # times the perplexity at λ=0, and above: the text is no longer the reference's language
-TEXTS = [(0, "logits"), (1, "logits"), (2, "logits"), (4, "logits"), (8, "logits"), (8, "plausible:0.1")]
+OF_TEXT = ("tokens", "tone", "second_tone", "repetition", "distinct-2")  # what two answers share that are the same
+TEXTS = [(0, LOGITS), (1, LOGITS), (2, LOGITS), (4, LOGITS), (8, LOGITS), (8, "plausible:0.1")]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -38,7 +45,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def draw(figures: Figures, folder: Path) -> None:
     draw_curves(figures, PROXY, GOLD, folder / "curve.png")
-    draw_retrained(figures, PROXY, RETRAINED, folder / "retrained.png")
+    panels = {
+        title: (one, {name: f"retrained, β = {beta}" for _, name, beta in others})
+        for title, one, others in (("pairs as ranked", "tone", RETRAINED), ("with errors", "tone-noisy-0.1", NOISY))
+    }
+    draw_retrained(figures, PROXY, panels, folder / "retrained.png")
 
 
 def make_page(figures: Figures, folder: Path) -> str:
@@ -49,12 +60,14 @@ def make_page(figures: Figures, folder: Path) -> str:
         curve(figures, "tone", (PROXY, GOLD, SECOND), LAMBDAS),
         "## Proxy against gold", PROXY_AND_GOLD, parting(figures),
         "## The same strength, retrained", RETRAINING,
-        *picture(folder, "retrained.png", "Tone against KL: DeRa, and retrained adapters"), retraining(figures),
+        *picture(folder, "retrained.png", "Tone against KL: DeRa, and retrained adapters"),
+        retraining(figures, "tone", RETRAINED), TOO_SHORT, retraining(figures, "tone-noisy-0.1", NOISY),
         "## Other ways to the same λ", OTHERS, other_ways(figures),
         "## Temperature", TEMPERATURE, temperatures(figures),
         "## At equal length", EQUAL, at_equal_length(figures),
         "## A wished length", WISHED, curve(figures, "length", (LENGTH, GOLD), (0, 0.5, 1, 1.5, 2, 4, 8)),
         "## Four trainings", TRAININGS, four_trainings(figures),
+        "## On another machine", ELSEWHERE, elsewhere(figures),
         "## Texts", SIDE_BY_SIDE, texts(figures),
         "## What holds, and what fails", "\n".join(f"- {line}" for line in conclusions(figures)),
     ]  # fmt: skip
@@ -68,19 +81,20 @@ def picture(folder: Path, name: str, what: str) -> list[str]:
 def _facts(figures: Figures) -> dict[str, str]:
     known = figures.trainings
     training, preferences = known.get("tone/dpo"), known.get("tone/preferences")
-    versions = ", ".join(f"{k} {v}" for k, v in training["versions"].items()) if training else NOT_YET
+    versions = ", ".join(f"{k} {v}" for k, v in training["versions"].items() if k != "torch") if training else NOT_YET
     return {
         "versions": versions,
-        "hours": f"{sum(figures.minutes.values()) / 60:.1f}" if figures.minutes else NOT_YET,
+        "times": "; ".join(f"{machine}, {sum(its.values()) / 60:.1f} hours" for machine, its in figures.minutes.items())
+        or NOT_YET,
         "pairs": str(preferences["pairs"]) if preferences else NOT_YET,
         "mean_reward": f"{preferences['mean_reward']:+.2f}" if preferences else NOT_YET,
         "training": "\n".join(
             f"| {name} | {t['beta']:g} | {t['seed']} | {t['pairs']} | {t['steps']} "
-            f"| {t['first_loss']:.3f} → {t['loss']:.3f} | {t['rewards/accuracies']:.2f} |"
+            f"| {t['first_loss']:.3f} → {t['loss']:.3f} | {t['rewards/accuracies']:.2f} | {t['versions']['torch']} |"
             for name, t in known.items()
             if "beta" in t
         )
-        or f"| {NOT_YET} | | | | | | |",
+        or f"| {NOT_YET} | | | | | | | |",
     }
 
 
@@ -98,7 +112,7 @@ def _text_figures(s: LambdaSummary | None) -> list[str]:
     if s is None:
         return [NOT_YET] * 6
     return [
-        interval(s.kl, ".2f"), mean(level(s, "perplexity")), mean(level(s, "repetition"), ".3f"),
+        interval(s.kl, ".2f"), mean(level(s, "perplexity"), ",.2f"), mean(level(s, "repetition"), ".3f"),
         mean(level(s, "distinct-2"), ".3f"), f"{s.tokens:.0f}", f"{s.ended:.0%}",
     ]  # fmt: skip
 
@@ -124,12 +138,10 @@ def parted(figures: Figures) -> float | None:
     return None
 
 
-def retraining(figures: Figures) -> str:
+def retraining(figures: Figures, one: str, others: Sequence[tuple[float, str, str]]) -> str:
     rows = []
-    others = [(lam, f"tone-beta-{beta}", f"{float(beta):.2g}") for lam, beta in RETRAINED.items()]
-    others += [(1, f"tone-seed-{seed}", f"0.1, seed {seed}") for seed in SEEDS[1:]]
-    for lam, sweep, beta in sorted(others):
-        ours, theirs = figures.get("tone", lam), figures.get(sweep, 1)
+    for lam, sweep, beta in others:
+        ours, theirs = figures.get(one, lam), figures.get(sweep, 1)
         rows.append([
             f"{lam:g}", beta, interval(level(theirs, PROXY)), interval(level(ours, PROXY)),
             interval(difference(ours, theirs, PROXY)), verdict(difference(ours, theirs, PROXY)),
@@ -192,6 +204,22 @@ def four_trainings(figures: Figures) -> str:
     return table(head, rows)
 
 
+def elsewhere(figures: Figures) -> str:
+    rows = []
+    for what, sweep, lambdas in [("decoded there, trained here", "tone-elsewhere", (0, 1, 3)),
+                                 ("trained and decoded there", "tone-again", (1,))]:  # fmt: skip
+        for lam in lambdas:
+            there, here = (figures.points.get((name, LOGITS, lam)) for name in (sweep, "tone"))
+            row = [NOT_YET, NOT_YET, NOT_YET]
+            if there and here:
+                ours, theirs = (list(zip(*(point[name] for name in OF_TEXT), strict=True)) for point in (here, there))
+                same = sum(one == other for one, other in zip(ours, theirs, strict=True))
+                apart = max(abs(one - other) for one, other in zip(here[GOLD], there[GOLD], strict=True))
+                row = [str(len(ours)), str(same), f"{apart:.4f}"]
+            rows.append([what, f"{lam:g}", *row])
+    return table(["", "λ", "answers", "the same", "relevance apart by at most"], rows)
+
+
 def texts(figures: Figures) -> str:
     found = figures.points.get(("tone", "logits", 0), {}).get("texts", [])
     if not found:
@@ -202,7 +230,7 @@ def texts(figures: Figures) -> str:
         lines = []
         for lam, arm in TEXTS:
             answer = figures.text("tone", lam, text["prompt"], arm)
-            label = f"λ={lam:g}" + ("" if arm == "logits" else f", {arm}")
+            label = f"λ={lam:g}" + ("" if arm == LOGITS else f", {arm}")
             lines.append([label, NOT_YET if answer is None else _in_a_cell(answer)])
         parts.append(table(["", "answer"], lines))
     return "\n\n".join(parts)
@@ -235,11 +263,11 @@ def conclusions(figures: Figures) -> list[str]:
         if at is not None
         else "At no λ above 1 is the trained reward shown to be higher, and the held-out one lower, than at λ = 1."
     )
-    found = {
-        lam: difference(figures.get("tone", lam), figures.get(f"tone-beta-{beta}", 1), PROXY)
-        for lam, beta in sorted(RETRAINED.items())
-    }
-    lines.append(_compared("DeRa against retraining at β/λ, in tone", found))
+    for what, one, others in (("", "tone", RETRAINED), (", on pairs with errors", "tone-noisy-0.1", NOISY)):
+        found = {
+            lam: difference(figures.get(one, lam), figures.get(sweep, 1), PROXY) for lam, sweep, _ in others if lam != 1
+        }
+        lines.append(_compared(f"DeRa against retraining at β/λ{what}, in tone", found))
     for arm, lambdas, label in WAYS:
         found = {lam: difference(figures.get("tone", lam, arm), figures.get("tone", lam), PROXY) for lam in lambdas}
         lines.append(_compared(f"{label} against plain λ, in tone", found))

@@ -35,30 +35,35 @@ def draw_curves(figures: Figures, proxy: str, gold: str, file: Path) -> None:
     _save(figure, [left, right], file)
 
 
-def draw_retrained(figures: Figures, proxy: str, retrained: dict[float, str], file: Path) -> None:
-    """Reward against KL: plain λ of one adapter, and adapters that were retrained."""
-    plain = [s for s in figures.of("tone") if s.lam >= 0]
-    if not plain:
+def draw_retrained(figures: Figures, proxy: str, panels: dict[str, tuple[str, dict[str, str]]], file: Path) -> None:
+    """
+    Reward against KL: plain λ of one adapter, and adapters that were retrained.
+
+    Args:
+        panels: title -> the sweep of the one adapter, and those of the others with their labels.
+    """
+    drawn = {title: panel for title, panel in panels.items() if figures.of(panel[0])}
+    if not drawn:
         return
-    figure, panel = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
-    _bars(panel, [s.kl.mean for s in plain], [level(s, proxy) for s in plain], BLUE, "DeRa, one adapter")
-    for summary in plain:
-        panel.annotate(f"λ={summary.lam:g}", (summary.kl.mean, level(summary, proxy).mean), (4, -11),
-                       textcoords="offset points", fontsize=7, color=BLUE)  # fmt: skip
-    for name, color, marker in [(f"tone-beta-{beta}", ORANGE, "s") for beta in retrained.values()] + [
-        (f"tone-seed-{seed}", GREY, "^") for seed in (2, 3, 4)
-    ]:
-        summary = figures.get(name, 1)
-        if summary is not None:
-            estimate = level(summary, proxy)
-            _bars(panel, [summary.kl.mean], [estimate], color, None, marker)
-            text = name.removeprefix("tone-").replace("beta-", "β=").replace("seed-", "seed ")
-            panel.annotate(text, (summary.kl.mean, estimate.mean), (5, 4), textcoords="offset points", fontsize=7,
-                           color=color)  # fmt: skip
-    _root_axis(panel)
-    panel.set_ylabel("tone")
-    panel.legend(frameon=False, fontsize=8, loc="lower right")
-    _save(figure, [panel], file)
+    figure, axes = pyplot.subplots(
+        1, len(drawn), figsize=(5.2 * len(drawn), 4.4), layout="constrained", squeeze=False, sharey=True
+    )
+    for panel, (title, (one, others)) in zip(axes[0], drawn.items(), strict=True):
+        plain = [s for s in figures.of(one) if s.lam >= 0]
+        _bars(panel, [s.kl.mean for s in plain], [level(s, proxy) for s in plain], BLUE, "DeRa, one adapter")
+        for summary in plain:
+            panel.annotate(f"λ={summary.lam:g}", (summary.kl.mean, level(summary, proxy).mean), (4, -11),
+                           textcoords="offset points", fontsize=7, color=BLUE)  # fmt: skip
+        for (name, label), marker in zip(others.items(), "sDv^<>", strict=False):
+            summary = figures.get(name, 1)
+            if summary is not None:
+                color = GREY if "seed" in name else ORANGE
+                _bars(panel, [summary.kl.mean], [level(summary, proxy)], color, label, marker)
+        _root_axis(panel)
+        panel.set_title(title, fontsize=9)
+        panel.legend(frameon=False, fontsize=8, loc="lower right")
+    axes[0][0].set_ylabel("tone")
+    _save(figure, axes[0], file)
 
 
 def _bars(panel, x, estimates, color, label, marker="o") -> None:

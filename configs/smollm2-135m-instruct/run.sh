@@ -7,7 +7,12 @@ set -eu
 recipe=configs/smollm2-135m-instruct
 runs=runs/smollm2-135m-instruct
 mkdir -p $runs
-echo start >> $runs/times.tsv
+if command -v nvidia-smi > /dev/null; then
+  machine=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)
+else
+  machine="$(nproc) cores of $(grep -m 1 'model name' /proc/cpuinfo | cut -d : -f 2)"
+fi
+printf 'start\t%s\n' "$machine" >> $runs/times.tsv
 
 # Runs a command, and notes the processor time of all commands up to it.
 step() {
@@ -29,6 +34,14 @@ for beta in 0.05 0.2 0.0333; do
   step dera dpo --config $recipe/tone/dpo.yaml --beta $beta --output_dir $runs/tone/beta-$beta
   step dera sweep --config $recipe/tone/sweep.yaml --lambda 1 \
     --adapter $runs/tone/beta-$beta --output-dir $runs/tone/sweep-beta-$beta
+done
+
+# The same with pairs on which DPO has an optimum
+for beta in 0.1 0.05 0.2; do
+  step dera dpo --config $recipe/tone/dpo.yaml --dataset_name $recipe/noisy.py:pairs --beta $beta \
+    --gradient_accumulation_steps 1 --num_train_epochs 1 --save_steps 40 --output_dir $runs/tone/noisy-$beta
+  step dera sweep --config $recipe/tone/sweep.yaml --lambda "$([ $beta = 0.1 ] && echo 0.5,1,2 || echo 1)" \
+    --adapter $runs/tone/noisy-$beta --output-dir $runs/tone/sweep-noisy-$beta
 done
 
 # The same λ by other ways: the adapter's weights scaled, and a rule that keeps to plausible tokens

@@ -21,6 +21,7 @@ from dera_peft.user_code import load_object
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = Path("configs/smollm2-135m-instruct")
+SCRIPTS = ("run.sh", "elsewhere.sh")
 CONFIGS = sorted(str(file.relative_to(ROOT / RECIPE)) for file in (ROOT / RECIPE).glob("*/*.yaml"))
 
 
@@ -58,11 +59,16 @@ def test_a_config_says_how_it_is_run_and_what_its_keys_are(config):
         assert not line or line.startswith("#") or " # " in line, line
 
 
-def test_the_script_names_files_that_are_there_and_runs_that_the_page_reads():
-    script = (RECIPE / "run.sh").read_text(encoding="utf-8")
-    subprocess.run(["sh", "-n", str(RECIPE / "run.sh")], check=True)
+def test_the_scripts_name_files_that_are_there_and_runs_that_the_page_reads():
+    script = "".join((RECIPE / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    for name in SCRIPTS:
+        subprocess.run(["sh", "-n", str(RECIPE / name)], check=True)
     assert set(re.findall(r"--config \$recipe/(\S+)", script)) == set(CONFIGS)
     made = {yaml.safe_load((RECIPE / name).read_text())["output_dir"] for name in CONFIGS}
+    made |= {
+        f"runs/smollm2-135m-instruct/{folder}"
+        for folder in re.findall(r"--output[_-]dir \$runs/([\w/-]+)$", script, re.M)
+    }
     for loop in re.findall(r"for (\w+) in ([\d. ]+); do\n(.*?)\ndone", script, flags=re.DOTALL):
         name, values, body = loop
         for folder in re.findall(r"--output[_-]dir \$runs/(\S+)", body):
@@ -226,7 +232,9 @@ def test_the_runs_on_a_tiny_model_make_a_page(tiny_base, tmp_path, monkeypatch, 
     few = ["--max-prompts", "3", "--max-new-tokens", "8", "--lambda", "0,1,3"]
     arms = ["--arm", "combine=plausible:0.1,lambdas=1,3", "--arm", "mixing=weights,lambdas=3"]
     app([*sweep, "--output-dir", str(runs / "tone" / "sweep"), *few, *arms], standalone_mode=False)
-    (runs / "times.tsv").write_text("start\n1m30s 0m30s\tone\n2m0s 1m0s\ttwo\nstart\n0m6s 0m0s\ttwo\n")
+    (runs / "times.tsv").write_text(
+        "start\tCPU\n1m30s 0m30s\tone\n2m0s 1m0s\ttwo\nstart\tCPU\n0m6s 0m0s\ttwo\nstart\tGPU\n0m6s 0m6s\ttwo\n"
+    )
     page = tmp_path / "evidence.md"
     named("evidence.py:main")(["--runs", str(runs), "--page", str(page)])
 
@@ -238,7 +246,9 @@ def test_the_runs_on_a_tiny_model_make_a_page(tiny_base, tmp_path, monkeypatch, 
     assert "![Tone and relevance" in text
     assert (tmp_path / "evidence" / "curve.png").is_file()
     assert "tone/dpo | 0.1 | 1 |" in text
-    assert json.loads((tmp_path / "evidence" / "times.json").read_text()) == {"one": 2.0, "two": 1.1}
+    times = json.loads((tmp_path / "evidence" / "times.json").read_text())
+    assert times == {"CPU": {"one": 2.0, "two": 1.1}, "GPU": {"two": 0.2}}
+    assert "CPU, 0.1 hours; GPU, 0.0 hours" in text
     (tmp_path / "evidence" / "curve.png").unlink()
     named("evidence.py:main")(["--runs", str(tmp_path / "nowhere"), "--page", str(page)])  # of what was kept
     assert page.read_text(encoding="utf-8") == text
