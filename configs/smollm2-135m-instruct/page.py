@@ -112,7 +112,7 @@ def _text_figures(s: LambdaSummary | None) -> list[str]:
     if s is None:
         return [NOT_YET] * 6
     return [
-        interval(s.kl, ".2f"), mean(level(s, "perplexity"), ",.2f"), mean(level(s, "repetition"), ".3f"),
+        interval(s.kl, ".2f"), mean(level(s, "perplexity"), ".3g"), mean(level(s, "repetition"), ".3f"),
         mean(level(s, "distinct-2"), ".3f"), f"{s.tokens:.0f}", f"{s.ended:.0%}",
     ]  # fmt: skip
 
@@ -269,8 +269,11 @@ def conclusions(figures: Figures) -> list[str]:
         }
         lines.append(_compared(f"DeRa against retraining at β/λ{what}, in tone", found))
     for arm, lambdas, label in WAYS:
-        found = {lam: difference(figures.get("tone", lam, arm), figures.get("tone", lam), PROXY) for lam in lambdas}
-        lines.append(_compared(f"{label} against plain λ, in tone", found))
+        for reward in (PROXY, GOLD):
+            found = {
+                lam: difference(figures.get("tone", lam, arm), figures.get("tone", lam), reward) for lam in lambdas
+            }
+            lines.append(_compared(f"{label} against plain λ, in {reward}", found))
     colder = difference(figures.get("tone-temperature-0.4", 0), figures.get("tone-temperature-1", 0), PROXY)
     aligned = difference(figures.get("tone", 1), reference, PROXY)
     lines.append(
@@ -278,6 +281,15 @@ def conclusions(figures: Figures) -> list[str]:
     )
     controlled = figures.length_controlled("tone", 1, 0, PROXY)
     lines.append(f"At equal length, λ = 1 has {interval(controlled)} more tone than λ = 0.")
+    trained = [level(figures.get("tone" if seed == 1 else f"tone-seed-{seed}", 1), PROXY) for seed in SEEDS]
+    if all(trained):
+        means = [estimate.mean for estimate in trained if estimate is not None]
+        lines.append(
+            f"Four trainings that differ in their seed have {min(means):+.3f} to {max(means):+.3f} at λ = 1: "
+            "a difference between two adapters that is as small tells nothing of what they were trained with."
+        )
+    if wished := figures.of("length"):
+        lines.append(_rises(wished, LENGTH, "the wished length, of an adapter of its own,"))
     return lines
 
 
