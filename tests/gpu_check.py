@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 RECIPE = ROOT / "configs" / "llama-3.1-8b-qlora" / "dpo.yaml"
 COMPUTED = 9.5 * 1e9  # bytes, as the recipe computes them
-ALONE = ("bench-nf4", "generate", "serve", "sweep", "bench-bf16", "eager")  # what was never measured comes first
+ALONE = ("bench-nf4", "generate", "serve", "sweep", "bench-bf16", "eager")
 TOGETHER = ("tests", "demo", "qlora")  # no times are taken of these: they share the GPU
 STEPS = (*ALONE, *TOGETHER)
 LIMIT = 120  # seconds, of a command: one that hangs must not take the time of the others
@@ -262,7 +262,7 @@ def time_generate() -> None:
 def time_serving() -> None:
     """
     Prints the tokens/s of the server's engine with a Llama-8B in bf16, eager and captured, as lines of JSON: 24
-    requests, 8 at a time, of unlike λ, prompts and lengths. Captured ones come twice, first with the recordings.
+    requests of unlike λ, prompts and lengths, 16 rows at a time. Captured ones come twice, first with the recordings.
     """
     import torch
 

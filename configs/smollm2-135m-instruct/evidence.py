@@ -44,6 +44,7 @@ TRAININGS = (
     "tone/again",
 )
 PREFERENCES = ("tone/preferences", "length/preferences")
+MARGINS = {f"noisy-{beta}": f"tone/margin-noisy-{beta}.json" for beta in ("0.1", "0.2", "0.05")}
 TEXTS = 12  # prompts whose texts are kept: the first held-out one of each topic
 
 
@@ -62,7 +63,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def keep_sweep(samples: Path, kept: Path) -> None:
-    """Of each answer the figures, and of the first prompts the text."""
+    """Of each answer the figures, and of the first prompts the text, beside what is kept of other arms and λ."""
+    known = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else []
     points: dict[tuple[str, float | None], dict[str, list]] = {}
     for row in map(json.loads, samples.read_text(encoding="utf-8").splitlines()):
         point = points.setdefault((row["arm"], row["lambda"]), {})
@@ -75,14 +77,14 @@ def keep_sweep(samples: Path, kept: Path) -> None:
         if row["prompt_index"] < TEXTS and row["sample"] == 0:
             text = {"prompt": row["prompt_index"], "asked": row["prompt"][-1]["content"], "answer": row["completion"]}
             point.setdefault("texts", []).append(text)
-    lines = (
-        json.dumps({"arm": arm, "lambda": lam, **point}, ensure_ascii=False) for (arm, lam), point in points.items()
-    )
+    found = [{"arm": arm, "lambda": lam, **point} for (arm, lam), point in points.items()]
+    found += [point for point in known if (point["arm"], point["lambda"]) not in points]
+    lines = [json.dumps(point, ensure_ascii=False) for point in sorted(found, key=lambda p: (p["arm"], p["lambda"]))]
     kept.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 
 
 def keep_trainings(runs: Path, kept: Path) -> None:
-    """Of each training and each set of preferences what its record says, beside what is kept already."""
+    """Of each training and each set of preferences what its record says, and margins, beside what is kept already."""
     known = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     for name in TRAININGS:
         record = runs / name / "dera.json"
@@ -108,6 +110,9 @@ def keep_trainings(runs: Path, kept: Path) -> None:
                 "pairs": pairs,
                 "mean_reward": round(sum(rewards) / len(rewards), 4),
             }
+    for name, file in MARGINS.items():
+        if (runs / file).is_file() and (runs / file).stat().st_size:  # it is there while it is made
+            known[f"margin/{name}"] = json.loads((runs / file).read_text(encoding="utf-8"))["margin"]
     kept.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
 
@@ -115,8 +120,7 @@ def keep_times(times: Path, kept: Path) -> None:
     """Of each command of run.sh the minutes that each machine took for it, summed over all its runs there."""
     minutes: dict[str, dict[str, float]] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     lines = [line.split("\t") for line in times.read_text(encoding="utf-8").splitlines()]
-    for machine in {machine for begin, machine in lines if begin == "start"}:
-        minutes[machine] = {}
+    minutes |= {machine: {} for begin, machine in lines if begin == "start"}
     machine, before = "", 0.0
     for spent, what in lines:
         if spent == "start":

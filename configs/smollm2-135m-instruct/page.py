@@ -61,7 +61,8 @@ def make_page(figures: Figures, folder: Path) -> str:
         "## Proxy against gold", PROXY_AND_GOLD, parting(figures),
         "## The same strength, retrained", RETRAINING,
         *picture(folder, "retrained.png", "Tone against KL: DeRa, and retrained adapters"),
-        retraining(figures, "tone", RETRAINED), TOO_SHORT, retraining(figures, "tone-noisy-0.1", NOISY),
+        retraining(figures, "tone", RETRAINED), TOO_SHORT.format(**_reached(figures)),
+        retraining(figures, "tone-noisy-0.1", NOISY),
         "## Other ways to the same λ", OTHERS, other_ways(figures),
         "## Temperature", TEMPERATURE, temperatures(figures),
         "## At equal length", EQUAL, at_equal_length(figures),
@@ -80,10 +81,14 @@ def picture(folder: Path, name: str, what: str) -> list[str]:
 
 def _facts(figures: Figures) -> dict[str, str]:
     known = figures.trainings
-    training, preferences = known.get("tone/dpo"), known.get("tone/preferences")
-    versions = ", ".join(f"{k} {v}" for k, v in training["versions"].items() if k != "torch") if training else NOT_YET
+    preferences = known.get("tone/preferences")
+    versions: dict[str, list[str]] = {}
+    for its in (t["versions"] for t in known.values() if "versions" in t):
+        for package, version in its.items():
+            if version not in versions.setdefault(package, []):
+                versions[package].append(version)
     return {
-        "versions": versions,
+        "versions": ", ".join(f"{package} {' and '.join(its)}" for package, its in versions.items()) or NOT_YET,
         "times": "; ".join(f"{machine}, {sum(its.values()) / 60:.1f} hours" for machine, its in figures.minutes.items())
         or NOT_YET,
         "pairs": str(preferences["pairs"]) if preferences else NOT_YET,
@@ -95,6 +100,17 @@ def _facts(figures: Figures) -> dict[str, str]:
             if "beta" in t
         )
         or f"| {NOT_YET} | | | | | | | |",
+    }
+
+
+def _reached(figures: Figures) -> dict[str, str]:
+    """How far trainings came: the KL of those on pairs as ranked, and the margins of those on pairs with errors."""
+    kl = [s.kl.mean for s in (figures.get(name, 1) for _, name, _ in RETRAINED if "beta" in name) if s is not None]
+    margins = {float(name.split("-")[1]): m for name, m in figures.trainings.items() if name.startswith("margin/")}
+    reached = ", ".join(f"{margin['mean']:.2f} at β = {beta:g}" for beta, margin in sorted(margins.items()))
+    return {
+        "kl": f"{min(kl):.1f} to {max(kl):.1f}" if kl else NOT_YET,
+        "margins": f"The margins that they reached on these pairs: {reached or NOT_YET}.",
     }
 
 
@@ -257,9 +273,15 @@ def conclusions(figures: Figures) -> list[str]:
         if broken
         else f"Up to λ = {known[-1].lam:g} perplexity is below {BROKEN:g} times that of λ = 0 ({limit / BROKEN:.2f})."
     )
+    changes = [difference(figures.get("tone", 1), reference, reward) for reward in (PROXY, GOLD, SECOND)]
+    lines.append(
+        f"From λ = 0 to 1 the trained reward changes by {interval(changes[0])}, the held-out relevance by "
+        f"{interval(changes[1])}, and the second tone by {interval(changes[2])}."
+    )
     at = parted(figures)
     lines.append(
-        f"Proxy and gold part at λ = {at:g}: the trained reward is higher than at λ = 1, and the held-out one lower."
+        f"λ = {at:g} is the first above 1 where, against λ = 1, the trained reward is shown to be higher, and the "
+        "held-out one lower."
         if at is not None
         else "At no λ above 1 is the trained reward shown to be higher, and the held-out one lower, than at λ = 1."
     )
@@ -268,6 +290,8 @@ def conclusions(figures: Figures) -> list[str]:
             lam: difference(figures.get(one, lam), figures.get(sweep, 1), PROXY) for lam, sweep, _ in others if lam != 1
         }
         lines.append(_compared(f"DeRa against retraining at β/λ{what}, in tone", found))
+        if not what:
+            lines[-1] += f" β told little there: the KL of the retrained is {_reached(figures)['kl']}."
     for arm, lambdas, label in WAYS:
         for reward in (PROXY, GOLD):
             found = {
@@ -286,7 +310,7 @@ def conclusions(figures: Figures) -> list[str]:
         means = [estimate.mean for estimate in trained if estimate is not None]
         lines.append(
             f"Four trainings that differ in their seed have {min(means):+.3f} to {max(means):+.3f} at λ = 1: "
-            "a difference between two adapters that is as small tells nothing of what they were trained with."
+            "what sets two adapters apart by so little may be chance, at λ = 0.5 and β/0.5 too."
         )
     if wished := figures.of("length"):
         lines.append(_rises(wished, LENGTH, "the wished length, of an adapter of its own,"))
@@ -306,6 +330,8 @@ def _rises(known: Sequence[LambdaSummary], reward: str, what: str) -> str:
     last = known[-1]
     end = difference(last, best, reward)
     said = f"{what[0].upper()}{what[1:]} is highest at λ = {best.lam:g} ({interval(level(best, reward))})"
+    same = [s.lam for s in known if s is not best and not difference(best, s, reward).excludes_zero]
+    said += f", not told from λ = {', '.join(f'{lam:g}' for lam in same)}" if same else ""
     return said + (
         "." if last is best else f"; at λ = {last.lam:g} it is {verdict(end)} ({interval(end)} from the highest)."
     )

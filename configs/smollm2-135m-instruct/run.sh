@@ -1,5 +1,6 @@
 #!/bin/sh
-# All that docs/evidence.md shows, from the repository's root; about six hours of two cores:
+# All that docs/evidence.md shows but for another machine's part, from the repository's root; hours on a CPU, minutes on
+# a GPU:
 #   pip install -e '.[evidence]'
 #   sh configs/smollm2-135m-instruct/run.sh
 # Stopped and run again, it goes on: each command does nothing again that it has done.
@@ -36,10 +37,13 @@ for beta in 0.05 0.2 0.0333; do
     --adapter $runs/tone/beta-$beta --output-dir $runs/tone/sweep-beta-$beta
 done
 
-# The same with pairs on which DPO has an optimum
+# The same with pairs on which DPO has an optimum, which is twice as far away at half of β
 for beta in 0.1 0.05 0.2; do
   step dera dpo --config $recipe/tone/dpo.yaml --dataset_name $recipe/noisy.py:pairs --beta $beta \
-    --gradient_accumulation_steps 1 --num_train_epochs 1 --save_steps 40 --output_dir $runs/tone/noisy-$beta
+    --num_train_epochs "$([ $beta = 0.05 ] && echo 2 || echo 1)" \
+    --gradient_accumulation_steps 1 --save_steps 40 --output_dir $runs/tone/noisy-$beta
+  step dera score --adapter $runs/tone/noisy-$beta --pairs $runs/tone/preferences/preferences.jsonl \
+    --chat --lambda 1 --json > $runs/tone/margin-noisy-$beta.json
   step dera sweep --config $recipe/tone/sweep.yaml --lambda "$([ $beta = 0.1 ] && echo 0.5,1,2 || echo 1)" \
     --adapter $runs/tone/noisy-$beta --output-dir $runs/tone/sweep-noisy-$beta
 done

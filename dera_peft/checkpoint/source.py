@@ -88,7 +88,7 @@ class ModelSource(Settings):
     capture: bool | None = setting(
         None,
         "Record decoding steps as CUDA graphs and replay them, which is several times as fast for small batches; on a "
-        "GPU it is done wherever it can be, unless switched off; by dera serve and chat only where asked for.",
+        "GPU it is done wherever it can be, unless switched off.",
         panel=PANEL,
     )
     base_arguments: Mapping[str, Any] = field(

@@ -322,6 +322,11 @@ class MixtureGenerationMixin(PromptRowsMixin):
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
 
+    @property
+    def captures_steps(self) -> bool:
+        """Whether decoding steps are captured where they can be: as `capture` says, or else on a GPU."""
+        return self._captures.wants(self.capture, self.device)
+
     def captured_cache(self, plan: BatchPlan, length: int, whole: bool = False) -> CapturedCache | None:
         """
         A cache for `generate` to go on from, over which it will capture steps; None where it won't.
@@ -331,7 +336,7 @@ class MixtureGenerationMixin(PromptRowsMixin):
             length: of the sequences at most, in tokens.
             whole: as a `CapturedCache` has it, for `captured_step`.
         """
-        if not self._captures.wants(self.capture, self.device) or self.why_not_captured() is not None:
+        if not self.captures_steps or self.why_not_captured() is not None:
             return None
         cache = self._captures.take(self.config, plan, length, whole)
         cache.follow(plan)
@@ -339,7 +344,7 @@ class MixtureGenerationMixin(PromptRowsMixin):
 
     def captured_step(self, cache: CapturedCache, **inputs: Any) -> Any:
         """A decoding step over a cache of `captured_cache`, in the place of `forward`."""
-        with self._captures.call(True):
+        with self._captures.call(self.capture):
             return CapturedStep(cast("PreTrainedModel", self), self._wiring, self._captures, cache)(**inputs)
 
     def keep_captured(self, cache: CapturedCache) -> None:

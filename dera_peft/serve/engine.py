@@ -72,8 +72,8 @@ class Engine:
     `start` lets it work in a thread of its own; without that, `step` does the work in the caller's. Between two steps
     it lets go of the model's turn: other threads may call `model.generate` and `forward` meanwhile.
 
-    Decoding steps are captured (see `generate`) only where `model.capture` is True. Sequences and lengths are then
-    rounded up to powers of two, and each sequence has a row in every branch.
+    Where decoding steps are captured (see `generate`), sequences and lengths are rounded up to powers of two, and each
+    sequence has a row in every branch.
 
     Args:
         model: any `MixtureModel` that decodes from a cache.
@@ -119,7 +119,7 @@ class Engine:
             prefill_chunk=prefill_chunk,
             prefix_tokens=prefix_tokens,
             filler=padding_id(model, tokenizer.pad_token_id),
-            capture=bool(model.capture),
+            capture=model.captures_steps,
         )
         if model.capture and (reason := model.why_not_captured()) is not None:
             logger.warning(f"decoding steps are not captured as CUDA graphs: {reason}")

@@ -65,6 +65,20 @@ def test_requests_join_and_leave_captured_steps(llama):
     assert recorder.recordings < 2 * recordings, "recordings are kept for requests that come later"
 
 
+@pytest.mark.parametrize(("capture", "captured"), [(None, True), (False, False)])
+def test_steps_are_captured_on_a_gpu_unless_switched_off(llama, capture, captured):
+    """The stand-in's device is the CPU."""
+    model, recorder = llama
+    requests = [greedy(ids(i, 4), LAMBDAS[i % 5], 8) for i in range(3)]
+    recorder.replays = 0
+    model.capture = capture
+    try:
+        run(Engine(model, make_tokenizer()), requests, every=1)
+    finally:
+        model.capture = True
+    assert (recorder.replays > 0) == captured
+
+
 def test_windows_rules_and_a_step_that_can_not_be_captured(caplog):
     """A window is kept by masks. Requests with a rule are computed beside; so is all of a model that can't be."""
     model, recorder = make("gemma2")

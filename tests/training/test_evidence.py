@@ -6,12 +6,14 @@ import subprocess
 import sys
 import zipfile
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dera_peft.cli.app import app
@@ -253,3 +255,41 @@ def test_the_runs_on_a_tiny_model_make_a_page(tiny_base, tmp_path, monkeypatch, 
     named("evidence.py:main")(["--runs", str(tmp_path / "nowhere"), "--page", str(page)])  # of what was kept
     assert page.read_text(encoding="utf-8") == text
     assert (tmp_path / "evidence" / "curve.png").is_file()
+
+
+def test_the_recipe_scaled_down_on_the_real_model(tmp_path):
+    base = named("prepare.py:FOLDER")
+    if not (base / "model.safetensors").is_file():
+        pytest.skip(f"{base} is made by {RECIPE}/prepare.py, of a package of 98 MB")
+
+    def config(program: str, *arguments: str) -> list[str]:
+        return [
+            "--config",
+            str(RECIPE / "tone" / f"{program}.yaml"),
+            "--output_dir",
+            str(tmp_path / program),
+            *arguments,
+        ]
+
+    preferences.main(config("preferences", "--max_prompts", "8"))
+    dpo.main(config("dpo", "--dataset_name", str(tmp_path / "preferences" / "preferences.jsonl"), "--max_steps", "3",
+                    "--learning_rate", "1e-3", "--warmup_steps", "0"))  # fmt: skip
+    app(
+        ["sweep", "--config", str(RECIPE / "tone" / "sweep.yaml"), "--adapter", str(tmp_path / "dpo"), "--output-dir",
+         str(tmp_path / "sweep"), "--max-prompts", "2", "--max-new-tokens", "16", "--lambda", "0,1",
+         "--temperature", "0"],
+        standalone_mode=False,
+    )  # fmt: skip
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "dpo").eval()
+    expected = {}
+    for number, row in enumerate(rows_of(RECIPE / "prompts" / "held_out.jsonl")[:2]):
+        ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_tensors="pt")
+        for lam, adapter in ((0.0, model.disable_adapter()), (1.0, nullcontext())):
+            with torch.no_grad(), adapter:
+                tokens = model.generate(**ids, max_new_tokens=16, do_sample=False)[0, ids["input_ids"].shape[1] :]
+            expected[number, lam] = tokenizer.decode(tokens, skip_special_tokens=True)
+    assert len(set(expected.values())) > 2
+    found = rows_of(tmp_path / "sweep" / "samples.jsonl")
+    assert {(row["prompt_index"], row["lambda"]): row["completion"] for row in found} == expected
