@@ -18,6 +18,7 @@ from dera_peft.evaluate.report.findings import Findings
 COLUMNS = 10  # of numbers, that a table has room for beside each other
 ROWS = 200
 LISTED_FAILURES = 20
+LARGE = 1e5  # a number from here on is written as a power of ten, as the perplexity of broken text
 KL = "KL (nats a completion)"
 MINUS = "\N{MINUS SIGN}"
 
@@ -245,6 +246,8 @@ def decimals(largest: float) -> int:
 
 def estimate_cell(estimate: Estimate | None, places: int, sign: str = "") -> Cell:
     def number(value: float) -> str:
+        if abs(value) >= LARGE:
+            return _number(f"{value:{sign}.2e}")
         return _number(f"{round(value, places) + 0.0:{sign}.{places}f}")  # + 0.0: no minus before a zero
 
     if estimate is None or not math.isfinite(estimate.mean):

@@ -11,6 +11,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy
 import pytest
 from swept import HOSTILE, LN2, PROMPTS, RULE, TOKENS, row, rows, swept
 
@@ -231,6 +232,14 @@ def test_tables(page):
     assert "$fun$: 1 of 24 rows" in page.text
     assert "ValueError: <b>no</b>" in page.text
     assert "#prompt=2&sample=1&arm=logits&lambda=1" in [a.get("href") for _, a in page.elements]
+
+
+def test_numbers_of_a_table_are_as_long_as_they_need_to_be():
+    draws = numpy.zeros(2)
+    small, large = Estimate(-0.25, 0.1, -0.5, 0.0, draws), Estimate(3599793.5, 1e6, 5e4, 9.9e6, draws)
+    assert tables.estimate_cell(small, 3, "+")[:2] == ("−0.250", "−0.500 to +0.000")
+    assert tables.estimate_cell(large, 2)[:2] == ("3.60e+06", "50000.00 to 9.90e+06")
+    assert tables.estimate_cell(None, 2).text == "–"
 
 
 def test_a_table_has_no_more_columns_than_a_screen():
