@@ -105,11 +105,13 @@ def _facts(figures: Figures) -> dict[str, str]:
 
 def _reached(figures: Figures) -> dict[str, str]:
     """How far trainings came: the KL of those on pairs as ranked, and the margins of those on pairs with errors."""
-    kl = [s.kl.mean for s in (figures.get(name, 1) for _, name, _ in RETRAINED if "beta" in name) if s is not None]
+    betas = [(figures.get(name, 1), figures.get("tone", lam)) for lam, name, _ in RETRAINED if "beta" in name]
+    trained, decoded = ([s.kl.mean for s in column if s is not None] for column in zip(*betas, strict=True))
     margins = {float(name.split("-")[1]): m for name, m in figures.trainings.items() if name.startswith("margin/")}
     reached = ", ".join(f"{margin['mean']:.2f} at β = {beta:g}" for beta, margin in sorted(margins.items()))
     return {
-        "kl": f"{min(kl):.1f} to {max(kl):.1f}" if kl else NOT_YET,
+        "kl": f"{min(trained):.1f} to {max(trained):.1f}" if trained else NOT_YET,
+        "dial": f"{min(decoded):.1f} to {max(decoded):.1f}" if decoded else NOT_YET,
         "margins": f"The margins that they reached on these pairs: {reached or NOT_YET}.",
     }
 
