@@ -24,12 +24,13 @@ from page import draw, make_page
 from dera_peft.cli.program import run_program
 from dera_peft.messages import messages_on_stderr
 
+NOISY = ("0.1", "0.05")  # β of those that were trained on pairs with errors
 # what is kept -> its folder in the runs
 SWEEPS = {
     "tone": "tone/sweep",
     "length": "length/sweep",
     **{f"tone-beta-{beta}": f"tone/sweep-beta-{beta}" for beta in ("0.05", "0.2", "0.0333")},
-    **{f"tone-noisy-{beta}": f"tone/sweep-noisy-{beta}" for beta in ("0.1", "0.2", "0.05")},
+    **{f"tone-noisy-{beta}": f"tone/sweep-noisy-{beta}" for beta in NOISY},
     **{f"tone-seed-{seed}": f"tone/sweep-seed-{seed}" for seed in (2, 3, 4)},
     **{f"tone-temperature-{t}": f"tone/sweep-temperature-{t}" for t in ("0.4", "1")},
     "tone-elsewhere": "tone/sweep-elsewhere",
@@ -39,12 +40,12 @@ TRAININGS = (
     "tone/dpo",
     "length/dpo",
     *(f"tone/beta-{b}" for b in ("0.05", "0.2", "0.0333")),
-    *(f"tone/noisy-{b}" for b in ("0.1", "0.2", "0.05")),
+    *(f"tone/noisy-{b}" for b in NOISY),
     *(f"tone/seed-{s}" for s in (2, 3, 4)),
     "tone/again",
 )
 PREFERENCES = ("tone/preferences", "length/preferences")
-MARGINS = {f"noisy-{beta}": f"tone/margin-noisy-{beta}.json" for beta in ("0.1", "0.2", "0.05")}
+MARGINS = {f"noisy-{beta}": f"tone/margin-noisy-{beta}.json" for beta in NOISY}
 TEXTS = 12  # prompts whose texts are kept: the first held-out one of each topic
 
 

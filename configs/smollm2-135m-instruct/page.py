@@ -31,7 +31,8 @@ SEEDS = (1, 2, 3, 4)
 # λ, the sweep of an adapter that was trained at β/λ, and its β
 RETRAINED = [(0.5, "tone-beta-0.2", "0.2"), *((1, f"tone-seed-{seed}", f"0.1, seed {seed}") for seed in SEEDS[1:]),
              (2, "tone-beta-0.05", "0.05"), (3, "tone-beta-0.0333", "0.033")]  # fmt: skip
-NOISY = [(0.5, "tone-noisy-0.2", "0.2"), (2, "tone-noisy-0.05", "0.05")]
+# of those trained on pairs with errors: λ, the β of the adapter that is decoded, and β/λ
+NOISY = [(0.5, "0.05", "0.1"), (2, "0.1", "0.05")]
 WAYS = [("weights", (0.5, 2, 3, 4), "scaled adapter"), ("plausible:0.1", (1, 2, 4, 8), "plausible:0.1")]
 BROKEN = 1.5  # times the perplexity at λ=0, and above: the text is no longer the reference's language
 OF_TEXT = ("tokens", "tone", "second_tone", "repetition", "distinct-2")  # what two answers share that are the same
@@ -46,8 +47,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def draw(figures: Figures, folder: Path) -> None:
     draw_curves(figures, PROXY, GOLD, folder / "curve.png")
     panels = {
-        title: (one, {name: f"retrained, β = {beta}" for _, name, beta in others})
-        for title, one, others in (("pairs as ranked", "tone", RETRAINED), ("with errors", "tone-noisy-0.1", NOISY))
+        "pairs as ranked": (
+            {"tone": "DeRa, one adapter"},
+            {name: f"retrained, β = {beta}" for _, name, beta in RETRAINED},
+        ),
+        "pairs with errors": ({f"tone-noisy-{beta}": f"DeRa, trained at β = {beta}" for _, beta, _ in NOISY}, {}),
     }
     draw_retrained(figures, PROXY, panels, folder / "retrained.png")
 
@@ -61,8 +65,9 @@ def make_page(figures: Figures, folder: Path) -> str:
         "## Proxy against gold", PROXY_AND_GOLD, parting(figures),
         "## The same strength, retrained", RETRAINING,
         *picture(folder, "retrained.png", "Tone against KL: DeRa, and retrained adapters"),
-        retraining(figures, "tone", RETRAINED), TOO_SHORT.format(**_reached(figures)),
-        retraining(figures, "tone-noisy-0.1", NOISY),
+        retraining(figures, [(lam, "tone", *other) for lam, *other in RETRAINED]),
+        TOO_SHORT.format(**_reached(figures)),
+        retraining(figures, [(lam, *_noisy(beta, other), f"{other}, of β = {beta}") for lam, beta, other in NOISY]),
         "## Other ways to the same λ", OTHERS, other_ways(figures),
         "## Temperature", TEMPERATURE, temperatures(figures),
         "## At equal length", EQUAL, at_equal_length(figures),
@@ -107,12 +112,19 @@ def _reached(figures: Figures) -> dict[str, str]:
     """How far trainings came: the KL of those on pairs as ranked, and the margins of those on pairs with errors."""
     betas = [(figures.get(name, 1), figures.get("tone", lam)) for lam, name, _ in RETRAINED if "beta" in name]
     trained, decoded = ([s.kl.mean for s in column if s is not None] for column in zip(*betas, strict=True))
-    margins = {float(name.split("-")[1]): m for name, m in figures.trainings.items() if name.startswith("margin/")}
-    reached = ", ".join(f"{margin['mean']:.2f} at β = {beta:g}" for beta, margin in sorted(margins.items()))
+    margins = {beta: figures.trainings.get(f"margin/noisy-{beta}") for _, beta, _ in NOISY}
+    moved = {beta: margin["mean"] / float(beta) for beta, margin in margins.items() if margin}
+    points = [(by, f"trained at β = {beta}", f"tone-noisy-{beta}", 1) for beta, by in moved.items()]
+    points += [(lam * moved[b], f"λ = {lam:g} of β = {b}", f"tone-noisy-{b}", lam) for lam, b, _ in NOISY if b in moved]
+    nats = []
+    for by, what, sweep, lam in sorted(points):
+        found = figures.get(sweep, lam)
+        nats.append(f"{by:.0f} nats, {what}: KL {mean(found.kl if found else None)}")
     return {
         "kl": f"{min(trained):.1f} to {max(trained):.1f}" if trained else NOT_YET,
         "dial": f"{min(decoded):.1f} to {max(decoded):.1f}" if decoded else NOT_YET,
-        "margins": f"The margins that they reached on these pairs: {reached or NOT_YET}.",
+        "margins": ", ".join(f"{m['mean']:.2f} at β = {beta}" for beta, m in margins.items() if m) or NOT_YET,
+        "nats": "; ".join(nats) or NOT_YET,
     }
 
 
@@ -156,9 +168,14 @@ def parted(figures: Figures) -> float | None:
     return None
 
 
-def retraining(figures: Figures, one: str, others: Sequence[tuple[float, str, str]]) -> str:
+def _noisy(*betas: str) -> list[str]:
+    return [f"tone-noisy-{beta}" for beta in betas]
+
+
+def retraining(figures: Figures, compared: Sequence[tuple[float, str, str, str]]) -> str:
+    """Of a λ, a sweep, that of an adapter which was retrained for it, and the β of that."""
     rows = []
-    for lam, sweep, beta in others:
+    for lam, one, sweep, beta in compared:
         ours, theirs = figures.get(one, lam), figures.get(sweep, 1)
         rows.append([
             f"{lam:g}", beta, interval(level(theirs, PROXY)), interval(level(ours, PROXY)),
@@ -287,10 +304,10 @@ def conclusions(figures: Figures) -> list[str]:
         if at is not None
         else "At no λ above 1 is the trained reward shown to be higher, and the held-out one lower, than at λ = 1."
     )
-    for what, one, others in (("", "tone", RETRAINED), (", on pairs with errors", "tone-noisy-0.1", NOISY)):
-        found = {
-            lam: difference(figures.get(one, lam), figures.get(sweep, 1), PROXY) for lam, sweep, _ in others if lam != 1
-        }
+    ranked = [(lam, "tone", sweep) for lam, sweep, _ in RETRAINED if lam != 1]
+    noisy = [(lam, *_noisy(beta, other)) for lam, beta, other in NOISY]
+    for what, compared in (("", ranked), (", on pairs with errors", noisy)):
+        found = {lam: difference(figures.get(one, lam), figures.get(sweep, 1), PROXY) for lam, one, sweep in compared}
         lines.append(_compared(f"DeRa against retraining at β/λ{what}, in tone", found))
         if not what:
             lines[-1] += f" β told little there: the KL of the retrained is {_reached(figures)['kl']}."

@@ -35,26 +35,30 @@ def draw_curves(figures: Figures, proxy: str, gold: str, file: Path) -> None:
     _save(figure, [left, right], file)
 
 
-def draw_retrained(figures: Figures, proxy: str, panels: dict[str, tuple[str, dict[str, str]]], file: Path) -> None:
+def draw_retrained(
+    figures: Figures, proxy: str, panels: dict[str, tuple[dict[str, str], dict[str, str]]], file: Path
+) -> None:
     """
-    Reward against KL: plain λ of one adapter, and adapters that were retrained.
+    Reward against KL: plain λ of adapters, and adapters as they were trained.
 
     Args:
-        panels: title -> the sweep of the one adapter, and those of the others with their labels.
+        panels: title -> sweeps whose λ are drawn as a line, and those of which λ=1 is, with their labels.
     """
-    drawn = {title: panel for title, panel in panels.items() if figures.of(panel[0])}
+    drawn = {title: panel for title, panel in panels.items() if any(map(figures.of, panel[0]))}
     if not drawn:
         return
     figure, axes = pyplot.subplots(
         1, len(drawn), figsize=(5.2 * len(drawn), 4.4), layout="constrained", squeeze=False, sharey=True
     )
-    for panel, (title, (one, others)) in zip(axes[0], drawn.items(), strict=True):
-        plain = [s for s in figures.of(one) if s.lam >= 0]
-        _bars(panel, [s.kl.mean for s in plain], [level(s, proxy) for s in plain], BLUE, "DeRa, one adapter")
-        for summary in plain:
-            panel.annotate(f"λ={summary.lam:g}", (summary.kl.mean, level(summary, proxy).mean), (4, -11),
-                           textcoords="offset points", fontsize=7, color=BLUE)  # fmt: skip
-        for (name, label), marker in zip(others.items(), "sDv^<>", strict=False):
+    for panel, (title, (lines, points)) in zip(axes[0], drawn.items(), strict=True):
+        for (name, label), color in zip(lines.items(), (BLUE, ORANGE), strict=False):
+            plain = [s for s in figures.of(name) if s.lam >= 0]
+            if plain:
+                _bars(panel, [s.kl.mean for s in plain], [level(s, proxy) for s in plain], color, label)
+            for summary in plain:
+                panel.annotate(f"λ={summary.lam:g}", (summary.kl.mean, level(summary, proxy).mean), (4, -11),
+                               textcoords="offset points", fontsize=7, color=color)  # fmt: skip
+        for (name, label), marker in zip(points.items(), "sDv^<>", strict=False):
             summary = figures.get(name, 1)
             if summary is not None:
                 color = GREY if "seed" in name else ORANGE

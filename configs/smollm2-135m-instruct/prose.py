@@ -44,14 +44,16 @@ By the theory, to decode at λ is to have trained at β/λ. One more adapter was
 the same seed, and decoded as trained. The rows of λ = 1 are trainings that differ from the first one in nothing but
 their seed: that is how far apart two trainings are anyway."""
 TOO_SHORT = """\
-β made little difference to these trainings: their KL is {kl}, where the same λ gives {dial}. Each pair has one label, so
-that DPO has no finite optimum on them (margins grow for as long as it is trained), and 36 steps end where the learning
+β made little difference to these trainings: their KL is {kl}, where λ gives {dial}. Each pair has one label, so that
+DPO has no finite optimum on them (margins grow for as long as it is trained), and 36 steps end where the learning
 rate lets them. So once more with an optimum: each pair is labelled four times as it was ranked and once the other way
 round, as by a labeller who errs once in five (`noisy.py`). There DPO's margin is log 4 = 1.39 whatever β is, and β
-decides how far the policy moves for it: by log 4 / β. The steps are of 4 pairs in place of 8, and as many more as β is
-smaller, since there is as much further to go. The adapter of β = 0.1 is decoded at λ, others were trained at β/λ.
+decides how far the policy moves for it: by log 4 / β. The steps are of 4 pairs in place of 8, 117 of them at β = 0.1
+and twice as many at half of it. Each of the two adapters is decoded at the λ that stands for the other.
 
-{margins}"""
+Here β tells. The margins that they reached on these pairs: {margins}. Divided by β, and multiplied by λ, that is how
+far log π/π_ref of the better answer has moved against the worse: {nats}. β/λ speaks of optima; these four are in the
+order of how far the policy was moved, which λ multiplies."""
 OTHERS = """\
 "Scaled adapter": the adapter's weights are scaled by λ, and no logits are mixed. "plausible:0.1": tokens that the
 aligned model finds less than a tenth as probable as its best are left out before λ is applied. Both minus plain λ's,

@@ -38,14 +38,14 @@ for beta in 0.05 0.2 0.0333; do
 done
 
 # The same with pairs on which DPO has an optimum, which is twice as far away at half of β
-for beta in 0.1 0.05 0.2; do
+for beta in 0.1 0.05; do
   step dera dpo --config $recipe/tone/dpo.yaml --dataset_name $recipe/noisy.py:pairs --beta $beta \
     --num_train_epochs "$(echo $beta | awk '{ print 0.1 / $1 }')" \
     --gradient_accumulation_steps 1 --save_steps 40 --output_dir $runs/tone/noisy-$beta
   [ -s $runs/tone/margin-noisy-$beta.json ] ||
     step dera score --adapter $runs/tone/noisy-$beta --pairs $runs/tone/preferences/preferences.jsonl \
       --chat --lambda 1 --json > $runs/tone/margin-noisy-$beta.json
-  step dera sweep --config $recipe/tone/sweep.yaml --lambda "$([ $beta = 0.1 ] && echo 0.5,1,2 || echo 1)" \
+  step dera sweep --config $recipe/tone/sweep.yaml --lambda "$([ $beta = 0.1 ] && echo 0.5,1,2 || echo 0.5,1)" \
     --adapter $runs/tone/noisy-$beta --output-dir $runs/tone/sweep-noisy-$beta
 done
 
