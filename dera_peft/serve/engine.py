@@ -119,7 +119,6 @@ class Engine:
             prefill_chunk=prefill_chunk,
             prefix_tokens=prefix_tokens,
             filler=padding_id(model, tokenizer.pad_token_id),
-            capture=model.captures_steps,
         )
         if model.capture and (reason := model.why_not_captured()) is not None:
             logger.warning(f"decoding steps are not captured as CUDA graphs: {reason}")

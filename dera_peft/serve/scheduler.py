@@ -37,7 +37,6 @@ class Scheduler:
         prefill_chunk: tokens of prompts, in all rows, between two decoding steps.
         prefix_tokens: held of finished requests beside these.
         filler: the id to pad with.
-        capture: whether decoding steps are captured where they can be.
 
     Attributes:
         waiting: requests in their order.
@@ -54,9 +53,8 @@ class Scheduler:
         prefill_chunk: int,
         prefix_tokens: int,
         filler: int,
-        capture: bool = False,
     ):
-        self.model, self.filler, self.capture = model, filler, capture
+        self.model, self.filler = model, filler
         self.max_rows, self.max_tokens, self.prefill_chunk = max_rows, max_tokens, prefill_chunk
         self.kinds = layer_kinds(model)
         self.prefixes = Prefixes(model, self.kinds, prefix_tokens)
@@ -284,7 +282,7 @@ class Scheduler:
         first, *others = groups
         if not first.take(others):
             first = self._anew(groups)
-        if not self.capture or isinstance(first, CapturedGroup):
+        if not self.model.captures_steps or isinstance(first, CapturedGroup):
             return first
         # at most half of what there is room for, since places that are free hold as much as others
         room = (self.max_tokens - self.held + sum(group.held for group in groups)) // 2
