@@ -45,7 +45,6 @@ TRAININGS = (
     "tone/again",
 )
 PREFERENCES = ("tone/preferences", "length/preferences")
-MARGINS = {f"noisy-{beta}": f"tone/margin-noisy-{beta}.json" for beta in NOISY}
 TEXTS = 12  # prompts whose texts are kept: the first held-out one of each topic
 
 
@@ -111,9 +110,10 @@ def keep_trainings(runs: Path, kept: Path) -> None:
                 "pairs": pairs,
                 "mean_reward": round(sum(rewards) / len(rewards), 4),
             }
-    for name, file in MARGINS.items():
-        if (runs / file).is_file() and (runs / file).stat().st_size:  # it is there while it is made
-            known[f"margin/{name}"] = json.loads((runs / file).read_text(encoding="utf-8"))["margin"]
+    for beta in NOISY:
+        file = runs / "tone" / f"margin-noisy-{beta}.json"
+        if file.is_file() and file.stat().st_size:  # it is there while it is made
+            known[f"margin/noisy-{beta}"] = json.loads(file.read_text(encoding="utf-8"))["margin"]
     kept.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
 

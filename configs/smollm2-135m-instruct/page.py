@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from figures import NOT_YET, Figures, difference, interval, level, mean, spread, verdict
 from pictures import draw_curves, draw_retrained
@@ -25,14 +26,40 @@ from dera_peft.engine.names import LOGITS
 from dera_peft.evaluate.analysis.resamples import Estimate
 from dera_peft.evaluate.analysis.summary import LambdaSummary
 
+
+class Retrained(NamedTuple):
+    """
+    A λ of one adapter, and an adapter that was trained at β/λ.
+
+    Attributes:
+        sweep: of the one.
+        other: the sweep of the other, of which λ=1 is meant.
+        beta: β/λ, as the page has it.
+    """
+
+    lam: float
+    sweep: str
+    other: str
+    beta: str
+
+    def of(self, figures: Figures) -> tuple[LambdaSummary | None, LambdaSummary | None]:
+        return figures.get(self.sweep, self.lam), figures.get(self.other, 1)
+
+
 PROXY, GOLD, SECOND, LENGTH = "tone", "relevance", "second_tone", "wished_length"
 LAMBDAS = (-1, 0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8)
 SEEDS = (1, 2, 3, 4)
-# λ, the sweep of an adapter that was trained at β/λ, and its β
-RETRAINED = [(0.5, "tone-beta-0.2", "0.2"), *((1, f"tone-seed-{seed}", f"0.1, seed {seed}") for seed in SEEDS[1:]),
-             (2, "tone-beta-0.05", "0.05"), (3, "tone-beta-0.0333", "0.033")]  # fmt: skip
-# of those trained on pairs with errors: λ, the β of the adapter that is decoded, and β/λ
-NOISY = [(0.5, "0.05", "0.1"), (2, "0.1", "0.05")]
+RANKED = [
+    Retrained(0.5, "tone", "tone-beta-0.2", "0.2"),
+    *(Retrained(1, "tone", f"tone-seed-{seed}", f"0.1, seed {seed}") for seed in SEEDS[1:]),
+    Retrained(2, "tone", "tone-beta-0.05", "0.05"),
+    Retrained(3, "tone", "tone-beta-0.0333", "0.033"),
+]
+WITH_ERRORS = [  # of the pairs
+    Retrained(0.5, "tone-noisy-0.05", "tone-noisy-0.1", "0.1, of β = 0.05"),
+    Retrained(2, "tone-noisy-0.1", "tone-noisy-0.05", "0.05, of β = 0.1"),
+]
+NOISY = {"tone-noisy-0.05": "0.05", "tone-noisy-0.1": "0.1"}  # sweep -> β of those trained on pairs with errors
 WAYS = [("weights", (0.5, 2, 3, 4), "scaled adapter"), ("plausible:0.1", (1, 2, 4, 8), "plausible:0.1")]
 BROKEN = 1.5  # times the perplexity at λ=0, and above: the text is no longer the reference's language
 OF_TEXT = ("tokens", "tone", "second_tone", "repetition", "distinct-2")  # what two answers share that are the same
@@ -49,9 +76,9 @@ def draw(figures: Figures, folder: Path) -> None:
     panels = {
         "pairs as ranked": (
             {"tone": "DeRa, one adapter"},
-            {name: f"retrained, β = {beta}" for _, name, beta in RETRAINED},
+            {each.other: f"retrained, β = {each.beta}" for each in RANKED},
         ),
-        "pairs with errors": ({f"tone-noisy-{beta}": f"DeRa, trained at β = {beta}" for _, beta, _ in NOISY}, {}),
+        "pairs with errors": ({sweep: f"DeRa, trained at β = {beta}" for sweep, beta in NOISY.items()}, {}),
     }
     draw_retrained(figures, PROXY, panels, folder / "retrained.png")
 
@@ -65,9 +92,7 @@ def make_page(figures: Figures, folder: Path) -> str:
         "## Proxy against gold", PROXY_AND_GOLD, parting(figures),
         "## The same strength, retrained", RETRAINING,
         *picture(folder, "retrained.png", "Tone against KL: DeRa, and retrained adapters"),
-        retraining(figures, [(lam, "tone", *other) for lam, *other in RETRAINED]),
-        TOO_SHORT.format(**_reached(figures)),
-        retraining(figures, [(lam, *_noisy(beta, other), f"{other}, of β = {beta}") for lam, beta, other in NOISY]),
+        retraining(figures, RANKED), TOO_SHORT.format(**_reached(figures)), retraining(figures, WITH_ERRORS),
         "## Other ways to the same λ", OTHERS, other_ways(figures),
         "## Temperature", TEMPERATURE, temperatures(figures),
         "## At equal length", EQUAL, at_equal_length(figures),
@@ -110,12 +135,16 @@ def _facts(figures: Figures) -> dict[str, str]:
 
 def _reached(figures: Figures) -> dict[str, str]:
     """How far trainings came: the KL of those on pairs as ranked, and the margins of those on pairs with errors."""
-    betas = [(figures.get(name, 1), figures.get("tone", lam)) for lam, name, _ in RETRAINED if "beta" in name]
-    trained, decoded = ([s.kl.mean for s in column if s is not None] for column in zip(*betas, strict=True))
-    margins = {beta: figures.trainings.get(f"margin/noisy-{beta}") for _, beta, _ in NOISY}
-    moved = {beta: margin["mean"] / float(beta) for beta, margin in margins.items() if margin}
-    points = [(by, f"trained at β = {beta}", f"tone-noisy-{beta}", 1) for beta, by in moved.items()]
-    points += [(lam * moved[b], f"λ = {lam:g} of β = {b}", f"tone-noisy-{b}", lam) for lam, b, _ in NOISY if b in moved]
+    pairs = [each.of(figures) for each in RANKED if each.lam != 1]
+    decoded, trained = ([s.kl.mean for s in column if s is not None] for column in zip(*pairs, strict=True))
+    margins = {sweep: figures.trainings.get(f"margin/{sweep.removeprefix('tone-')}") for sweep in NOISY}
+    moved = {sweep: margin["mean"] / float(NOISY[sweep]) for sweep, margin in margins.items() if margin}
+    points = [(by, f"trained at β = {NOISY[sweep]}", sweep, 1) for sweep, by in moved.items()]
+    points += [
+        (each.lam * moved[each.sweep], f"λ = {each.lam:g} of β = {NOISY[each.sweep]}", each.sweep, each.lam)
+        for each in WITH_ERRORS
+        if each.sweep in moved
+    ]
     nats = []
     for by, what, sweep, lam in sorted(points):
         found = figures.get(sweep, lam)
@@ -123,7 +152,7 @@ def _reached(figures: Figures) -> dict[str, str]:
     return {
         "kl": f"{min(trained):.1f} to {max(trained):.1f}" if trained else NOT_YET,
         "dial": f"{min(decoded):.1f} to {max(decoded):.1f}" if decoded else NOT_YET,
-        "margins": ", ".join(f"{m['mean']:.2f} at β = {beta}" for beta, m in margins.items() if m) or NOT_YET,
+        "margins": ", ".join(f"{m['mean']:.2f} at β = {NOISY[sweep]}" for sweep, m in margins.items() if m) or NOT_YET,
         "nats": "; ".join(nats) or NOT_YET,
     }
 
@@ -168,17 +197,12 @@ def parted(figures: Figures) -> float | None:
     return None
 
 
-def _noisy(*betas: str) -> list[str]:
-    return [f"tone-noisy-{beta}" for beta in betas]
-
-
-def retraining(figures: Figures, compared: Sequence[tuple[float, str, str, str]]) -> str:
-    """Of a λ, a sweep, that of an adapter which was retrained for it, and the β of that."""
+def retraining(figures: Figures, compared: Sequence[Retrained]) -> str:
     rows = []
-    for lam, one, sweep, beta in compared:
-        ours, theirs = figures.get(one, lam), figures.get(sweep, 1)
+    for each in compared:
+        ours, theirs = each.of(figures)
         rows.append([
-            f"{lam:g}", beta, interval(level(theirs, PROXY)), interval(level(ours, PROXY)),
+            f"{each.lam:g}", each.beta, interval(level(theirs, PROXY)), interval(level(ours, PROXY)),
             interval(difference(ours, theirs, PROXY)), verdict(difference(ours, theirs, PROXY)),
             mean(theirs.kl if theirs else None), mean(ours.kl if ours else None),
         ])  # fmt: skip
@@ -226,7 +250,7 @@ def at_equal_length(figures: Figures) -> str:
 def four_trainings(figures: Figures) -> str:
     rows = []
     for lam in (0.5, 1, 2, 4):
-        found = [figures.get("tone" if seed == 1 else f"tone-seed-{seed}", lam) for seed in SEEDS]
+        found = _by_seed(figures, lam)
         levels = [level(s, PROXY) for s in found]
         known = [e for e in levels if e is not None]
         row = [f"{lam:g}", *(mean(e, "+.3f") for e in levels)]
@@ -237,6 +261,10 @@ def four_trainings(figures: Figures) -> str:
         rows.append([*row, ", ".join(mean(s.kl if s else None) for s in found)])
     head = ["λ", *(f"seed {seed}" for seed in SEEDS), "between trainings (SD)", "over prompts (SE)", "KL, nats"]
     return table(head, rows)
+
+
+def _by_seed(figures: Figures, lam: float) -> list[LambdaSummary | None]:
+    return [figures.get("tone" if seed == 1 else f"tone-seed-{seed}", lam) for seed in SEEDS]
 
 
 def elsewhere(figures: Figures) -> str:
@@ -256,7 +284,7 @@ def elsewhere(figures: Figures) -> str:
 
 
 def texts(figures: Figures) -> str:
-    found = figures.points.get(("tone", "logits", 0), {}).get("texts", [])
+    found = figures.points.get(("tone", LOGITS, 0), {}).get("texts", [])
     if not found:
         return NOT_YET
     parts = []
@@ -304,13 +332,15 @@ def conclusions(figures: Figures) -> list[str]:
         if at is not None
         else "At no λ above 1 is the trained reward shown to be higher, and the held-out one lower, than at λ = 1."
     )
-    ranked = [(lam, "tone", sweep) for lam, sweep, _ in RETRAINED if lam != 1]
-    noisy = [(lam, *_noisy(beta, other)) for lam, beta, other in NOISY]
-    for what, compared in (("", ranked), (", on pairs with errors", noisy)):
-        found = {lam: difference(figures.get(one, lam), figures.get(sweep, 1), PROXY) for lam, one, sweep in compared}
-        lines.append(_compared(f"DeRa against retraining at β/λ{what}, in tone", found))
-        if not what:
-            lines[-1] += f" β told little there: the KL of the retrained is {_reached(figures)['kl']}."
+    ranked, with_errors = (
+        {each.lam: difference(*each.of(figures), PROXY) for each in compared if each.lam != 1}
+        for compared in (RANKED, WITH_ERRORS)
+    )
+    lines += [
+        _compared("DeRa against retraining at β/λ, in tone", ranked)
+        + f" β told little there: the KL of the retrained is {_reached(figures)['kl']}.",
+        _compared("DeRa against retraining at β/λ, on pairs with errors, in tone", with_errors),
+    ]
     for arm, lambdas, label in WAYS:
         for reward in (PROXY, GOLD):
             found = {
@@ -318,15 +348,13 @@ def conclusions(figures: Figures) -> list[str]:
             }
             lines.append(_compared(f"{label} against plain λ, in {reward}", found))
     colder = difference(figures.get("tone-temperature-0.4", 0), figures.get("tone-temperature-1", 0), PROXY)
-    aligned = difference(figures.get("tone", 1), reference, PROXY)
     lines.append(
-        f"λ = 1 changes the tone by {interval(aligned)}; a temperature of 0.4 in place of 1 by {interval(colder)}."
+        f"λ = 1 changes the tone by {interval(changes[0])}; a temperature of 0.4 in place of 1 by {interval(colder)}."
     )
     controlled = figures.length_controlled("tone", 1, 0, PROXY)
     lines.append(f"At equal length, λ = 1 has {interval(controlled)} more tone than λ = 0.")
-    trained = [level(figures.get("tone" if seed == 1 else f"tone-seed-{seed}", 1), PROXY) for seed in SEEDS]
-    if all(trained):
-        means = [estimate.mean for estimate in trained if estimate is not None]
+    means = [s.rewards[PROXY].level.mean for s in _by_seed(figures, 1) if s is not None]
+    if len(means) == len(SEEDS):
         lines.append(
             f"Four trainings that differ in their seed have {min(means):+.3f} to {max(means):+.3f} at λ = 1: "
             "what sets two adapters apart by so little may be chance, at λ = 0.5 and β/0.5 too."

@@ -209,6 +209,13 @@ def test_relevance_is_what_the_answer_makes_of_the_question(tiny_base, monkeypat
 # -- the runs ----------------------------------------------------------------------------------------------------------
 
 
+def of_tone(program: str, output: Path, *arguments: str) -> list[str]:
+    """The arguments of a program with the tone's config, whose output goes into a folder of its name."""
+    return [
+        "--config", str(RECIPE / "tone" / f"{program}.yaml"), "--output_dir", str(output / program), *arguments,
+    ]  # fmt: skip
+
+
 def test_the_runs_on_a_tiny_model_make_a_page(tiny_base, tmp_path, monkeypatch, without_pictures):
     pytest.importorskip("vaderSentiment")
     pytest.importorskip("textblob")
@@ -216,21 +223,19 @@ def test_the_runs_on_a_tiny_model_make_a_page(tiny_base, tmp_path, monkeypatch, 
     (tmp_path / "reward.py").write_text(
         "def reward(prompts, completions, **columns):\n    return [float(str(c).count('e')) for c in completions]\n"
     )
-    tone, runs = RECIPE / "tone", tmp_path / "runs"
-
-    def config(program: str, *arguments: str) -> list[str]:
-        return ["--config", str(tone / f"{program}.yaml"), "--output_dir", str(runs / "tone" / program), *arguments]
-
+    runs = tmp_path / "runs"
     model = AutoModelForCausalLM.from_pretrained(tiny_base)
     model.generation_config.eos_token_id = [2, *range(15, 320, 8)]  # random weights would seldom find the one that ends
     for part in (model, AutoTokenizer.from_pretrained(tiny_base)):
         part.save_pretrained(tmp_path / "base")
     source = ["--model_name_or_path", str(tmp_path / "base")]
     few = ["--max_prompts", "3", "--max_new_tokens", "16"]
-    preferences.main(config("preferences", *source, "--reward", str(tmp_path / "reward.py:reward"), *few))
+    preferences.main(
+        of_tone("preferences", runs / "tone", *source, "--reward", str(tmp_path / "reward.py:reward"), *few)
+    )
     pairs = ["--dataset_name", str(runs / "tone" / "preferences" / "preferences.jsonl")]
-    dpo.main(config("dpo", *source, *pairs, "--max_steps", "2"))
-    sweep = ["sweep", "--config", str(tone / "sweep.yaml"), "--adapter", str(runs / "tone" / "dpo")]
+    dpo.main(of_tone("dpo", runs / "tone", *source, *pairs, "--max_steps", "2"))
+    sweep = ["sweep", "--config", str(RECIPE / "tone" / "sweep.yaml"), "--adapter", str(runs / "tone" / "dpo")]
     few = ["--max-prompts", "3", "--max-new-tokens", "8", "--lambda", "0,1,3"]
     arms = ["--arm", "combine=plausible:0.1,lambdas=1,3", "--arm", "mixing=weights,lambdas=3"]
     app([*sweep, "--output-dir", str(runs / "tone" / "sweep"), *few, *arms], standalone_mode=False)
@@ -262,18 +267,9 @@ def test_the_recipe_scaled_down_on_the_real_model(tmp_path):
     if not (base / "model.safetensors").is_file():
         pytest.skip(f"{base} is made by {RECIPE}/prepare.py, of a package of 98 MB")
 
-    def config(program: str, *arguments: str) -> list[str]:
-        return [
-            "--config",
-            str(RECIPE / "tone" / f"{program}.yaml"),
-            "--output_dir",
-            str(tmp_path / program),
-            *arguments,
-        ]
-
-    preferences.main(config("preferences", "--max_prompts", "8"))
-    dpo.main(config("dpo", "--dataset_name", str(tmp_path / "preferences" / "preferences.jsonl"), "--max_steps", "3",
-                    "--learning_rate", "1e-3", "--warmup_steps", "0"))  # fmt: skip
+    preferences.main(of_tone("preferences", tmp_path, "--max_prompts", "8"))
+    pairs = ["--dataset_name", str(tmp_path / "preferences" / "preferences.jsonl")]
+    dpo.main(of_tone("dpo", tmp_path, *pairs, "--max_steps", "3", "--learning_rate", "1e-3", "--warmup_steps", "0"))
     app(
         ["sweep", "--config", str(RECIPE / "tone" / "sweep.yaml"), "--adapter", str(tmp_path / "dpo"), "--output-dir",
          str(tmp_path / "sweep"), "--max-prompts", "2", "--max-new-tokens", "16", "--lambda", "0,1",
